@@ -1,0 +1,77 @@
+"""Argument checks that the references and the kernels share."""
+
+from collections.abc import Collection
+
+import torch
+
+
+def check_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    head_first: bool,
+    window_size: int | None,
+    normalizer: str,
+    normalizers: Collection[str],
+) -> None:
+    """Raises ValueError, naming the argument and the value seen, unless the call is well-formed."""
+    if normalizer not in normalizers:
+        raise ValueError(f"normalizer must be one of {', '.join(normalizers)}; got {normalizer!r}")
+    layout = "[B, H, T, D]" if head_first else "[B, T, H, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions {layout}, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating point tensor, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must have the dtype and device of q ({q.dtype}, {q.device}), "
+                f"got {x.dtype}, {x.device}"
+            )
+    time, head = (2, 1) if head_first else (1, 2)
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(
+            f"q, k and v must have one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}"
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"k must have the last dimension of q, {q.shape[-1]}, got {k.shape[-1]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"v must have the shape of k but for the last dimension, got {tuple(v.shape)} "
+            f"beside {tuple(k.shape)} in layout {layout}"
+        )
+    T, S, HQ, H = q.shape[time], k.shape[time], q.shape[head], k.shape[head]
+    if min(q.shape) == 0 or min(v.shape) == 0:
+        raise ValueError(
+            f"q, k and v must not be empty, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if HQ % H:
+        raise ValueError(
+            f"the heads of q must be a multiple of those of k, got {HQ} and {H} in layout {layout}"
+        )
+    if S < T:
+        raise ValueError(
+            f"k must be at least as long as q, whose rows are the last positions; got {S} keys "
+            f"for {T} queries in layout {layout}"
+        )
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size must be at least 1 (the query itself), got {window_size}")
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, B=q.shape[0], T=T, S=S)
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, B: int, T: int, S: int) -> None:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens must be a vector of int32 or int64, got {cu_seqlens.dtype} "
+            f"of shape {tuple(cu_seqlens.shape)}"
+        )
+    if B != 1 or T != S:
+        raise ValueError(
+            f"cu_seqlens requires one batch row and as many keys as queries, got B={B}, "
+            f"{T} queries, {S} keys"
+        )
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {bounds[:8]}")

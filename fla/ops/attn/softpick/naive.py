@@ -1,0 +1,248 @@
+"""Dense PyTorch references for softpick attention and its relatives.
+
+Every score is materialised, so memory grows with T * S: for tests, for small models and as the
+definition that the Triton kernels are held to. Runs on any device, in any float dtype, without Triton.
+
+Shape letters: ``B`` batch, ``T`` queries, ``S`` keys, ``HQ`` query heads, ``H`` key heads, ``K`` and
+``V`` the dimensions of a key and of a value.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from fla.ops.attn.softpick.checks import check_inputs
+
+# Added to the unshifted denominator. One value for reference and kernels: it is part of the function.
+EPS = 1e-6
+
+
+def _exponentials(
+    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool, floor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``e^(x - m)`` (0 where not visible), ``e^-m`` and the mask, with m = max(floor, row maximum)."""
+    if visible is None:
+        visible = torch.ones((), dtype=torch.bool, device=x.device)
+    # numerator and denominator carry the same factor e^-m, so the shift is exact and has no gradient
+    m = x.detach().masked_fill(~visible, floor).amax(dim, keepdim=True).clamp(min=floor)
+    # a row without a visible key has no maximum
+    m = m.masked_fill(m == float("-inf"), 0.0) if safe else torch.zeros_like(m)
+    e = torch.exp(torch.where(visible, x, m) - m)
+    return torch.where(visible, e, 0.0), torch.exp(-m), visible
+
+
+def _shifted_expm1(
+    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(e^x - 1) e^-m`` (0 where not visible) and ``e^-m``."""
+    e, unit, visible = _exponentials(x, dim, visible, safe, floor=0.0)
+    # NOTE(numerics): x = 0 gives 0 and no gradient to the bit; the two exponentials alone may differ by
+    # one rounding, since CPU code computes the ends of a row by another routine than its middle
+    return torch.where(visible & (x != 0), e - unit, 0.0), unit
+
+
+def _normalize(n: torch.Tensor, d: torch.Tensor, constant: torch.Tensor | float, dim: int):
+    z = d.sum(dim, keepdim=True) + constant
+    # n <= d, so a zero denominator stands under zeros only
+    return n / z.masked_fill(z == 0, 1.0)
+
+
+def _softpick(x, dim, visible, safe):
+    y, unit = _shifted_expm1(x, dim, visible, safe)
+    return _normalize(y.relu(), y.abs(), EPS * unit, dim)
+
+
+def _relu_softpick(x, dim, visible, safe):
+    y, unit = _shifted_expm1(x, dim, visible, safe)
+    return _normalize(y.relu(), y.relu(), EPS * unit, dim)
+
+
+def _abs_softpick(x, dim, visible, safe):
+    y, unit = _shifted_expm1(x, dim, visible, safe)
+    return _normalize(y.abs(), y.abs(), EPS * unit, dim)
+
+
+def _softmax(x, dim, visible, safe):
+    e, _, _ = _exponentials(x, dim, visible, safe, floor=float("-inf"))
+    return _normalize(e, e, 0.0, dim)
+
+
+def _softmax_plus_one(x, dim, visible, safe):
+    e, unit, _ = _exponentials(x, dim, visible, safe, floor=0.0)
+    return _normalize(e, e, unit, dim)
+
+
+def _rectified(x, dim, visible, safe):
+    e, _, _ = _exponentials(x, dim, visible, safe, floor=0.0)
+    # written so that NaN passes
+    e = torch.where(x < 0, 0.0, e)
+    return _normalize(e, e, 0.0, dim)
+
+
+NORMALIZERS: dict[str, Callable[..., torch.Tensor]] = {
+    "softpick": _softpick,
+    "relu_softpick": _relu_softpick,
+    "abs_softpick": _abs_softpick,
+    "softmax": _softmax,
+    "softmax_plus_one": _softmax_plus_one,
+    "rectified": _rectified,
+}
+"""Name -> ``f(x, dim, visible, safe)``: weights in the dtype of the scores ``x``, summed over ``dim``.
+``visible`` (bool, broadcastable to ``x``, or None) marks the keys that count."""
+
+
+def softpick(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    r"""``relu(e^x - 1) / (1e-6 + sum |e^x - 1|)`` along ``dim``.
+
+    Args:
+        x: Scores of any shape and float dtype; float16 and bfloat16 are computed in float32.
+        dim: Dimension that the sum runs over.
+
+    Returns:
+        Weights like ``x``: non-negative, summing to at most one, exactly zero where ``x <= 0``.
+
+    Source:
+        Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating point tensor, got {x.dtype}")
+    return _softpick(_at_least_float32(x), dim, None, True).to(x.dtype)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def visible_keys(
+    T: int,
+    S: int,
+    device: torch.device,
+    cu_seqlens: torch.Tensor | None = None,
+    window_size: int | None = None,
+) -> torch.Tensor:
+    """Mask ``[T, S]``, bool: which keys a query sees. Queries are the last ``T`` of ``S`` positions."""
+    i = torch.arange(S - T, S, device=device)[:, None]
+    j = torch.arange(S, device=device)[None, :]
+    visible = j <= i
+    if window_size is not None:
+        visible &= j > i - window_size
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens.to(device), j[0], right=True)
+        visible &= sequence[:, None] == sequence[None, :]
+    return visible
+
+
+def naive_normalized_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_first: bool = False,
+    *,
+    normalizer: str = "softpick",
+    safe: bool = True,
+    window_size: int | None = None,
+    return_weights: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""Causal attention with one of the `NORMALIZERS`, by materialising the scores.
+
+    With ``s_ij = scale * <q_i, k_j>`` and sums over the keys ``j`` that query ``i`` sees::
+
+        o_i = sum_j n(s_ij) v_j / (c + sum_j d(s_ij))
+
+    ============================  ======================  ======================  =====
+    normalizer                    n(s)                    d(s)                    c
+    ============================  ======================  ======================  =====
+    ``softpick``                  ``relu(e^s - 1)``       ``abs(e^s - 1)``        1e-6
+    ``relu_softpick``             ``relu(e^s - 1)``       ``relu(e^s - 1)``       1e-6
+    ``abs_softpick``              ``abs(e^s - 1)``        ``abs(e^s - 1)``        1e-6
+    ``softmax``                   ``e^s``                 ``e^s``                 0
+    ``softmax_plus_one``          ``e^s``                 ``e^s``                 1
+    ``rectified``                 ``e^s`` where s >= 0    ``e^s`` where s >= 0    0
+    ============================  ======================  ======================  =====
+
+    Args:
+        q: Queries ``[B, T, HQ, K]``, any float dtype.
+        k: Keys ``[B, S, H, K]``, dtype and device of ``q``, ``S >= T``: the queries are the last ``T``
+            positions. ``HQ`` is a multiple of ``H``; query head ``h`` reads key head ``h // (HQ // H)``.
+        v: Values ``[B, S, H, V]``, dtype and device of ``q``.
+        scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
+        cu_seqlens: Boundaries ``[N + 1]`` of ``N`` packed sequences, int32 or int64, from 0 to ``T``,
+            non-decreasing. Requires ``B == 1`` and ``S == T``; tokens see only their own sequence.
+        head_first: Inputs and output are ``[B, H, T, D]`` instead.
+        normalizer: A key of `NORMALIZERS`.
+        safe: Shift scores by ``max(0, row maximum)`` (softmax: by the row maximum) before ``exp``: exact
+            for every finite input. ``False`` does not shift: for scores known to stay below 80.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        return_weights: Also return the weights.
+
+    Returns:
+        Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_weights`` also the weights
+        ``[B, HQ, T, S]``. A row whose denominator is 0 gives 0.
+
+    Raises:
+        ValueError: A shape, dtype, device, ``cu_seqlens`` or name breaks a condition above; the message
+            names the argument and shows the value received.
+
+    Numerics:
+        float16 and bfloat16: scores and weights are computed in float32, weights are rounded to the
+        input dtype before they meet ``v``, as in the kernels. The gradient at ``s_ij = 0`` is 0 for
+        the three softpicks.
+
+    Source:
+        arXiv:2504.20966; the relatives are those of its authors' ablations.
+    """
+    check_inputs(q, k, v, cu_seqlens, head_first, window_size, normalizer, NORMALIZERS)
+    if not head_first:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if G > 1:
+        k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
+    visible = visible_keys(T, S, q.device, cu_seqlens, window_size)
+    weights_BHTS = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe).to(v.dtype)
+    o = weights_BHTS @ v
+    if not head_first:
+        o = o.transpose(1, 2)
+    return (o, weights_BHTS) if return_weights else o
+
+
+def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+    def attn(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        head_first: bool = False,
+        *,
+        safe: bool = True,
+        window_size: int | None = None,
+        return_weights: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return naive_normalized_attn(
+            q,
+            k,
+            v,
+            scale,
+            cu_seqlens,
+            head_first,
+            normalizer=normalizer,
+            safe=safe,
+            window_size=window_size,
+            return_weights=return_weights,
+        )
+
+    attn.__name__ = attn.__qualname__ = f"naive_{normalizer}_attn"
+    attn.__doc__ = f'`naive_normalized_attn` with ``normalizer="{normalizer}"``.'
+    return attn
+
+
+naive_softpick_attn = _named("softpick")
+naive_relu_softpick_attn = _named("relu_softpick")
+naive_abs_softpick_attn = _named("abs_softpick")
+naive_softmax_attn = _named("softmax")
+naive_softmax_plus_one_attn = _named("softmax_plus_one")
+naive_rectified_attn = _named("rectified")

@@ -1,0 +1,94 @@
+"""The few jitted helpers in which the normalisers differ; every kernel calls these and names none.
+
+Legend: `b_s` base-2 scores; `b_m` a base-2 shift, the running maximum in forward and the base-2 lse in
+backward, so that no formula stands twice; `n`, `d`, `c` numerator, denominator and constant of README.md.
+"""
+
+import triton
+import triton.language as tl
+
+# The names that the branches below know; a test holds them equal to `naive.NORMALIZERS`.
+KERNEL_NORMALIZERS = (
+    "softpick",
+    "relu_softpick",
+    "abs_softpick",
+    "softmax",
+    "softmax_plus_one",
+    "rectified",
+)
+
+# log2(e): scores enter the kernels times this, so that exp becomes exp2.
+RCP_LN2 = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def masked_score(NORMALIZER: tl.constexpr):
+    """Score that gives n = d = 0 and no gradient: a masked tile needs no second mask."""
+    if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
+        return 0.0
+    else:
+        return -float("inf")
+
+
+@triton.jit
+def smallest_shift(NORMALIZER: tl.constexpr):
+    """Start of the running maximum."""
+    # softmax alone has no term of weight 1 in its sums, so nothing forbids a shift below 0, and rows
+    # whose scores are all very negative need one
+    if NORMALIZER == "softmax":
+        return -float("inf")
+    else:
+        return 0.0
+
+
+@triton.jit
+def weights(b_s, b_m, NORMALIZER: tl.constexpr):
+    """n(s) and d(s), both times 2**-b_m; b_m broadcasts against b_s."""
+    b_e = tl.exp2(b_s - b_m)
+    if NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one":
+        return b_e, b_e
+    elif NORMALIZER == "rectified":
+        # written so that NaN passes
+        b_e = tl.where(b_s < 0, 0.0, b_e)
+        return b_e, b_e
+    else:
+        b_x = b_e - tl.exp2(-b_m)
+        if NORMALIZER == "softpick":
+            return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.abs(b_x)
+        elif NORMALIZER == "relu_softpick":
+            b_x = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            return b_x, b_x
+        else:
+            tl.static_assert(NORMALIZER == "abs_softpick", "unknown normalizer")
+            b_x = tl.abs(b_x)
+            return b_x, b_x
+
+
+@triton.jit
+def denominator_constant(b_m, NORMALIZER: tl.constexpr, EPS: tl.constexpr):
+    """c times 2**-b_m."""
+    if NORMALIZER == "softmax" or NORMALIZER == "rectified":
+        return tl.zeros_like(b_m)
+    elif NORMALIZER == "softmax_plus_one":
+        return tl.exp2(-b_m)
+    else:
+        return EPS * tl.exp2(-b_m)
+
+
+@triton.jit
+def score_grad(b_s, b_lse, b_dp, b_delta, NORMALIZER: tl.constexpr):
+    """(n'(s) dp - d'(s) delta) / Z with Z = 2**b_lse; 0 at s = 0 for the three softpicks."""
+    b_e = tl.exp2(b_s - b_lse)
+    if NORMALIZER == "softpick":
+        b_g = tl.where(b_s > 0, b_dp - b_delta, b_delta)
+    elif NORMALIZER == "abs_softpick":
+        b_g = tl.where(b_s > 0, b_dp - b_delta, b_delta - b_dp)
+    else:
+        b_g = b_dp - b_delta
+    if NORMALIZER == "softpick" or NORMALIZER == "abs_softpick":
+        b_e = tl.where(b_s == 0, 0.0, b_e)
+    elif NORMALIZER == "relu_softpick":
+        b_e = tl.where(b_s <= 0, 0.0, b_e)
+    elif NORMALIZER == "rectified":
+        b_e = tl.where(b_s < 0, 0.0, b_e)
+    return b_e * b_g

@@ -1,0 +1,262 @@
+"""Public Triton operators: argument checks, custom-op and autograd registration.
+
+The kernels are in `parallel_fwd.py` and `parallel_bwd.py`, the normalisers in `normalizers.py`, the
+definition in `naive.py`, the derivation and the numerics contract in README.md.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+
+from fla.ops.attn.softpick.checks import check_inputs
+from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
+from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
+from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_attn_fwd
+
+MAX_HEAD_DIM = 256
+# Offsets within a tile of at most 128 rows are 32-bit.
+MAX_TIME_STRIDE = 2**31 // 128
+
+
+@torch.library.custom_op("softpick::normalized_attn_fwd", mutates_args=())
+def _fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    head_first: bool,
+    safe: bool,
+    normalizer: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return parallel_normalized_attn_fwd(q, k, v, scale, head_first, safe, normalizer)
+
+
+@_fwd.register_fake
+def _(q, k, v, scale, head_first, safe, normalizer):
+    B, T, HQ = (q.shape[i] for i in ((0, 2, 1) if head_first else (0, 1, 2)))
+    o = empty_rows(q, T, HQ, v.shape[-1], head_first)
+    return o, q.new_empty((B, HQ, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("softpick::normalized_attn_bwd", mutates_args=())
+def _bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    scale: float,
+    head_first: bool,
+    normalizer: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return parallel_normalized_attn_bwd(q, k, v, o, lse, do, dlse, scale, head_first, normalizer)
+
+
+@_bwd.register_fake
+def _(q, k, v, o, lse, do, dlse, scale, head_first, normalizer):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.head_first, _, ctx.normalizer = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, o, lse = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(o)
+    dlse = None if dlse is None else dlse.contiguous()
+    grads = _bwd(
+        q, k, v, o, lse, _last_contiguous(do), dlse, ctx.scale, ctx.head_first, ctx.normalizer
+    )
+    return *grads, None, None, None, None
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "softpick attention has no second derivative in Triton; use naive_normalized_attn"
+    )
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+_bwd.register_autograd(_refuse_double_backward)
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool):
+    """What the kernels ask for beyond `check_inputs`."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    if q.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            "q must be on a GPU for the Triton operator, got cpu; on a CPU call the reference of the "
+            "same name, naive_..._attn, or set TRITON_INTERPRET=1 before Triton is imported to debug"
+        )
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q must be on a CUDA or ROCm GPU, got {q.device}")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > MAX_HEAD_DIM:
+            raise ValueError(
+                f"the last dimension of {name} must be at most {MAX_HEAD_DIM}, got {x.shape[-1]}"
+            )
+    time = 2 if head_first else 1
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(time) > MAX_TIME_STRIDE:
+            raise ValueError(
+                f"{name} must have at most {MAX_TIME_STRIDE} elements between two time steps, "
+                f"got {x.stride(time)}; call .contiguous() on it"
+            )
+
+
+def parallel_normalized_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_first: bool = False,
+    *,
+    normalizer: str = "softpick",
+    safe: bool = True,
+    window_size: int | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""Causal attention with any normaliser of the family, without materialising the scores.
+
+    The function of `naive_normalized_attn`, in Triton: see there for the table of normalisers, and
+    `parallel_softpick_attn` for the arguments.
+
+    Args:
+        normalizer: "softpick", "relu_softpick", "abs_softpick", "softmax", "softmax_plus_one" or
+            "rectified".
+
+    Raises:
+        ValueError: An argument breaks a condition; the message names it and shows the value received.
+        NotImplementedError: ``cu_seqlens`` or ``window_size`` is given.
+    """
+    check_inputs(q, k, v, cu_seqlens, head_first, window_size, normalizer, KERNEL_NORMALIZERS)
+    _check_kernel_inputs(q, k, v, head_first)
+    if cu_seqlens is not None or window_size is not None:
+        raise NotImplementedError(
+            "the Triton kernels do not take cu_seqlens or window_size yet; naive_normalized_attn does"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    o, lse = _fwd(q, k, v, scale, head_first, safe, normalizer)
+    return (o, lse * math.log(2)) if return_lse else o
+
+
+def parallel_softpick_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    head_first: bool = False,
+    *,
+    safe: bool = True,
+    window_size: int | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""Causal softpick attention without materialising the score matrix.
+
+    With ``s_ij = scale * <q_i, k_j>`` and sums over the visible keys ``j <= i``::
+
+        o_i = sum_j relu(exp(s_ij) - 1) v_j / (eps + sum_j |exp(s_ij) - 1|),  eps = 1e-6
+
+    A key with ``s_ij <= 0`` gets weight exactly zero, and if ``s_ij < 0`` it enlarges the denominator,
+    so a row's weights sum to at most one, and a row without a positive score returns zeros.
+
+    Args:
+        q: Queries ``[B, T, HQ, K]``: float32, float16 or bfloat16, ``K <= 256``. Any strides; a copy is
+            made only if the last dimension is not contiguous.
+        k: Keys ``[B, S, H, K]``, dtype and device of ``q``, ``S >= T``: the queries are the last ``T``
+            positions. ``HQ`` is a multiple of ``H``; query head ``h`` reads key head ``h // (HQ // H)``.
+        v: Values ``[B, S, H, V]``, dtype and device of ``q``. ``V <= 256`` may differ from ``K``.
+        scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
+        cu_seqlens: Packed sequences; not implemented in Triton yet.
+        head_first: Inputs and output are ``[B, H, T, D]`` instead.
+        safe: Exact for every finite input. ``False`` skips the shift of the scores: for scores known to
+            stay below 80 (float16: below 11, since weights are rounded to the input dtype).
+        window_size: Sliding window; not implemented in Triton yet.
+        return_lse: Also return the log of the denominator.
+
+    Returns:
+        Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_lse`` also the natural logarithm
+        ``[B, HQ, T]``, float32, of the denominator. Both are differentiable in ``q``, ``k`` and ``v``,
+        once.
+
+    Raises:
+        ValueError: A shape, dtype or device breaks a condition above; the message names the argument
+            and shows the value received. A CPU tensor is refused: call `naive_softpick_attn`.
+        NotImplementedError: ``cu_seqlens`` or ``window_size`` is given.
+
+    Numerics:
+        Scores, running maximum, denominator and accumulators are float32; weights round to the input
+        dtype before they multiply ``v``. Float32 products follow
+        ``torch.set_float32_matmul_precision``. The running maximum starts at 0, so rows of negative
+        scores stay finite. ``eps`` is added to the unshifted denominator. The gradient at ``s_ij = 0``
+        is 0.
+
+    Source:
+        Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966. Derivation: README.md beside this file.
+    """
+    return parallel_normalized_attn(
+        q,
+        k,
+        v,
+        scale,
+        cu_seqlens,
+        head_first,
+        normalizer="softpick",
+        safe=safe,
+        window_size=window_size,
+        return_lse=return_lse,
+    )
+
+
+def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+    def attn(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        head_first: bool = False,
+        *,
+        safe: bool = True,
+        window_size: int | None = None,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return parallel_normalized_attn(
+            q,
+            k,
+            v,
+            scale,
+            cu_seqlens,
+            head_first,
+            normalizer=normalizer,
+            safe=safe,
+            window_size=window_size,
+            return_lse=return_lse,
+        )
+
+    attn.__name__ = attn.__qualname__ = f"parallel_{normalizer}_attn"
+    attn.__doc__ = f'`parallel_normalized_attn` with ``normalizer="{normalizer}"``.'
+    return attn
+
+
+parallel_relu_softpick_attn = _named("relu_softpick")
+parallel_abs_softpick_attn = _named("abs_softpick")
+parallel_softmax_attn = _named("softmax")
+parallel_softmax_plus_one_attn = _named("softmax_plus_one")
+parallel_rectified_attn = _named("rectified")

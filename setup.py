@@ -1,0 +1,36 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="softpick",
+    version="0.1.0",
+    description="Softpick attention: Triton kernels beside flash-linear-attention, and a trainer to study them",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    # No fla/__init__.py, fla/ops/__init__.py or fla/ops/attn/__init__.py: those folders are upstream's
+    # (fla-core), and ours only adds files to them.
+    packages=[
+        "fla.ops.attn",
+        "fla.ops.attn.softpick",
+        *find_packages(include=["flame", "flame.*"]),
+    ],
+    install_requires=[
+        # CUDA and ROCm builds of torch bring their own Triton; a CPU build needs the extra [cpu].
+        "torch>=2.11,<2.14",
+        "fla-core==0.6.0",
+        # imported by fla-core, not declared by it
+        "packaging>=23",
+        "numpy>=1.26",
+        "transformers>=5.17,<6",
+        "torchtitan==0.2.2",
+        "datasets>=4.0,<6",
+        "tensorboard>=2.16,<3",
+    ],
+    extras_require={
+        "cpu": ["triton>=3.6,<3.10"],
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
+        "baselines": ["flash-linear-attention==0.6.0"],
+        "dev": ["pyright>=1.1.390,<2", "matplotlib>=3.8,<4", "build>=1.2,<2"],
+    },
+)
