@@ -6,6 +6,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests.triton_interpreter import repair
+    from triton_interpreter import repair
 
     repair()

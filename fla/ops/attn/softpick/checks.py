@@ -1,8 +1,17 @@
-"""Argument checks that the references and the kernels share."""
+"""What references and kernels do with their arguments alike: autocast and checks."""
 
 from collections.abc import Collection
 
 import torch
+
+
+def autocast_inputs(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The inputs in autocast's dtype where autocast is on, as torch's own attention takes them."""
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return inputs
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def check_inputs(

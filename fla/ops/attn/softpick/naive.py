@@ -11,34 +11,38 @@ from collections.abc import Callable
 
 import torch
 
-from fla.ops.attn.softpick.checks import check_inputs
+from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
 
 # Added to the unshifted denominator. One value for reference and kernels: it is part of the function.
 EPS = 1e-6
+INF = float("inf")
 
 
 def _exponentials(
-    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool, floor: float
+    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool, masked: float, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``e^(x - m)`` (0 where not visible), ``e^-m`` and the mask, with m = max(floor, row maximum)."""
-    if visible is None:
-        visible = torch.ones((), dtype=torch.bool, device=x.device)
-    # numerator and denominator carry the same factor e^-m, so the shift is exact and has no gradient
-    m = x.detach().masked_fill(~visible, floor).amax(dim, keepdim=True).clamp(min=floor)
-    # a row without a visible key has no maximum
-    m = m.masked_fill(m == float("-inf"), 0.0) if safe else torch.zeros_like(m)
-    e = torch.exp(torch.where(visible, x, m) - m)
-    return torch.where(visible, e, 0.0), torch.exp(-m), visible
+    """``x`` with ``masked`` where a key is not visible, ``e^(x - m)`` and ``e^-m``, where
+    m = max(floor, row maximum)."""
+    if visible is not None:
+        x = x.masked_fill(~visible, masked)
+    if safe:
+        # numerator and denominator carry the same factor e^-m: the shift is exact and has no gradient
+        m = x.detach().amax(dim, keepdim=True).clamp(min=floor)
+        # a row without a visible key has no maximum
+        m = m.masked_fill(m == -INF, 0.0)
+    else:
+        m = torch.zeros_like(x.detach().narrow(dim, 0, 1))
+    return x, torch.exp(x - m), torch.exp(-m)
 
 
 def _shifted_expm1(
     x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(e^x - 1) e^-m`` (0 where not visible) and ``e^-m``."""
-    e, unit, visible = _exponentials(x, dim, visible, safe, floor=0.0)
+    """``(e^x - 1) e^-m``, 0 where not visible, and ``e^-m``."""
+    x, e, unit = _exponentials(x, dim, visible, safe, masked=0.0, floor=0.0)
     # NOTE(numerics): x = 0 gives 0 and no gradient to the bit; the two exponentials alone may differ by
     # one rounding, since CPU code computes the ends of a row by another routine than its middle
-    return torch.where(visible & (x != 0), e - unit, 0.0), unit
+    return torch.where(x != 0, e - unit, 0.0), unit
 
 
 def _normalize(n: torch.Tensor, d: torch.Tensor, constant: torch.Tensor | float, dim: int):
@@ -63,17 +67,17 @@ def _abs_softpick(x, dim, visible, safe):
 
 
 def _softmax(x, dim, visible, safe):
-    e, _, _ = _exponentials(x, dim, visible, safe, floor=float("-inf"))
+    _, e, _ = _exponentials(x, dim, visible, safe, masked=-INF, floor=-INF)
     return _normalize(e, e, 0.0, dim)
 
 
 def _softmax_plus_one(x, dim, visible, safe):
-    e, unit, _ = _exponentials(x, dim, visible, safe, floor=0.0)
+    _, e, unit = _exponentials(x, dim, visible, safe, masked=-INF, floor=0.0)
     return _normalize(e, e, unit, dim)
 
 
 def _rectified(x, dim, visible, safe):
-    e, _, _ = _exponentials(x, dim, visible, safe, floor=0.0)
+    x, e, _ = _exponentials(x, dim, visible, safe, masked=-INF, floor=0.0)
     # written so that NaN passes
     e = torch.where(x < 0, 0.0, e)
     return _normalize(e, e, 0.0, dim)
@@ -193,6 +197,7 @@ def naive_normalized_attn(
     Source:
         arXiv:2504.20966; the relatives are those of its authors' ablations.
     """
+    q, k, v = autocast_inputs(q, k, v)
     check_inputs(q, k, v, cu_seqlens, head_first, window_size, normalizer, NORMALIZERS)
     if not head_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -200,10 +205,12 @@ def naive_normalized_attn(
     if G > 1:
         k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
     visible = visible_keys(T, S, q.device, cu_seqlens, window_size)
-    weights_BHTS = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe).to(v.dtype)
-    o = weights_BHTS @ v
+    # NOTE(numerics): inputs are in autocast's dtype already; the scores are not to be cast again
+    with torch.autocast(q.device.type, enabled=False):
+        scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
+        weights_BHTS = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe).to(v.dtype)
+        o = weights_BHTS @ v
     if not head_first:
         o = o.transpose(1, 2)
     return (o, weights_BHTS) if return_weights else o

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from fla.ops.attn.softpick.checks import check_inputs
+from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
 from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_attn_fwd
@@ -143,6 +143,7 @@ def parallel_normalized_attn(
         ValueError: An argument breaks a condition; the message names it and shows the value received.
         NotImplementedError: ``cu_seqlens`` or ``window_size`` is given.
     """
+    q, k, v = autocast_inputs(q, k, v)
     check_inputs(q, k, v, cu_seqlens, head_first, window_size, normalizer, KERNEL_NORMALIZERS)
     _check_kernel_inputs(q, k, v, head_first)
     if cu_seqlens is not None or window_size is not None:

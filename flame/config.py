@@ -1,0 +1,315 @@
+"""Every flag of the trainer: its name, meaning, default and check, and nowhere else.
+
+Flags are dotted, ``--training.steps 600``; the same names in sections make the TOML file that
+``--job.config_file`` reads. A flag wins over the file, the file over the defaults below, which are the
+ones of the smallest useful run: a 1M parameter model on the text that ships with Python.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from flame.errors import UsageError
+
+
+def _require(condition: bool, flag: str, value: object, right: str) -> None:
+    if not condition:
+        raise UsageError(f"--{flag} must be {right}, got {value!r}")
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    config_file: str | None = None
+    """TOML file with the flags of a run; flags on the command line win over it."""
+    dump_folder: str | None = None
+    """Folder of this run: checkpoints, TensorBoard, the exported model. One run a folder; repeating the
+    command continues the run. Default: exp/<name of the model config>."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    config: str = "configs/softpick_transformer_tiny.json"
+    """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
+    tokenizer_path: str = "byte"
+    """Hugging Face tokenizer (folder or hub name), or the built-in "byte" (256 bytes, bos, eos, pad)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Optimizer:
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """Optimizer."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-15
+    """Term added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on every parameter."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How torch carries out a step."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optimizer.lr", self.lr, "positive")
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            _require(0 <= beta < 1, f"optimizer.{name}", beta, "at least 0 and below 1")
+        _require(self.eps >= 0, "optimizer.eps", self.eps, "at least 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class LRScheduler:
+    warmup_steps: int = 50
+    """Steps in which the learning rate rises linearly from 0."""
+    decay_ratio: float | None = None
+    """Share of the steps, at the end, in which the rate decays (warmup-stable-decay). Default: it decays
+    from the end of the warm-up."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "cosine"
+    """Shape of the decay."""
+    lr_min: float = 0.1
+    """Rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.warmup_steps >= 0, "lr_scheduler.warmup_steps", self.warmup_steps, "at least 0"
+        )
+        _require(
+            self.decay_ratio is None or 0 < self.decay_ratio <= 1,
+            "lr_scheduler.decay_ratio",
+            self.decay_ratio,
+            "above 0 and at most 1",
+        )
+        _require(0 <= self.lr_min <= 1, "lr_scheduler.lr_min", self.lr_min, "between 0 and 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Training:
+    dataset: str = "python-docs"
+    """Text to train on: a file or folder (txt, md, jsonl, parquet), a Hugging Face dataset name, or the
+    built-in "python-docs", Python's language reference as it ships with every interpreter."""
+    dataset_name: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    dataset_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    data_dir: str | None = None
+    """Folder within a Hugging Face dataset."""
+    data_files: str | None = None
+    """Files within a Hugging Face dataset."""
+    batch_size: int = 16
+    """Sequences in a micro-batch of one process."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a process sums gradients over before a step."""
+    steps: int = 600
+    """Optimizer steps."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    seed: int = 42
+    """Seed of weights and data order."""
+    compile: bool = False
+    """Compile every layer and the loss with torch.compile."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of weights and activations in forward and backward; masters, gradients' reduction and the
+    optimizer stay in float32."""
+    data_parallel_replicate_degree: int = 1
+    """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
+    data_parallel_shard_degree: int = -1
+    """Processes that one copy of the model is sharded over (FSDP2); -1: those that are left."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "gradient_accumulation_steps", "steps"):
+            value = getattr(self, name)
+            _require(value >= 1, f"training.{name}", value, "at least 1")
+        _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
+        _require(self.seed >= 0, "training.seed", self.seed, "at least 0")
+        replicate, shard = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
+        name = "training.data_parallel_replicate_degree"
+        _require(replicate >= 1, name, replicate, "at least 1")
+        name = "training.data_parallel_shard_degree"
+        _require(shard == -1 or shard >= 1, name, shard, "-1 or at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Validation:
+    share: float = 0.05
+    """Share of the tokens, the last ones, that is held out; 0: no validation."""
+    freq: int = 100
+    """Steps between two measurements of the validation loss; the last step is always measured."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.share < 1, "validation.share", self.share, "at least 0 and below 1")
+        _require(self.freq >= 1, "validation.freq", self.freq, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    enable_checkpoint: bool = True
+    """Save checkpoints, without which a run can neither continue nor be exported."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, within the dump folder."""
+    interval: int = 100
+    """Steps between two checkpoints; the last step is always saved."""
+    load_step: int = -1
+    """Step to continue from; -1: the newest."""
+    keep_latest_k: int = 2
+    """Checkpoints to keep, at least 2; 0: all."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 1, "checkpoint.interval", self.interval, "at least 1")
+        _require(self.load_step >= -1, "checkpoint.load_step", self.load_step, "-1 or a step")
+        _require(
+            self.keep_latest_k == 0 or self.keep_latest_k >= 2,
+            "checkpoint.keep_latest_k",
+            self.keep_latest_k,
+            "0 or at least 2, since the newest may be in the making",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Metrics:
+    log_freq: int = 10
+    """Steps between two lines of the log and two points in TensorBoard."""
+    save_tb_folder: str = "tb"
+    """Folder of the TensorBoard files, within the dump folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.log_freq >= 1, "metrics.log_freq", self.log_freq, "at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    prompt: str = "The "
+    """Text that the trained model is asked to continue when the run ends."""
+    max_new_tokens: int = 200
+    """Tokens to write; 0: none."""
+    temperature: float = 0.8
+    """Sampling temperature; 0: the likeliest token each time."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_new_tokens >= 0, "sample.max_new_tokens", self.max_new_tokens, "at least 0"
+        )
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "sample.temperature",
+            self.temperature,
+            "at least 0",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class JobConfig:
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    sample: Sample = field(default_factory=Sample)
+
+    @property
+    def dump_folder(self) -> Path:
+        return Path(self.job.dump_folder or Path("exp") / Path(self.model.config).stem)
+
+    def flags(self) -> dict[str, Any]:
+        """Dotted name -> value, in the order of the sections above."""
+        return {
+            f"{section.name}.{option.name}": getattr(getattr(self, section.name), option.name)
+            for section in dataclasses.fields(self)
+            for option in dataclasses.fields(getattr(self, section.name))
+        }
+
+    def to_toml(self) -> str:
+        """The file that ``--job.config_file`` reads back to this configuration."""
+        lines: list[str] = []
+        for section in dataclasses.fields(self):
+            lines.append(f"[{section.name}]")
+            for option in dataclasses.fields(getattr(self, section.name)):
+                value = getattr(getattr(self, section.name), option.name)
+                # TOML has no null: an absent key is the default, None. Strings, numbers and booleans
+                # are written as in JSON.
+                if value is not None:
+                    lines.append(f"{option.name} = {json.dumps(value)}")
+            lines.append("")
+        return "\n".join(lines)
+
+
+def _flags_of_toml(path: Path) -> list[str]:
+    """The file's keys as flags, so that both are read, checked and complained about in one way."""
+    try:
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f"--job.config_file must be a TOML file, got {str(path)!r}: {error}"
+        ) from None
+    flags: list[str] = []
+    for section, options in sections.items():
+        if not isinstance(options, dict):
+            raise UsageError(
+                f"--job.config_file {path}: key {section!r} stands outside a [section]"
+            )
+        for name, value in options.items():
+            if isinstance(value, bool):
+                flags.append(f"--{section}.{name}" if value else f"--{section}.no_{name}")
+            else:
+                flags += [f"--{section}.{name}", str(value)]
+    return flags
+
+
+def parse_args(argv: list[str]) -> JobConfig:
+    """Defaults, then ``--job.config_file``, then flags.
+
+    Raises:
+        UsageError: An unknown flag or key, or a value that its option refuses.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--job.config_file", "--job.config-file", dest="config_file")
+    config_file = peek.parse_known_args(argv)[0].config_file
+    if config_file is not None:
+        argv = _flags_of_toml(Path(config_file)) + argv
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(
+                JobConfig,
+                prog="train.sh",
+                description=__doc__,
+                args=argv,
+                use_underscores=True,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit_:
+        if exit_.code == 0:
+            raise
+        raise UsageError(_one_line(complaint.getvalue())) from None
+    for flag, value in config.flags().items():
+        # written so that NaN is refused too
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{flag} must be finite, got {value}")
+    return config
+
+
+def _one_line(box: str) -> str:
+    """tyro's complaint, which comes in a box with the option's help, as one line."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if line.startswith("───")]
+    message = " ".join(lines[: rules[0]] if rules else lines)
+    if len(rules) > 1 and lines[rules[0] + 1].startswith("Perhaps you meant"):
+        message += f"; perhaps you meant {lines[rules[0] + 2]}"
+    return message + " (bash train.sh -h lists the flags)"

@@ -1,0 +1,54 @@
+"""``bash train.sh``: reads the flags, then starts NGPU processes of `flame.train` through torchrun."""
+
+import logging
+import os
+import sys
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from flame.config import parse_args
+from flame.errors import UsageError, exit_on_usage_error
+
+
+def _positive_integer(name: str, default: str) -> int:
+    value = os.environ.get(name, default)
+    if not value.isdecimal() or int(value) < 1:
+        raise UsageError(f"{name} must be a positive integer, got {value!r}")
+    return int(value)
+
+
+def torchrun_args(argv: list[str]) -> list[str]:
+    """torchrun's own command line for this machine.
+
+    Raises:
+        UsageError: An environment variable that is no number.
+    """
+    args = [f"--nproc-per-node={_positive_integer('NGPU', '1')}"]
+    if "MASTER_PORT" in os.environ:
+        port = _positive_integer("MASTER_PORT", "")
+        args += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    else:
+        args += ["--standalone"]
+    return [*args, "-m", "flame.train", *argv]
+
+
+def main() -> None:
+    with exit_on_usage_error():
+        # a wrong flag is answered here, in a second, and not once for every process
+        parse_args(sys.argv[1:])
+        args = torchrun_args(sys.argv[1:])
+    # torchrun gives each of several processes one thread; a CPU run wants its share of the cores
+    threads = max(1, len(os.sched_getaffinity(0)) // _positive_integer("NGPU", "1"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # the process that failed has said why; torchrun would say so again, in a page
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun.run(torchrun.parse_args(args))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+if __name__ == "__main__":
+    main()

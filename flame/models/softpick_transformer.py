@@ -1,0 +1,128 @@
+"""``softpick_transformer``: Llama's block (RMSNorm, RoPE, SwiGLU) with the attention operator as a field.
+
+The operator is saved with the weights. Weights trained with one normaliser compute something else with
+another, so loading them with another is an error unless the field itself is set.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flame.models.attention import normalizer_of
+
+
+class SoftpickTransformerConfig(LlamaConfig):
+    """Llama's configuration with one more field.
+
+    Args:
+        attn_impl: Attention operator by name, see `flame.models.attention.OPERATORS`. Saved with the
+            model. ``from_pretrained(..., attn_implementation=...)`` may pick another operator with the
+            same normaliser, say the PyTorch reference on a CPU; another normaliser takes
+            ``from_pretrained(..., attn_impl=...)``.
+    """
+
+    model_type = "softpick_transformer"
+
+    attn_impl: str = "parallel_softpick_attn"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        normalizer_of(self.attn_impl)
+        super().__post_init__(**kwargs)
+
+    # transformers reads and sets this property wherever it chooses an implementation, and would choose
+    # its own softmax where nothing was asked for
+    @property
+    def _attn_implementation(self) -> str:
+        return self._attn_implementation_internal or self.attn_impl
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | None) -> None:
+        self._attn_implementation_internal = value
+
+
+class SoftpickTransformerForCausalLM(LlamaForCausalLM):
+    """Llama with the attention operator of its configuration."""
+
+    config_class = SoftpickTransformerConfig
+    config: SoftpickTransformerConfig
+
+    # transformers asks this whenever an implementation is chosen or changed
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        attn_impl = self.config.attn_impl
+        requested = requested_attention or attn_impl
+        if normalizer_of(requested) != normalizer_of(attn_impl):
+            raise ValueError(
+                f"attn_implementation={requested!r} computes {normalizer_of(requested)}, but the model "
+                f"was made for attn_impl={attn_impl!r}; to change the function on purpose, pass attn_impl"
+            )
+        return super().get_correct_attn_implementation(requested, is_init_check)
+
+
+def read_config(path: str | Path) -> SoftpickTransformerConfig:
+    """Reads a model configuration and refuses what transformers would swallow.
+
+    Args:
+        path: JSON file, or a folder with a ``config.json``.
+
+    Raises:
+        ValueError: Not a readable JSON object, another ``model_type``, an unknown key, or a shape that
+            cannot be; one line that names file, key, value and what would be right.
+    """
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist; configurations are in configs/") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not a JSON file: {error}") from None
+    if not isinstance(raw, dict) or raw.get("model_type") != SoftpickTransformerConfig.model_type:
+        seen = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(
+            f'{file} must have "model_type": "{SoftpickTransformerConfig.model_type}", got {seen!r}'
+        )
+    known = {option.name for option in fields(SoftpickTransformerConfig)}
+    known |= {"model_type", "architectures", "transformers_version", "dtype", "head_dim"}
+    if unknown := raw.keys() - known:
+        raise ValueError(f"{file} has an unknown key {min(unknown)!r}")
+    try:
+        config = SoftpickTransformerConfig(**raw)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
+    _check_shape(config, file)
+    return config
+
+
+def _check_shape(config: SoftpickTransformerConfig, file: Path) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{file}: {name} must be at least 1, got {value}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"{file}: num_attention_heads must be a multiple of num_key_value_heads, "
+            f"got {heads} and {kv_heads}"
+        )
+    if config.head_dim % 2 or config.head_dim > 256:
+        raise ValueError(
+            f"{file}: the head dimension must be even (RoPE) and at most 256, got {config.head_dim}"
+        )
+    if config.attention_dropout:
+        raise ValueError(
+            f"{file}: attention_dropout must be 0, got {config.attention_dropout}: "
+            "the operators have none"
+        )

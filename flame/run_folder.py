@@ -1,0 +1,76 @@
+"""The dump folder belongs to one run: what makes a run, where that is written, and when it is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flame.config import JobConfig
+from flame.errors import UsageError
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.toml"
+
+# Flags that may change when a run is continued: they alter how far, how often and where, not what.
+_FREE_SECTIONS = ("metrics", "sample")
+_FREE_FLAGS = (
+    "job.config_file",
+    "job.dump_folder",
+    "model.config",
+    "training.steps",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.compile",
+    "training.data_parallel_replicate_degree",
+    "training.data_parallel_shard_degree",
+    "validation.freq",
+    "checkpoint.enable_checkpoint",
+    "checkpoint.interval",
+    "checkpoint.keep_latest_k",
+    "checkpoint.load_step",
+)
+
+
+def identity(config: JobConfig, model: dict[str, Any], global_batch_size: int) -> dict[str, Any]:
+    """What must stay the same for a run to be continued, by flag."""
+    flags = {
+        f"--{flag}": value
+        for flag, value in config.flags().items()
+        if flag not in _FREE_FLAGS and flag.split(".")[0] not in _FREE_SECTIONS
+    }
+    shape = {f"--model.config, {key}": value for key, value in model.items()}
+    return {
+        **flags,
+        "sequences in a step (--training.batch_size x ...)": global_batch_size,
+        **shape,
+    }
+
+
+def check_run_folder(folder: Path, run: dict[str, Any]) -> None:
+    """Raises UsageError unless ``folder`` is new, empty, or holds this very run."""
+    file = folder / RUN_FILE
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not file.is_file():
+        raise UsageError(
+            f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
+        )
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
+    for key in {**earlier, **run}:
+        if earlier.get(key) != run.get(key):
+            raise UsageError(
+                f"--job.dump_folder {folder} holds another run: {key} was {earlier.get(key)!r}, is now "
+                f"{run.get(key)!r}; repeat its command to continue it, or name another folder"
+            )
+
+
+def write_run_folder(folder: Path, config: JobConfig, run: dict[str, Any]) -> None:
+    """Makes the folder this run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    # last and in one move: with it the folder counts as a run's
+    temporary = folder / f"{RUN_FILE}.tmp"
+    temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / RUN_FILE)

@@ -1,0 +1,170 @@
+"""``python -m flame.train``: one process of a run. ``bash train.sh`` starts as many as it takes."""
+
+import os
+import shlex
+import socket
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+from flame._compat import DEVICE_TYPE
+from flame.config import JobConfig, parse_args
+from flame.convert import dcp_to_hf, newest_checkpoint
+from flame.data import load_documents, load_tokenizer, split_tokens, tokenize
+from flame.errors import UsageError, exit_on_usage_error
+from flame.generate import generate
+from flame.log import init_logger, logger
+from flame.models import read_config, require_device
+from flame.run_folder import check_run_folder, identity, write_run_folder
+from flame.titan import global_batch_size, world_size
+from flame.trainer import FlameTrainer, RunInputs, describe
+
+
+def read_inputs(config: JobConfig) -> RunInputs:
+    """Reads and checks everything the run needs.
+
+    Raises:
+        UsageError: A flag or file that the user must mend.
+    """
+    try:
+        model = read_config(config.model.config)
+    except ValueError as error:
+        raise UsageError(f"--model.config: {error}") from None
+    require_device(model.attn_impl, DEVICE_TYPE)
+    t = config.training
+    replicas, shards = t.data_parallel_replicate_degree, t.data_parallel_shard_degree
+    if world_size() % replicas or shards != -1 and replicas * shards != world_size():
+        raise UsageError(
+            f"--training.data_parallel_replicate_degree {replicas} and "
+            f"--training.data_parallel_shard_degree {shards} must multiply to the number of processes, "
+            f"{world_size()} (NGPU)"
+        )
+    try:
+        tokenizer = load_tokenizer(config.model.tokenizer_path)
+        documents = load_documents(
+            t.dataset,
+            name=t.dataset_name,
+            split=t.dataset_split,
+            data_dir=t.data_dir,
+            data_files=t.data_files,
+        )
+        tokens = tokenize(documents, tokenizer)
+        train_tokens, validation_tokens = split_tokens(tokens, t.seq_len, config.validation.share)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if len(tokenizer) > model.vocab_size:
+        raise UsageError(
+            f"--model.tokenizer_path {config.model.tokenizer_path} has {len(tokenizer)} tokens, more "
+            f"than vocab_size {model.vocab_size} of --model.config {config.model.config}"
+        )
+    return RunInputs(
+        tokenizer=tokenizer,
+        train_tokens=train_tokens,
+        validation_tokens=validation_tokens,
+        model=model,
+    )
+
+
+def _act_as_single_process() -> None:
+    """What torchrun would set, for a process started by hand."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def finish(config: JobConfig, inputs: RunInputs, validation_loss: float | None) -> None:
+    """Exports the newest checkpoint, lets it write, and says what there is and what to do next."""
+    checkpoints = config.dump_folder / config.checkpoint.folder
+    checkpoint = newest_checkpoint(checkpoints)
+    if checkpoint is None:
+        logger.info("no checkpoint (--checkpoint.no_enable_checkpoint), so no exported model")
+        return
+    out = config.dump_folder / "hf"
+    dcp_to_hf(checkpoint, inputs.model, inputs.tokenizer, out)
+    if config.sample.max_new_tokens:
+        text = generate(
+            str(out),
+            config.sample.prompt,
+            max_new_tokens=config.sample.max_new_tokens,
+            temperature=config.sample.temperature,
+            seed=config.training.seed,
+            device=DEVICE_TYPE,
+        )
+        logger.info(f"the model writes:\n{text}\n")
+    logger.info(f"checkpoint      {checkpoint}")
+    logger.info(f"exported model  {out}")
+    if validation_loss is not None:
+        unit = "byte" if config.model.tokenizer_path == "byte" else "token"
+        logger.info(f"validation loss {validation_loss:.4f} nats a {unit}")
+    logger.info(f"curves          tensorboard --logdir {config.dump_folder.parent}")
+    if (twin := _twin_command(config)) is not None:
+        logger.info(f"its twin        {twin}")
+
+
+def _twin_command(config: JobConfig) -> str | None:
+    """The command of the same run with the other normaliser, for a configuration that has a twin."""
+    name = os.path.basename(config.model.config)
+    for own, other in (("softpick_", "softmax_"), ("softmax_", "softpick_")):
+        twin = os.path.join(os.path.dirname(config.model.config), name.replace(own, other, 1))
+        if name.startswith(own) and os.path.isfile(twin):
+            break
+    else:
+        return None
+    default = JobConfig().flags()
+    changed = {flag: value for flag, value in config.flags().items() if value != default[flag]}
+    changed |= {"model.config": twin, "job.config_file": None, "job.dump_folder": None}
+    if config.job.dump_folder is not None:
+        changed["job.dump_folder"] = f"{config.job.dump_folder.rstrip('/')}-twin"
+    words = ["bash", "train.sh"]
+    for flag, value in changed.items():
+        section, option = flag.split(".")
+        if isinstance(value, bool):
+            words.append(f"--{section}.{option if value else 'no_' + option}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def main() -> None:
+    init_logger()
+    transformers_logging.disable_progress_bar()
+    _act_as_single_process()
+    with exit_on_usage_error():
+        config = parse_args(sys.argv[1:])
+        inputs = read_inputs(config)
+        run = identity(config, inputs.model.to_diff_dict(), global_batch_size(config))
+        check_run_folder(config.dump_folder, run)
+    if os.environ["RANK"] == "0":
+        write_run_folder(config.dump_folder, config, run)
+    trainer = FlameTrainer(config, inputs)
+    try:
+        describe(trainer)
+        trainer.train()
+        if trainer.stop_signal is None and config.validation.share:
+            loss = trainer.validation_loss()
+            trainer.metrics_processor.log_validation(loss, trainer.step)
+        else:
+            loss = None
+    finally:
+        trainer.close()
+    if trainer.stop_signal is not None:
+        logger.info(
+            f"{trainer.stop_signal.name} after step {trainer.step}: saved; "
+            "the same command continues the run"
+        )
+    elif dist.get_rank() == 0:
+        finish(config, inputs, loss)
+    dist.destroy_process_group()
+    if trainer.stop_signal is not None:
+        sys.exit(128 + trainer.stop_signal)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()
