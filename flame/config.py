@@ -1,6 +1,6 @@
 """Every flag of the trainer: its name, meaning, default and check, and nowhere else.
 
-Flags are dotted, ``--training.steps 600``; the same names in sections make the TOML file that
+Flags are dotted, ``--training.steps 400``; the same names in sections make the TOML file that
 ``--job.config_file`` reads. A flag wins over the file, the file over the defaults below, which are the
 ones of the smallest useful run: a 1M parameter model on the text that ships with Python.
 """
@@ -109,11 +109,11 @@ class Training:
     """Files within a Hugging Face dataset."""
     batch_size: int = 16
     """Sequences in a micro-batch of one process."""
-    seq_len: int = 256
+    seq_len: int = 128
     """Tokens in a sequence."""
     gradient_accumulation_steps: int = 1
     """Micro-batches a process sums gradients over before a step."""
-    steps: int = 600
+    steps: int = 400
     """Optimizer steps."""
     max_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
@@ -121,9 +121,9 @@ class Training:
     """Seed of weights and data order."""
     compile: bool = False
     """Compile every layer and the loss with torch.compile."""
-    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    mixed_precision_param: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and activations in forward and backward; masters, gradients' reduction and the
-    optimizer stay in float32."""
+    optimizer stay in float32. Default: bfloat16 on a GPU, float32 on a CPU."""
     data_parallel_replicate_degree: int = 1
     """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
     data_parallel_shard_degree: int = -1
@@ -267,7 +267,7 @@ def _flags_of_toml(path: Path) -> list[str]:
             if isinstance(value, bool):
                 flags.append(f"--{section}.{name}" if value else f"--{section}.no_{name}")
             else:
-                flags += [f"--{section}.{name}", str(value)]
+                flags.append(f"--{section}.{name}={value}")
     return flags
 
 

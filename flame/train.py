@@ -137,6 +137,10 @@ def main() -> None:
     _act_as_single_process()
     with exit_on_usage_error():
         config = parse_args(sys.argv[1:])
+        if config.training.mixed_precision_param is None:
+            config.training.mixed_precision_param = (
+                "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
+            )
         inputs = read_inputs(config)
         run = identity(config, inputs.model.to_diff_dict(), global_batch_size(config))
         check_run_folder(config.dump_folder, run)

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flame.models.attention import normalizer_of
@@ -92,7 +93,7 @@ def read_config(path: str | Path) -> SoftpickTransformerConfig:
         raise ValueError(f"{file} has an unknown key {min(unknown)!r}")
     try:
         config = SoftpickTransformerConfig(**raw)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     _check_shape(config, file)
     return config

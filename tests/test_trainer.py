@@ -1,0 +1,241 @@
+"""The trainer end to end on a CPU: one process and two, killed and continued, refused and exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flame.models  # noqa: F401  # teaches transformers the model
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8
+# what makes a run of seconds: 2 layers of width 32 on 20 KB of text
+FLAGS = {
+    "training.steps": STEPS,
+    "training.batch_size": 4,
+    "training.seq_len": 32,
+    "validation.freq": 4,
+    "checkpoint.interval": 2,
+    "metrics.log_freq": 1,
+    "sample.max_new_tokens": 5,
+    "lr_scheduler.warmup_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of a small run, its model and its text."""
+    folder = tmp_path_factory.mktemp("small")
+    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
+    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    (folder / "softpick_small.json").write_text(json.dumps(raw))
+    raw["attn_impl"] = "naive_softmax_attn"
+    (folder / "softmax_small.json").write_text(json.dumps(raw))
+    lines = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(600))
+    (folder / "text.txt").write_text("".join(lines))
+    return FLAGS | {
+        "model.config": folder / "softpick_small.json",
+        "training.dataset": folder / "text.txt",
+    }
+
+
+def command(flags, *, processes=1):
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    if processes == 1:
+        return [sys.executable, "-m", "flame.train", *words]
+    return ["bash", "train.sh", *words]
+
+
+def environment(processes=1):
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
+    # torchrun is found beside the interpreter the tests run in, and no GPU is taken
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return env | {"NGPU": str(processes), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def train(flags, *, processes=1, code=0):
+    run = subprocess.run(
+        command(flags, processes=processes),
+        cwd=ROOT,
+        env=environment(processes),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == code, run.stdout + run.stderr
+    return run
+
+
+def curve(folder, name="loss"):
+    """Step -> value of a TensorBoard scalar, at full precision."""
+    events = EventAccumulator(str(Path(folder) / "tb"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A run that nothing interrupted, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, train(small | {"job.dump_folder": folder}).stdout
+
+
+def test_run_learns_and_reports(finished):
+    folder, output = finished
+    losses = curve(folder)
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] - 0.5
+    assert list(curve(folder, "validation_loss")) == [4, STEPS]
+    for name in ("lr", "grad_norm", "tokens_per_s"):
+        assert len(curve(folder, name)) == STEPS
+    assert f"step {STEPS}/{STEPS} 100%" in output
+    assert "tokens/s" in output
+    assert "left" in output
+    assert f"checkpoint      {folder / 'checkpoint' / f'step-{STEPS}'}" in output
+    assert f"exported model  {folder / 'hf'}" in output
+    assert "the model writes:\nThe " in output
+    assert "softmax_small.json" in output.split("its twin")[1]
+
+
+def test_old_checkpoints_are_deleted(finished):
+    folder, _ = finished
+    names = sorted(path.name for path in (folder / "checkpoint").iterdir())
+    assert names == [f"step-{STEPS - 2}", f"step-{STEPS}"]
+
+
+def test_export_is_the_trained_model(finished):
+    folder, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    assert model.config.attn_impl == "naive_softpick_attn"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    text = "".join(f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(9))
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert abs(loss - curve(folder)[STEPS]) < 0.5
+
+
+def test_repeating_a_finished_command_trains_nothing(finished, small):
+    folder, _ = finished
+    before = curve(folder)
+    train(small | {"job.dump_folder": folder})
+    assert curve(folder) == before
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it was interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_and_repeated_gives_the_same_losses(finished, small, tmp_path, how):
+    flags = small | {"job.dump_folder": tmp_path / "run"}
+    with subprocess.Popen(
+        command(flags), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+    ) as process:
+        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+        process.send_signal(how)
+    assert process.returncode == (128 + how if how == signal.SIGTERM else -how)
+    assert len(list((tmp_path / "run" / "checkpoint").glob("step-*"))) < STEPS
+    train(flags)
+    expected = curve(finished[0])
+    got = curve(tmp_path / "run")
+    # a step that a kill kept from TensorBoard was trained before the last checkpoint
+    assert got == {step: expected[step] for step in got}
+    assert max(got) == STEPS
+    assert (
+        curve(tmp_path / "run", "validation_loss")[STEPS]
+        == curve(finished[0], "validation_loss")[STEPS]
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2], ids=["fsdp", "ddp"])
+def test_two_processes_continue_a_run_of_one(finished, small, tmp_path, replicas):
+    flags = small | {"job.dump_folder": tmp_path / "run"}
+    train(flags | {"training.steps": 4})
+    alone = tmp_path / "alone"
+    subprocess.run(["cp", "-r", tmp_path / "run", alone], check=True)
+    train(flags | {"job.dump_folder": alone})
+    halves = {"training.batch_size": 2, "training.data_parallel_replicate_degree": replicas}
+    train(flags | halves, processes=2)
+    expected, got = curve(alone), curve(tmp_path / "run")
+    assert list(got) == list(expected)
+    for name in ("loss", "grad_norm", "validation_loss"):
+        expected, got = curve(alone, name), curve(tmp_path / "run", name)
+        for step, value in expected.items():
+            assert got[step] == pytest.approx(value, rel=1e-5), (name, step)
+
+
+def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
+    flags = small | {"job.dump_folder": tmp_path / "run"}
+    train(flags | {"training.batch_size": 2, "training.gradient_accumulation_steps": 2})
+    expected = curve(finished[0])
+    for step, value in curve(tmp_path / "run").items():
+        assert value == pytest.approx(expected[step], rel=1e-5)
+
+
+def one_line(run):
+    lines = [line for line in run.stderr.splitlines() if line]
+    assert len(lines) == 1, run.stderr
+    assert lines[0].startswith("flame: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"training.stepz": 3}, ["--training.stepz", "--training.steps"]),
+        ({"model.config": "missing.json"}, ["--model.config", "missing.json", "does not exist"]),
+        ({"training.dataset": "./missing.txt"}, ["--training.dataset", "missing.txt"]),
+        ({"training.seq_len": 100000}, ["--training.seq_len", "100000", "tokens"]),
+        (
+            {"model.config": "configs/softpick_transformer_340M.json"},
+            ["parallel_softpick_attn", "GPU", "naive_softpick_attn"],
+        ),
+        (
+            {"training.data_parallel_shard_degree": 2},
+            ["--training.data_parallel_shard_degree", "1"],
+        ),
+    ],
+    ids=["flag", "config", "dataset", "sequence", "triton", "degree"],
+)
+def test_a_mistake_ends_before_training(small, tmp_path, flags, words):
+    folder = tmp_path / "run"
+    line = one_line(train(small | {"job.dump_folder": folder} | flags, code=2))
+    for word in words:
+        assert word in line
+    assert not folder.exists()
+
+
+def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    other = {"model.config": small["model.config"].with_name("softmax_small.json")}
+    line = one_line(train(small | other | {"job.dump_folder": folder}, code=2))
+    assert "attn_impl was 'naive_softpick_attn', is now 'naive_softmax_attn'" in line
+    line = one_line(train(small | {"job.dump_folder": folder, "optimizer.lr": 1}, code=2))
+    assert "--optimizer.lr was 0.003, is now 1.0" in line
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    line = one_line(train(small | {"job.dump_folder": tmp_path / "mine"}, code=2))
+    assert "no run's" in line
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_launcher_passes_on_the_exit_code_and_one_line(small, tmp_path):
+    flags = small | {"job.dump_folder": tmp_path / "run", "training.dataset": "./missing.txt"}
+    line = one_line(train(flags, processes=2, code=2))
+    assert "--training.dataset" in line
