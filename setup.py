@@ -1,10 +1,12 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="softpick",
     version="0.1.0",
     description="Softpick attention: Triton kernels beside flash-linear-attention, and a trainer to study them",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
@@ -29,7 +31,8 @@ setup(
     ],
     extras_require={
         "cpu": ["triton>=3.6,<3.10"],
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1"],
+        # setuptools builds the wheel that tests/test_packaging.py installs, from 70.1 on without the package wheel
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "setuptools>=70.1"],
         "baselines": ["flash-linear-attention==0.6.0"],
         "dev": ["pyright>=1.1.390,<2", "matplotlib>=3.8,<4", "build>=1.2,<2"],
     },

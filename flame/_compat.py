@@ -4,6 +4,7 @@ Each entry names the error it prevents. Whatever else of ours touches torchtitan
 `trainer.py` and `parallelize.py`.
 """
 
+import os
 import resource
 import sys
 from datetime import timedelta
@@ -22,6 +23,9 @@ if torch._utils._get_available_device_type() is None:
 import torchtitan.components.metrics as titan_metrics
 import torchtitan.distributed.utils as titan_distributed
 from torchtitan.tools import utils as titan_utils
+
+# "ENV[...] = 1 will be overridden to 3": torchrun sets what torchtitan sets anew, and warns about
+os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING", None)
 
 DEVICE_TYPE: str = titan_utils.device_type
 

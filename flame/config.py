@@ -1,6 +1,6 @@
 """Every flag of the trainer: its name, meaning, default and check, and nowhere else.
 
-Flags are dotted, ``--training.steps 400``; the same names in sections make the TOML file that
+Flags are dotted, ``--training.steps 300``; the same names in sections make the TOML file that
 ``--job.config_file`` reads. A flag wins over the file, the file over the defaults below, which are the
 ones of the smallest useful run: a 1M parameter model on the text that ships with Python.
 """
@@ -71,7 +71,7 @@ class Optimizer:
 
 @dataclass(kw_only=True, slots=True)
 class LRScheduler:
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     """Steps in which the learning rate rises linearly from 0."""
     decay_ratio: float | None = None
     """Share of the steps, at the end, in which the rate decays (warmup-stable-decay). Default: it decays
@@ -113,7 +113,7 @@ class Training:
     """Tokens in a sequence."""
     gradient_accumulation_steps: int = 1
     """Micro-batches a process sums gradients over before a step."""
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps."""
     max_norm: float = 1.0
     """Gradients are scaled down to this global norm."""

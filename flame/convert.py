@@ -1,6 +1,7 @@
 """``python -m flame.convert dcp-to-hf``: a checkpoint of a run as a Hugging Face model folder."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,7 +42,10 @@ def dcp_to_hf(
     model = SoftpickTransformerForCausalLM(config)
     state = model.state_dict()
     # every weight comes from the checkpoint: one that is missing there fails here
-    dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    with warnings.catch_warnings():
+        # it warns that it takes no_dist=True at its word
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
     model.load_state_dict(state)
     for x in (model.config, model.generation_config):
         x.bos_token_id = tokenizer.bos_token_id

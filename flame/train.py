@@ -4,6 +4,7 @@ import os
 import shlex
 import socket
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,9 @@ def _act_as_single_process() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def finish(config: JobConfig, inputs: RunInputs, validation_loss: float | None) -> None:
+def finish(
+    config: JobConfig, inputs: RunInputs, asked: dict[str, Any], validation_loss: float | None
+) -> None:
     """Exports the newest checkpoint, lets it write, and says what there is and what to do next."""
     checkpoints = config.dump_folder / config.checkpoint.folder
     checkpoint = newest_checkpoint(checkpoints)
@@ -103,24 +106,25 @@ def finish(config: JobConfig, inputs: RunInputs, validation_loss: float | None) 
         unit = "byte" if config.model.tokenizer_path == "byte" else "token"
         logger.info(f"validation loss {validation_loss:.4f} nats a {unit}")
     logger.info(f"curves          tensorboard --logdir {config.dump_folder.parent}")
-    if (twin := _twin_command(config)) is not None:
+    if (twin := _twin_command(asked)) is not None:
         logger.info(f"its twin        {twin}")
 
 
-def _twin_command(config: JobConfig) -> str | None:
+def _twin_command(asked: dict[str, Any]) -> str | None:
     """The command of the same run with the other normaliser, for a configuration that has a twin."""
-    name = os.path.basename(config.model.config)
+    folder, name = os.path.split(asked["model.config"])
     for own, other in (("softpick_", "softmax_"), ("softmax_", "softpick_")):
-        twin = os.path.join(os.path.dirname(config.model.config), name.replace(own, other, 1))
+        twin = os.path.join(folder, name.replace(own, other, 1))
         if name.startswith(own) and os.path.isfile(twin):
             break
     else:
         return None
     default = JobConfig().flags()
-    changed = {flag: value for flag, value in config.flags().items() if value != default[flag]}
-    changed |= {"model.config": twin, "job.config_file": None, "job.dump_folder": None}
-    if config.job.dump_folder is not None:
-        changed["job.dump_folder"] = f"{config.job.dump_folder.rstrip('/')}-twin"
+    changed = {flag: value for flag, value in asked.items() if value != default[flag]}
+    # what a recipe file said is among the flags
+    changed |= {"model.config": twin, "job.config_file": None}
+    if asked["job.dump_folder"] is not None:
+        changed["job.dump_folder"] = f"{asked['job.dump_folder'].rstrip('/')}-twin"
     words = ["bash", "train.sh"]
     for flag, value in changed.items():
         section, option = flag.split(".")
@@ -137,6 +141,7 @@ def main() -> None:
     _act_as_single_process()
     with exit_on_usage_error():
         config = parse_args(sys.argv[1:])
+        asked = config.flags()
         if config.training.mixed_precision_param is None:
             config.training.mixed_precision_param = (
                 "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
@@ -163,7 +168,7 @@ def main() -> None:
             "the same command continues the run"
         )
     elif dist.get_rank() == 0:
-        finish(config, inputs, loss)
+        finish(config, inputs, asked, loss)
     dist.destroy_process_group()
     if trainer.stop_signal is not None:
         sys.exit(128 + trainer.stop_signal)
