@@ -64,11 +64,11 @@ def _known_peak_flops(device_name: str) -> float:
     """bf16 peak of a device in FLOP/s, NaN where torchtitan does not know it."""
     if DEVICE_TYPE == "cpu":
         return float("nan")
+    # it logs that lspci is missing and that it takes the peak of an A100 for that of an unknown device
     titan_utils.logger.disabled = True
-    peak = _get_peak_flops(device_name)
+    peak, fallback = _get_peak_flops(device_name), _get_peak_flops("A100")
     titan_utils.logger.disabled = False
-    # A100's peak is also torchtitan's answer for every device it does not know
-    return peak if peak != _get_peak_flops("A100") or "A100" in device_name else float("nan")
+    return peak if peak != fallback or "A100" in device_name else float("nan")
 
 
 # the MFU of an unknown device would be reported against an A100

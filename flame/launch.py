@@ -2,9 +2,11 @@
 
 import logging
 import os
+import socket
 import sys
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from flame.config import parse_args
@@ -18,15 +20,27 @@ def _positive_integer(name: str, default: str) -> int:
     return int(value)
 
 
+def _require_free(port: int) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"MASTER_PORT must be a free port, one for each run, got {port}: {error}"
+            ) from None
+
+
 def torchrun_args(argv: list[str]) -> list[str]:
     """torchrun's own command line for this machine.
 
     Raises:
-        UsageError: An environment variable that is no number.
+        UsageError: NGPU or MASTER_PORT is no number, or the port is taken.
     """
     args = [f"--nproc-per-node={_positive_integer('NGPU', '1')}"]
     if "MASTER_PORT" in os.environ:
         port = _positive_integer("MASTER_PORT", "")
+        _require_free(port)
         args += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     else:
         args += ["--standalone"]
@@ -48,6 +62,9 @@ def main() -> None:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as error:
+        # torchrun has passed the signal on and waited for the processes to save
+        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flame.config import JobConfig
+from flame.data import checksum
 from flame.errors import UsageError
+from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.toml"
@@ -30,18 +34,33 @@ _FREE_FLAGS = (
 )
 
 
-def identity(config: JobConfig, model: dict[str, Any], global_batch_size: int) -> dict[str, Any]:
+# what transformers adds to a configuration and an upgrade may change
+_NOT_SHAPE = ("transformers_version", "architectures", "dtype")
+
+
+def identity(
+    config: JobConfig,
+    *,
+    model: SoftpickTransformerConfig,
+    train_tokens: np.ndarray,
+    global_batch_size: int,
+) -> dict[str, Any]:
     """What must stay the same for a run to be continued, by flag."""
     flags = {
         f"--{flag}": value
         for flag, value in config.flags().items()
         if flag not in _FREE_FLAGS and flag.split(".")[0] not in _FREE_SECTIONS
     }
-    shape = {f"--model.config, {key}": value for key, value in model.items()}
     return {
         **flags,
-        "sequences in a step (--training.batch_size x ...)": global_batch_size,
-        **shape,
+        "the number of sequences in a step (--training.batch_size x ...)": global_batch_size,
+        "the number of tokens (--training.dataset)": len(train_tokens),
+        "the checksum of the tokens (--training.dataset)": checksum(train_tokens),
+        **{
+            f"--model.config, {key}": value
+            for key, value in model.to_diff_dict().items()
+            if key not in _NOT_SHAPE
+        },
     }
 
 

@@ -147,7 +147,12 @@ def main() -> None:
                 "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
             )
         inputs = read_inputs(config)
-        run = identity(config, inputs.model.to_diff_dict(), global_batch_size(config))
+        run = identity(
+            config,
+            model=inputs.model,
+            train_tokens=inputs.train_tokens,
+            global_batch_size=global_batch_size(config),
+        )
         check_run_folder(config.dump_folder, run)
     if os.environ["RANK"] == "0":
         write_run_folder(config.dump_folder, config, run)
@@ -163,10 +168,10 @@ def main() -> None:
     finally:
         trainer.close()
     if trainer.stop_signal is not None:
-        logger.info(
-            f"{trainer.stop_signal.name} after step {trainer.step}: saved; "
-            "the same command continues the run"
-        )
+        saved = "saved; the same command continues the run"
+        if not config.checkpoint.enable_checkpoint:
+            saved = "nothing saved (--checkpoint.no_enable_checkpoint)"
+        logger.info(f"{trainer.stop_signal.name} after step {trainer.step}: {saved}")
     elif dist.get_rank() == 0:
         finish(config, inputs, asked, loss)
     dist.destroy_process_group()

@@ -2,10 +2,25 @@
 
 import os
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     from triton_interpreter import repair
 
     repair()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one, else the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -161,21 +163,49 @@ def test_interrupted_and_repeated_gives_the_same_losses(finished, small, tmp_pat
     )
 
 
+@pytest.fixture(scope="module")
+def half_done(small, tmp_path_factory):
+    """A run of one process that ended after half of the steps, and the same continued to the end."""
+    folder = tmp_path_factory.mktemp("half")
+    train(small | {"job.dump_folder": folder / "run", "training.steps": STEPS // 2})
+    shutil.copytree(folder / "run", folder / "alone")
+    train(small | {"job.dump_folder": folder / "alone"})
+    return folder
+
+
 @pytest.mark.parametrize("replicas", [1, 2], ids=["fsdp", "ddp"])
-def test_two_processes_continue_a_run_of_one(finished, small, tmp_path, replicas):
+def test_two_processes_continue_a_run_of_one(half_done, small, tmp_path, replicas):
+    alone = half_done / "alone"
+    shutil.copytree(half_done / "run", tmp_path / "run")
     flags = small | {"job.dump_folder": tmp_path / "run"}
-    train(flags | {"training.steps": 4})
-    alone = tmp_path / "alone"
-    subprocess.run(["cp", "-r", tmp_path / "run", alone], check=True)
-    train(flags | {"job.dump_folder": alone})
     halves = {"training.batch_size": 2, "training.data_parallel_replicate_degree": replicas}
     train(flags | halves, processes=2)
-    expected, got = curve(alone), curve(tmp_path / "run")
-    assert list(got) == list(expected)
+    assert list(curve(tmp_path / "run")) == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm", "validation_loss"):
         expected, got = curve(alone, name), curve(tmp_path / "run", name)
         for step, value in expected.items():
             assert got[step] == pytest.approx(value, rel=1e-5), (name, step)
+
+
+def test_interrupt_of_the_launcher_saves(small, tmp_path):
+    # Ctrl-C reaches every process in the foreground at once
+    flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with subprocess.Popen(
+        command(flags, processes=2),
+        cwd=ROOT,
+        env=environment(2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    step = output.split("SIGINT after step ")[1].split(":")[0]
+    assert (tmp_path / "run" / "checkpoint" / f"step-{step}" / ".metadata").exists()
 
 
 def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
@@ -233,6 +263,27 @@ def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
     line = one_line(train(small | {"job.dump_folder": tmp_path / "mine"}, code=2))
     assert "no run's" in line
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_changed_data_is_another_run(finished, small, tmp_path):
+    folder, _ = finished
+    changed = tmp_path / "text.txt"
+    changed.write_text(small["training.dataset"].read_text().replace("times", "TIMES"))
+    (folder / "run.json").write_text(
+        (folder / "run.json").read_text().replace(str(small["training.dataset"]), str(changed))
+    )
+    line = one_line(train(small | {"job.dump_folder": folder, "training.dataset": changed}, code=2))
+    assert "the checksum of the tokens (--training.dataset) was" in line
+
+
+def test_launcher_refuses_a_port_in_use(small, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        line = one_line(train(small | {"job.dump_folder": tmp_path}, processes=2, code=2))
+    assert f"MASTER_PORT must be a free port, one for each run, got {port}" in line
 
 
 def test_launcher_passes_on_the_exit_code_and_one_line(small, tmp_path):

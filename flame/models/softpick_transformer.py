@@ -9,12 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flame.models.attention import normalizer_of
 
 
+@strict
 class SoftpickTransformerConfig(LlamaConfig):
     """Llama's configuration with one more field.
 

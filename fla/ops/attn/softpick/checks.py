@@ -1,17 +1,30 @@
 """What references and kernels do with their arguments alike: autocast and checks."""
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+# "meta", for one, knows no autocast; torch.amp.is_autocast_available breaks the graph of torch.compile
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def autocast_inputs(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The inputs in autocast's dtype where autocast is on, as torch's own attention takes them."""
     device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return inputs
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    # float64 stays, as in torch
+    narrow = torch.float32, torch.float16, torch.bfloat16
+    return tuple(x.to(dtype) if x.dtype in narrow else x for x in inputs)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Operations inside run in the dtype of their inputs."""
+    if device.type not in _AUTOCAST_DEVICES:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_inputs(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
+from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs, without_autocast
 
 # Added to the unshifted denominator. One value for reference and kernels: it is part of the function.
 EPS = 1e-6
@@ -207,7 +207,7 @@ def naive_normalized_attn(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     visible = visible_keys(T, S, q.device, cu_seqlens, window_size)
     # NOTE(numerics): inputs are in autocast's dtype already; the scores are not to be cast again
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
         weights_BHTS = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe).to(v.dtype)
         o = weights_BHTS @ v

@@ -18,6 +18,8 @@ from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_a
 MAX_HEAD_DIM = 256
 # Offsets within a tile of at most 128 rows are 32-bit.
 MAX_TIME_STRIDE = 2**31 // 128
+# Decided when the kernels are defined, so at import.
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @torch.library.custom_op("softpick::normalized_attn_fwd", mutates_args=())
@@ -71,10 +73,11 @@ def _backward(ctx, do, dlse):
     q, k, v, o, lse = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
+    do = _last_contiguous(do)
+    if do.stride(2 if ctx.head_first else 1) > MAX_TIME_STRIDE:
+        do = do.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    grads = _bwd(
-        q, k, v, o, lse, _last_contiguous(do), dlse, ctx.scale, ctx.head_first, ctx.normalizer
-    )
+    grads = _bwd(q, k, v, o, lse, do, dlse, ctx.scale, ctx.head_first, ctx.normalizer)
     return *grads, None, None, None, None
 
 
@@ -96,7 +99,7 @@ def _check_kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head
     """What the kernels ask for beyond `check_inputs`."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
-    if q.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if q.device.type == "cpu" and not IS_INTERPRETED:
         raise ValueError(
             "q must be on a GPU for the Triton operator, got cpu; on a CPU call the reference of the "
             "same name, naive_..._attn, or set TRITON_INTERPRET=1 before Triton is imported to debug"

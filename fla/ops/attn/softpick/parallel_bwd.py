@@ -292,15 +292,20 @@ def parallel_normalized_attn_bwd_kernel_dq(
 
 def _tile_config(q: torch.Tensor, V: int) -> tuple[dict[str, int], dict[str, int]]:
     """Launch shapes of dkv and dq by head dimension and element size."""
-    width = max(feature_tile(q.shape[-1]), feature_tile(V)) * q.element_size()
-    if width <= 128:
-        dkv = {"BT": 64, "BS": 64, "num_warps": 4, "num_stages": 3}
-        return dkv, {"BT": 64, "BS": 64, "num_warps": 4, "num_stages": 3}
-    if width <= 256:
+    D = max(feature_tile(q.shape[-1]), feature_tile(V))
+    if q.dtype == torch.float32:
+        # as in forward
+        tiles = {64: {"BT": 32, "BS": 32}, 128: {"BT": 32, "BS": 16}, 256: {"BT": 16, "BS": 16}}
+        both = tiles[max(D, 64)] | {"num_warps": 8, "num_stages": 1}
+        return both, both
+    if D <= 64:
+        both = {"BT": 64, "BS": 64, "num_warps": 4, "num_stages": 3}
+        return both, both
+    if D <= 128:
         dkv = {"BT": 64, "BS": 64, "num_warps": 4, "num_stages": 2}
         return dkv, {"BT": 128, "BS": 64, "num_warps": 8, "num_stages": 2}
-    dkv = {"BT": 32, "BS": 32, "num_warps": 4, "num_stages": 1}
-    return dkv, {"BT": 32, "BS": 32, "num_warps": 4, "num_stages": 1}
+    both = {"BT": 32, "BS": 32, "num_warps": 4, "num_stages": 1}
+    return both, both
 
 
 def parallel_normalized_attn_bwd(

@@ -214,11 +214,16 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
 
 def _tile_config(q: torch.Tensor, V: int) -> dict[str, int]:
     """Launch shape by head dimension and element size."""
-    width = max(feature_tile(q.shape[-1]), feature_tile(V)) * q.element_size()
-    if width <= 128:
+    D = max(feature_tile(q.shape[-1]), feature_tile(V))
+    if q.dtype == torch.float32:
+        # IEEE products run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile
+        tile = {"BT": 64, "BS": 32} if D <= 64 else {"BT": 32, "BS": 16}
+        return tile | {"num_warps": 8, "num_stages": 1}
+    if D <= 64:
         return {"BT": 64, "BS": 64, "num_warps": 4, "num_stages": 3}
-    if width <= 256:
-        return {"BT": 128, "BS": 64, "num_warps": 8, "num_stages": 3}
+    if D <= 128:
+        # a third stage takes more than the 64 KB of shared memory of gfx90a and gfx942
+        return {"BT": 128, "BS": 64, "num_warps": 8, "num_stages": 2}
     return {"BT": 64, "BS": 32, "num_warps": 4, "num_stages": 2}
 
 

@@ -1,0 +1,252 @@
+"""The Triton operators against the references: outputs and gradients, over shapes, dtypes and scores.
+
+Without a GPU the kernels run in Triton's interpreter. Tiles are powers of two up to 128, so lengths around
+64 and 128 stand at every tile's edge.
+"""
+
+import pytest
+import torch
+from numerics import Inputs, check_attention, draw
+
+from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
+
+each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
+
+
+def check(inputs, device, **kwargs):
+    return check_attention(parallel_normalized_attn, inputs.to(device), **kwargs)
+
+
+SHAPES = {
+    "one-token": {"T": 1, "HQ": 4},
+    "two-tokens": {"T": 2, "HQ": 4, "B": 2},
+    "tile-less-1": {"T": 63},
+    "tile": {"T": 64},
+    "tile-and-1": {"T": 65},
+    "large-tile-and-1": {"T": 129, "K": 32},
+    "ragged-tail": {"T": 150},
+    "odd-dims": {"T": 65, "K": 60, "V": 20},
+    "smallest-dims": {"T": 33, "K": 1, "V": 1, "HQ": 2},
+    "narrow-key": {"T": 33, "K": 7, "V": 72},
+    "gqa-batch": {"T": 33, "HQ": 4, "H": 2, "B": 2},
+    "mqa-8": {"T": 33, "HQ": 8, "H": 1},
+    "last-token": {"T": 1, "S": 65, "HQ": 4},
+    "chunk": {"T": 5, "S": 70, "HQ": 2},
+    "chunk-gqa-ragged-tail": {"T": 65, "S": 101, "HQ": 2, "H": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@each_normalizer
+def test_shape(normalizer, shape, device):
+    check(draw(**SHAPES[shape]), device, normalizer=normalizer)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"T": 129, "K": 128}, id="128"),
+        pytest.param({"T": 40, "K": 256, "HQ": 2, "H": 1}, id="256-gqa"),
+        pytest.param({"T": 40, "K": 96, "V": 160}, id="96-160"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_large_head_dimension(normalizer, dtype, shape, device):
+    check(draw(**shape, dtype=dtype), device, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
+@each_normalizer
+def test_half_precision(normalizer, safe, dtype, device):
+    inputs = draw(101, K=32, HQ=2, H=1, dtype=dtype)
+    check(inputs, device, normalizer=normalizer, safe=safe)
+
+
+@each_normalizer
+def test_unsafe(normalizer, device):
+    # scores of either sign up to about 60
+    inputs = draw(101)
+    inputs = inputs._replace(q=inputs.q * 16)
+    check(inputs, device, normalizer=normalizer, safe=False)
+
+
+@pytest.mark.parametrize("shape", [{"T": 65}, {"T": 5, "S": 70}], ids=["square", "chunk"])
+@each_normalizer
+def test_head_first(normalizer, shape, device):
+    inputs = draw(**shape, B=2, HQ=2, H=1, V=24, head_first=True)
+    check(inputs, device, normalizer=normalizer, head_first=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+@each_normalizer
+def test_scale(normalizer, scale, device):
+    check(draw(65), device, normalizer=normalizer, scale=scale)
+
+
+def fused_qkv(T, device):
+    qkv = draw(T, K=60, HQ=2, device=device).q
+    return qkv[..., :20], qkv[..., 20:40], qkv[..., 40:]
+
+
+def transposed(T, device):
+    return (x.transpose(1, 2) for x in draw(T, HQ=2, head_first=True, device=device)[:3])
+
+
+def last_dimension_strided(T, device):
+    return (x[..., ::2] for x in draw(T, K=40, HQ=2, device=device)[:3])
+
+
+def time_outermost(T, device):
+    return (x.transpose(0, 1) for x in draw(2, B=T, HQ=2, device=device)[:3])
+
+
+def one_head_expanded(T, device):
+    return (x.expand(-1, -1, 2, -1) for x in draw(T, HQ=1, device=device)[:3])
+
+
+def one_row_expanded(T, device):
+    return (x.expand(2, -1, -1, -1) for x in draw(T, HQ=2, device=device)[:3])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        fused_qkv,
+        transposed,
+        last_dimension_strided,
+        time_outermost,
+        one_head_expanded,
+        one_row_expanded,
+    ],
+)
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_strided_inputs(normalizer, view, device):
+    q, k, v = view(65, device)
+    do = torch.randn(q.shape[:-1] + v.shape[-1:], generator=torch.Generator().manual_seed(0))
+    check(Inputs(q, k, v, do), device, normalizer=normalizer)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda do: do[:, :1, :1, :1].expand_as(do), id="one-number"),
+        pytest.param(lambda do: do[:, :, :1].expand_as(do), id="one-head"),
+        pytest.param(lambda do: do.transpose(1, 3).contiguous().transpose(1, 3), id="transposed"),
+        pytest.param(lambda do: torch.cat([do, do], -1)[..., ::2], id="every-second"),
+    ],
+)
+@pytest.mark.parametrize("head_first", [False, True])
+def test_strided_output_gradient(head_first, view, device):
+    inputs = draw(65, HQ=2, V=12, head_first=head_first)
+    inputs = inputs._replace(do=view(inputs.do))
+    check(inputs, device, normalizer="softpick", head_first=head_first)
+
+
+def all_negative(inputs):
+    return inputs._replace(q=inputs.q.abs(), k=-inputs.k.abs())
+
+
+def all_positive(inputs):
+    return inputs._replace(q=inputs.q.abs(), k=inputs.k.abs())
+
+
+def all_zero(inputs):
+    return inputs._replace(k=torch.zeros_like(inputs.k))
+
+
+def every_second_zero(inputs):
+    return inputs._replace(k=inputs.k * (torch.arange(inputs.k.shape[1]) % 2)[:, None, None])
+
+
+def first_tile_negative(inputs):
+    # rows of the later tiles first meet keys of weight 0, then positive ones
+    k = inputs.k.abs()
+    k[:, :70] *= -8
+    return inputs._replace(q=inputs.q.abs(), k=k)
+
+
+def first_tile_very_negative(inputs):
+    k = inputs.k.abs()
+    k[:, :70] *= -200
+    return inputs._replace(q=inputs.q.abs(), k=k)
+
+
+def one_dominant_key(inputs):
+    k = inputs.k.clone()
+    k[:, 17] = 8
+    return inputs._replace(q=inputs.q.abs(), k=k)
+
+
+def large(inputs):
+    # scores of either sign in the hundreds
+    return inputs._replace(q=inputs.q * 30, k=inputs.k * 10)
+
+
+def huge(inputs):
+    # in the ten thousands
+    return inputs._replace(q=inputs.q * 100, k=inputs.k * 50)
+
+
+def small(inputs):
+    return inputs._replace(q=inputs.q * 0.03, k=inputs.k * 0.03)
+
+
+def large_values(inputs):
+    return inputs._replace(v=inputs.v * 100, do=inputs.do * 10)
+
+
+REGIMES = (
+    all_negative,
+    all_positive,
+    all_zero,
+    every_second_zero,
+    first_tile_negative,
+    first_tile_very_negative,
+    one_dominant_key,
+    large,
+    huge,
+    small,
+    large_values,
+)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@each_normalizer
+def test_scores(normalizer, regime, device):
+    got = check(regime(draw(101)), device, normalizer=normalizer)
+    if regime is all_negative and normalizer in ("softpick", "relu_softpick", "rectified"):
+        assert not any(x.count_nonzero() for x in got.values())
+    if regime is all_zero:
+        assert not got["dq"].count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_scores_in_half_precision(regime, dtype, device):
+    check(regime(draw(101, dtype=dtype)), device, normalizer="softpick")
+
+
+def test_scores_below_eps(device):
+    # the denominator is little more than eps, which magnifies gradients a million times
+    inputs = draw(101)
+    inputs = inputs._replace(q=inputs.q * 1e-3, k=inputs.k * 1e-3)
+    for normalizer in ("softpick", "relu_softpick", "abs_softpick"):
+        check(inputs, device, normalizer=normalizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"T": 1000, "K": 64, "B": 2, "HQ": 8}, id="mha-64"),
+        pytest.param({"T": 1000, "K": 128, "B": 2, "HQ": 8, "H": 2}, id="gqa-128"),
+        pytest.param({"T": 500, "S": 2000, "K": 64, "HQ": 4}, id="chunk-64"),
+        pytest.param({"T": 700, "K": 256, "HQ": 4}, id="256"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@each_normalizer
+def test_real_size(normalizer, dtype, shape, device):
+    check(draw(**shape, dtype=dtype), device, normalizer=normalizer)
