@@ -153,9 +153,10 @@ def main() -> None:
             train_tokens=inputs.train_tokens,
             global_batch_size=global_batch_size(config),
         )
-        check_run_folder(config.dump_folder, run)
-    if os.environ["RANK"] == "0":
-        write_run_folder(config.dump_folder, config, run)
+        # one process alone, which the others then wait for: they would find a folder half written
+        if os.environ["RANK"] == "0":
+            check_run_folder(config.dump_folder, run)
+            write_run_folder(config.dump_folder, config, run)
     trainer = FlameTrainer(config, inputs)
     try:
         describe(trainer)
