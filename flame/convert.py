@@ -12,15 +12,18 @@ from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 
-METADATA = ".metadata"
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder ``step-N`` was saved to the end; torch writes the metadata last."""
+    return (checkpoint / ".metadata").is_file()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint ``step-N`` with the largest ``N``; torch writes the metadata last."""
+    """The complete checkpoint ``step-N`` with the largest ``N``."""
     steps = [
         path
         for path in folder.glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and (path / METADATA).is_file()
+        if path.name.removeprefix("step-").isdigit() and is_complete(path)
     ]
     return max(steps, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
@@ -68,7 +71,7 @@ def main() -> None:
     with exit_on_usage_error():
         from flame.data import load_tokenizer
 
-        if not (args.checkpoint / METADATA).is_file():
+        if not is_complete(args.checkpoint):
             raise UsageError(f"--checkpoint {args.checkpoint} is not a complete checkpoint step-N")
         try:
             config, tokenizer = read_config(args.config), load_tokenizer(args.tokenizer)

@@ -55,6 +55,9 @@ def main() -> None:
     # torchrun gives each of several processes one thread; a CPU run wants its share of the cores
     threads = max(1, len(os.sched_getaffinity(0)) // _positive_integer("NGPU", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # threads that spin while they wait make a CPU run ten times slower as soon as another program wants
+    # one of its cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from flame.config import JobConfig
+from flame.convert import is_complete
 from flame.data import checksum
 from flame.errors import UsageError
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.toml"
+_TEMPORARY = f"{RUN_FILE}.tmp"
 
 # Flags that may change when a run is continued: they alter how far, how often and where, not what.
 _FREE_SECTIONS = ("metrics", "sample")
@@ -66,16 +68,21 @@ def identity(
 
 def check_run_folder(folder: Path, run: dict[str, Any]) -> None:
     """Raises UsageError unless ``folder`` is new, empty, or holds this very run."""
-    file = folder / RUN_FILE
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return
+    if not folder.is_dir():
+        raise UsageError(f"--job.dump_folder {folder} is a file; name a folder")
+    file = folder / RUN_FILE
     if not file.is_file():
+        # a run that was killed while it wrote its first file leaves that
+        if {path.name for path in folder.iterdir()} <= {_TEMPORARY}:
+            return
         raise UsageError(
             f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
         )
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
     for key in {**earlier, **run}:
         if earlier.get(key) != run.get(key):
@@ -85,11 +92,24 @@ def check_run_folder(folder: Path, run: dict[str, Any]) -> None:
             )
 
 
+def check_load_step(config: JobConfig) -> None:
+    """Raises UsageError if the checkpoint that ``--checkpoint.load_step`` names is not there."""
+    step, folder = config.checkpoint.load_step, config.dump_folder / config.checkpoint.folder
+    if step != -1 and not is_complete(folder / f"step-{step}"):
+        there = sorted(path.name for path in folder.glob("step-*") if is_complete(path))
+        raise UsageError(
+            f"--checkpoint.load_step {step}: {folder} has no complete step-{step}; there are: "
+            + (", ".join(there) or "none")
+        )
+
+
 def write_run_folder(folder: Path, config: JobConfig, run: dict[str, Any]) -> None:
-    """Makes the folder this run's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
-    # last and in one move: with it the folder counts as a run's
-    temporary = folder / f"{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / RUN_FILE)
+    """Makes the folder this run's; raises UsageError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # in one move: with this file the folder counts as a run's
+        (folder / _TEMPORARY).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        (folder / _TEMPORARY).replace(folder / RUN_FILE)
+        (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--job.dump_folder {folder} must be writable: {error}") from None

@@ -18,7 +18,7 @@ from flame.errors import UsageError, exit_on_usage_error
 from flame.generate import generate
 from flame.log import init_logger, logger
 from flame.models import read_config, require_device
-from flame.run_folder import check_run_folder, identity, write_run_folder
+from flame.run_folder import check_load_step, check_run_folder, identity, write_run_folder
 from flame.titan import global_batch_size, world_size
 from flame.trainer import FlameTrainer, RunInputs, describe
 
@@ -156,6 +156,7 @@ def main() -> None:
         # one process alone, which the others then wait for: they would find a folder half written
         if os.environ["RANK"] == "0":
             check_run_folder(config.dump_folder, run)
+            check_load_step(config)
             write_run_folder(config.dump_folder, config, run)
     trainer = FlameTrainer(config, inputs)
     try:

@@ -32,6 +32,7 @@ SHAPES = {
     "mqa-8": {"T": 33, "HQ": 8, "H": 1},
     "last-token": {"T": 1, "S": 65, "HQ": 4},
     "chunk": {"T": 5, "S": 70, "HQ": 2},
+    "chunk-one-key-into-the-next-tile": {"T": 64, "S": 65},
     "chunk-gqa-ragged-tail": {"T": 65, "S": 101, "HQ": 2, "H": 1},
 }
 
@@ -67,7 +68,7 @@ def test_half_precision(normalizer, safe, dtype, device):
 @each_normalizer
 def test_unsafe(normalizer, device):
     # scores of either sign up to about 60
-    inputs = draw(101)
+    inputs = draw(90)
     inputs = inputs._replace(q=inputs.q * 16)
     check(inputs, device, normalizer=normalizer, safe=False)
 
@@ -215,7 +216,7 @@ REGIMES = (
 @pytest.mark.parametrize("regime", REGIMES)
 @each_normalizer
 def test_scores(normalizer, regime, device):
-    got = check(regime(draw(101)), device, normalizer=normalizer)
+    got = check(regime(draw(90)), device, normalizer=normalizer)
     if regime is all_negative and normalizer in ("softpick", "relu_softpick", "rectified"):
         assert not any(x.count_nonzero() for x in got.values())
     if regime is all_zero:
@@ -225,12 +226,12 @@ def test_scores(normalizer, regime, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_scores_in_half_precision(regime, dtype, device):
-    check(regime(draw(101, dtype=dtype)), device, normalizer="softpick")
+    check(regime(draw(90, dtype=dtype)), device, normalizer="softpick")
 
 
 def test_scores_below_eps(device):
     # the denominator is little more than eps, which magnifies gradients a million times
-    inputs = draw(101)
+    inputs = draw(90)
     inputs = inputs._replace(q=inputs.q * 1e-3, k=inputs.k * 1e-3)
     for normalizer in ("softpick", "relu_softpick", "abs_softpick"):
         check(inputs, device, normalizer=normalizer)

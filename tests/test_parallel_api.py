@@ -66,16 +66,16 @@ def test_named_function_is_the_normalizer(normalizer, device):
 def views(kind, device):
     """Inputs, and whether heads stand before time."""
     if kind == "dense":
-        return draw(33, HQ=4, H=2, V=24, device=device), False
+        return draw(9, HQ=4, H=2, V=24, device=device), False
     if kind == "head-first":
-        return draw(5, HQ=2, S=33, head_first=True, device=device), True
+        return draw(4, HQ=2, S=9, head_first=True, device=device), True
     if kind == "transposed":
-        x = draw(33, HQ=2, head_first=True, device=device)
+        x = draw(9, HQ=2, head_first=True, device=device)
         return Inputs(*(y.transpose(1, 2) for y in x)), False
     if kind == "fused":
-        x = draw(33, K=48, V=16, HQ=2, device=device)
+        x = draw(9, K=48, V=16, HQ=2, device=device)
         return Inputs(*x.q.split(16, -1), x.do), False
-    x = draw(33, HQ=1, device=device)
+    x = draw(9, HQ=1, device=device)
     return Inputs(*(y.expand(2, -1, 3, -1) for y in x[:3]), x.do.repeat(2, 1, 3, 1)), False
 
 

@@ -16,6 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flame.models  # noqa: F401  # teaches transformers the model
+from flame.config import JobConfig
+from flame.errors import UsageError
+from flame.run_folder import check_run_folder, write_run_folder
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -60,7 +63,9 @@ def environment(processes=1):
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
     # torchrun is found beside the interpreter the tests run in, and no GPU is taken
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return env | {"NGPU": str(processes), "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"NGPU": str(processes), "CUDA_VISIBLE_DEVICES": ""}
+    # as train.sh does: several runs of the tests on few cores would wait for each other
+    return env | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def train(flags, *, processes=1, code=0):
@@ -238,8 +243,10 @@ def one_line(run):
             {"training.data_parallel_shard_degree": 2},
             ["--training.data_parallel_shard_degree", "1"],
         ),
+        ({"checkpoint.load_step": 7}, ["--checkpoint.load_step 7", "there are: none"]),
+        ({"job.dump_folder": "/dev/null/run"}, ["--job.dump_folder", "/dev/null/run"]),
     ],
-    ids=["flag", "config", "dataset", "sequence", "triton", "degree"],
+    ids=["flag", "config", "dataset", "sequence", "triton", "degree", "step", "folder"],
 )
 def test_a_mistake_ends_before_training(small, tmp_path, flags, words):
     folder = tmp_path / "run"
@@ -263,6 +270,20 @@ def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
     line = one_line(train(small | {"job.dump_folder": tmp_path / "mine"}, code=2))
     assert "no run's" in line
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_folder_of_a_run_killed_at_its_first_file_is_free(tmp_path):
+    folder = tmp_path / "run"
+    check_run_folder(folder, {"a": 1})
+    folder.mkdir()
+    (folder / "run.json.tmp").write_text("{")
+    check_run_folder(folder, {"a": 1})
+    write_run_folder(folder, JobConfig(), {"a": 1})
+    check_run_folder(folder, {"a": 1})
+    with pytest.raises(UsageError, match="a was 1, is now 2"):
+        check_run_folder(folder, {"a": 2})
+    with pytest.raises(UsageError, match="is a file"):
+        check_run_folder(folder / "run.json", {"a": 1})
 
 
 def test_changed_data_is_another_run(finished, small, tmp_path):
