@@ -26,6 +26,11 @@ def _require(condition: bool, flag: str, value: object, right: str) -> None:
         raise UsageError(f"--{flag} must be {right}, got {value!r}")
 
 
+def _require_name(flag: str, value: str) -> None:
+    is_name = Path(value).name == value and value not in ("", "..", "hf")
+    _require(is_name, flag, value, "the name of a folder within the dump folder, not hf")
+
+
 @dataclass(kw_only=True, slots=True)
 class Job:
     config_file: str | None = None
@@ -33,6 +38,9 @@ class Job:
     dump_folder: str | None = None
     """Folder of this run: checkpoints, TensorBoard, the exported model. One run a folder; repeating the
     command continues the run. Default: exp/<name of the model config>."""
+
+    def __post_init__(self) -> None:
+        _require(self.dump_folder != "", "job.dump_folder", self.dump_folder, "a folder")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -163,11 +171,12 @@ class Checkpoint:
     interval: int = 100
     """Steps between two checkpoints; the last step is always saved."""
     load_step: int = -1
-    """Step to continue from; -1: the newest."""
+    """Step to continue from, which must be the newest; -1: the newest."""
     keep_latest_k: int = 2
     """Checkpoints to keep, at least 2; 0: all."""
 
     def __post_init__(self) -> None:
+        _require_name("checkpoint.folder", self.folder)
         _require(self.interval >= 1, "checkpoint.interval", self.interval, "at least 1")
         _require(self.load_step >= -1, "checkpoint.load_step", self.load_step, "-1 or a step")
         _require(
@@ -186,6 +195,7 @@ class Metrics:
     """Folder of the TensorBoard files, within the dump folder."""
 
     def __post_init__(self) -> None:
+        _require_name("metrics.save_tb_folder", self.save_tb_folder)
         _require(self.log_freq >= 1, "metrics.log_freq", self.log_freq, "at least 1")
 
 
@@ -242,9 +252,10 @@ class JobConfig:
             for option in dataclasses.fields(getattr(self, section.name)):
                 value = getattr(getattr(self, section.name), option.name)
                 # TOML has no null: an absent key is the default, None. Strings, numbers and booleans
-                # are written as in JSON.
+                # are written as in JSON, but for DEL, which TOML wants escaped.
                 if value is not None:
-                    lines.append(f"{option.name} = {json.dumps(value)}")
+                    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                    lines.append(f"{option.name} = {text}")
             lines.append("")
         return "\n".join(lines)
 
@@ -278,7 +289,8 @@ def parse_args(argv: list[str]) -> JobConfig:
         UsageError: An unknown flag or key, or a value that its option refuses.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--job.config_file", "--job.config-file", dest="config_file")
+    # without a value: tyro says so below
+    peek.add_argument("--job.config_file", "--job.config-file", dest="config_file", nargs="?")
     config_file = peek.parse_known_args(argv)[0].config_file
     if config_file is not None:
         argv = _flags_of_toml(Path(config_file)) + argv

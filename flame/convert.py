@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerFast
 
 from flame.errors import UsageError, exit_on_usage_error
@@ -77,7 +78,13 @@ def main() -> None:
             config, tokenizer = read_config(args.config), load_tokenizer(args.tokenizer)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        dcp_to_hf(args.checkpoint, config, tokenizer, args.out)
+        try:
+            dcp_to_hf(args.checkpoint, config, tokenizer, args.out)
+        except CheckpointException as error:
+            problem = " ".join(str(error).split())[-200:]
+            raise UsageError(
+                f"--checkpoint {args.checkpoint} is not of --model.config {args.config}: {problem}"
+            ) from None
     logger.info(f"model {args.out}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,16 +53,26 @@ def main() -> None:
             config = flame.models.read_config(args.model)
         except ValueError as error:
             raise UsageError(f"--model: {error}") from None
+        if not Path(args.model).is_dir():
+            raise UsageError(f"--model must be the folder of an exported model, got {args.model}")
+        if args.temperature < 0 or args.max_new_tokens < 1:
+            raise UsageError(
+                "--temperature must be at least 0 and --max_new_tokens at least 1, "
+                f"got {args.temperature} and {args.max_new_tokens}"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         flame.models.require_device(config.attn_impl, device)
-    text = generate(
-        args.model,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        device=device,
-    )
+        try:
+            text = generate(
+                args.model,
+                args.prompt,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                seed=args.seed,
+                device=device,
+            )
+        except OSError as error:
+            raise UsageError(f"--model {args.model}: {' '.join(str(error).split())}") from None
     sys.stdout.write(text + "\n")
 
 

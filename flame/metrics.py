@@ -28,6 +28,8 @@ class Metrics(MetricsProcessor):
         # step and time of the first line: what comes before is start-up and compilation
         self.first_log: tuple[int, float] | None = None
         self.writer: SummaryWriter | None = None
+        # step of the checkpoint that the run continues from
+        self.start_step = 0
 
     def log(
         self,
@@ -86,10 +88,8 @@ class Metrics(MetricsProcessor):
             return
         if self.writer is None:
             folder = self.config.dump_folder / self.config.metrics.save_tb_folder
-            # a continued run repeats the steps since its checkpoint: TensorBoard drops the first ones;
-            # the validation after a run that was complete already repeats nothing
-            purge_step = step if "loss" in scalars else None
-            self.writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+            # a continued run repeats the steps since its checkpoint: TensorBoard drops the first ones
+            self.writer = SummaryWriter(str(folder), purge_step=self.start_step + 1, flush_secs=10)
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
 

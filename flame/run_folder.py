@@ -1,19 +1,25 @@
 """The dump folder belongs to one run: what makes a run, where that is written, and when it is refused."""
 
+import fcntl
 import json
+import os
+import socket
+import time
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from flame.config import JobConfig
-from flame.convert import is_complete
-from flame.data import checksum
+from flame.convert import newest_checkpoint
 from flame.errors import UsageError
+from flame.log import logger
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.toml"
+LOCK_FILE = "lock"
 _TEMPORARY = f"{RUN_FILE}.tmp"
 
 # Flags that may change when a run is continued: they alter how far, how often and where, not what.
@@ -29,7 +35,6 @@ _FREE_FLAGS = (
     "training.data_parallel_replicate_degree",
     "training.data_parallel_shard_degree",
     "validation.freq",
-    "checkpoint.enable_checkpoint",
     "checkpoint.interval",
     "checkpoint.keep_latest_k",
     "checkpoint.load_step",
@@ -45,6 +50,7 @@ def identity(
     *,
     model: SoftpickTransformerConfig,
     train_tokens: np.ndarray,
+    validation_tokens: np.ndarray,
     global_batch_size: int,
 ) -> dict[str, Any]:
     """What must stay the same for a run to be continued, by flag."""
@@ -53,20 +59,55 @@ def identity(
         for flag, value in config.flags().items()
         if flag not in _FREE_FLAGS and flag.split(".")[0] not in _FREE_SECTIONS
     }
-    return {
-        **flags,
-        "the number of sequences in a step (--training.batch_size x ...)": global_batch_size,
-        "the number of tokens (--training.dataset)": len(train_tokens),
-        "the checksum of the tokens (--training.dataset)": checksum(train_tokens),
-        **{
-            f"--model.config, {key}": value
-            for key, value in model.to_diff_dict().items()
-            if key not in _NOT_SHAPE
-        },
+    data = {
+        f"{what} (--training.dataset)": value
+        for what, value in {
+            "the number of tokens": len(train_tokens),
+            "the checksum of the tokens": _checksum(train_tokens),
+            "the checksum of the held-out tokens": _checksum(validation_tokens),
+        }.items()
     }
+    shape = {
+        f"--model.config, {key}": value
+        for key, value in model.to_diff_dict().items()
+        if key not in _NOT_SHAPE
+    }
+    batch = {"the number of sequences in a step (--training.batch_size x ...)": global_batch_size}
+    return {**flags, **batch, **data, **shape}
 
 
-def check_run_folder(folder: Path, run: dict[str, Any]) -> None:
+def _checksum(tokens: np.ndarray) -> int:
+    """CRC-32 of all token ids, read a piece at a time."""
+    crc = 0
+    for start in range(0, len(tokens), 1 << 20):
+        crc = zlib.crc32(tokens[start : start + (1 << 20)].astype("<u4").tobytes(), crc)
+    return crc
+
+
+def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
+    """Makes the dump folder this run's, as long as the file that it returns stays open.
+
+    Raises:
+        UsageError: The folder is another run's, in use, or cannot be written.
+    """
+    folder = config.dump_folder
+    try:
+        _check(folder, run)
+        _check_checkpoints(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        # while this run waited for the lock, another may have written
+        _check(folder, run)
+        # in one move: with this file the folder counts as a run's
+        (folder / _TEMPORARY).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        (folder / _TEMPORARY).replace(folder / RUN_FILE)
+        (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--job.dump_folder {folder} must be writable: {error}") from None
+    return lock
+
+
+def _check(folder: Path, run: dict[str, Any]) -> None:
     """Raises UsageError unless ``folder`` is new, empty, or holds this very run."""
     if not folder.exists():
         return
@@ -74,16 +115,18 @@ def check_run_folder(folder: Path, run: dict[str, Any]) -> None:
         raise UsageError(f"--job.dump_folder {folder} is a file; name a folder")
     file = folder / RUN_FILE
     if not file.is_file():
-        # a run that was killed while it wrote its first file leaves that
-        if {path.name for path in folder.iterdir()} <= {_TEMPORARY}:
+        # a run that was killed before it wrote its first file leaves these
+        if {path.name for path in folder.iterdir()} <= {_TEMPORARY, LOCK_FILE}:
             return
         raise UsageError(
             f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
         )
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
+    if not isinstance(earlier, dict):
+        raise UsageError(f"--job.dump_folder {folder}: {file} is not a run's")
     for key in {**earlier, **run}:
         if earlier.get(key) != run.get(key):
             raise UsageError(
@@ -92,24 +135,40 @@ def check_run_folder(folder: Path, run: dict[str, Any]) -> None:
             )
 
 
-def check_load_step(config: JobConfig) -> None:
-    """Raises UsageError if the checkpoint that ``--checkpoint.load_step`` names is not there."""
-    step, folder = config.checkpoint.load_step, config.dump_folder / config.checkpoint.folder
-    if step != -1 and not is_complete(folder / f"step-{step}"):
-        there = sorted(path.name for path in folder.glob("step-*") if is_complete(path))
+def _check_checkpoints(config: JobConfig) -> None:
+    """Raises UsageError if the run would go on beside newer checkpoints of its own."""
+    folder, step = config.dump_folder / config.checkpoint.folder, config.checkpoint.load_step
+    newest = newest_checkpoint(folder)
+    if newest is not None and not config.checkpoint.enable_checkpoint:
         raise UsageError(
-            f"--checkpoint.load_step {step}: {folder} has no complete step-{step}; there are: "
-            + (", ".join(there) or "none")
+            f"--checkpoint.no_enable_checkpoint: {folder} has checkpoints of this run, which it would "
+            "neither continue nor replace; name another --job.dump_folder"
+        )
+    if step != -1 and (newest is None or newest.name != f"step-{step}"):
+        raise UsageError(
+            f"--checkpoint.load_step {step} must be the newest complete checkpoint in {folder}, which is "
+            f"{newest.name if newest else 'none'}; to go back, copy the folder and delete newer ones"
         )
 
 
-def write_run_folder(folder: Path, config: JobConfig, run: dict[str, Any]) -> None:
-    """Makes the folder this run's; raises UsageError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # in one move: with this file the folder counts as a run's
-        (folder / _TEMPORARY).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        (folder / _TEMPORARY).replace(folder / RUN_FILE)
-        (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--job.dump_folder {folder} must be writable: {error}") from None
+def _lock(folder: Path) -> IO[str]:
+    # not closed here: the lock lives as long as the file is open, and dies with the process
+    lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+    # a run that was killed may still be saving
+    for attempt in range(30):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == 0:
+                logger.info(f"{folder} is in use by another run, waiting for it to end")
+            time.sleep(1)
+        else:
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            return lock
+    lock.seek(0)
+    raise UsageError(
+        f"--job.dump_folder {folder} is in use by another run ({lock.read().strip()}); "
+        "wait for it, stop it, or name another folder"
+    )

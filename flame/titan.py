@@ -96,6 +96,8 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.training.seq_len = t.seq_len
     c.training.max_norm = t.max_norm
     c.training.steps = t.steps
+    # what torchtitan's autocast is given; `FlameTrainer` takes it away for float32
+    c.training.mixed_precision_param = "bfloat16"
     c.debug.seed = t.seed
     c.compile.enable = t.compile
     c.parallelism.data_parallel_replicate_degree = t.data_parallel_replicate_degree
@@ -108,6 +110,8 @@ def titan_config(config: JobConfig) -> TitanConfig:
     # the last checkpoint is one to continue from, like the others
     c.checkpoint.last_save_model_only = False
     c.metrics.log_freq = config.metrics.log_freq
+    # its recorder would make a folder before rank 0 has checked that the dump folder is this run's
+    c.comm.trace_buf_size = 0
     c.validation.enable = config.validation.share > 0
     c.validation.freq = config.validation.freq
     return c

@@ -1,13 +1,16 @@
 """``python -m flame.train``: one process of a run. ``bash train.sh`` starts as many as it takes."""
 
+import ctypes
 import os
 import shlex
+import signal
 import socket
 import sys
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import logging as huggingface_hub_logging
 from transformers.utils import logging as transformers_logging
 
 from flame._compat import DEVICE_TYPE
@@ -18,7 +21,7 @@ from flame.errors import UsageError, exit_on_usage_error
 from flame.generate import generate
 from flame.log import init_logger, logger
 from flame.models import read_config, require_device
-from flame.run_folder import check_load_step, check_run_folder, identity, write_run_folder
+from flame.run_folder import claim, identity
 from flame.titan import global_batch_size, world_size
 from flame.trainer import FlameTrainer, RunInputs, describe
 
@@ -42,8 +45,23 @@ def read_inputs(config: JobConfig) -> RunInputs:
             f"--training.data_parallel_shard_degree {shards} must multiply to the number of processes, "
             f"{world_size()} (NGPU)"
         )
+    if t.seq_len > model.max_position_embeddings:
+        raise UsageError(
+            f"--training.seq_len {t.seq_len} must be at most max_position_embeddings "
+            f"{model.max_position_embeddings} of --model.config {config.model.config}"
+        )
     try:
         tokenizer = load_tokenizer(config.model.tokenizer_path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    # the largest id and not the count: vocabularies may have gaps
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > model.vocab_size:
+        raise UsageError(
+            f"--model.tokenizer_path {config.model.tokenizer_path} has {num_ids} tokens, more than "
+            f"vocab_size {model.vocab_size} of --model.config {config.model.config}"
+        )
+    try:
         documents = load_documents(
             t.dataset,
             name=t.dataset_name,
@@ -55,11 +73,6 @@ def read_inputs(config: JobConfig) -> RunInputs:
         train_tokens, validation_tokens = split_tokens(tokens, t.seq_len, config.validation.share)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if len(tokenizer) > model.vocab_size:
-        raise UsageError(
-            f"--model.tokenizer_path {config.model.tokenizer_path} has {len(tokenizer)} tokens, more "
-            f"than vocab_size {model.vocab_size} of --model.config {config.model.config}"
-        )
     return RunInputs(
         tokenizer=tokenizer,
         train_tokens=train_tokens,
@@ -68,9 +81,12 @@ def read_inputs(config: JobConfig) -> RunInputs:
     )
 
 
-def _act_as_single_process() -> None:
-    """What torchrun would set, for a process started by hand."""
+def _join_launcher() -> None:
+    """Ends with torchrun, or sets what torchrun would for a process started by hand."""
     if "RANK" in os.environ:
+        # a launcher that is killed cannot pass that on: the kernel sends SIGTERM, and the run saves.
+        # Source: prctl(2), PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         return
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -84,7 +100,7 @@ def finish(
 ) -> None:
     """Exports the newest checkpoint, lets it write, and says what there is and what to do next."""
     checkpoints = config.dump_folder / config.checkpoint.folder
-    checkpoint = newest_checkpoint(checkpoints)
+    checkpoint = newest_checkpoint(checkpoints) if config.checkpoint.enable_checkpoint else None
     if checkpoint is None:
         logger.info("no checkpoint (--checkpoint.no_enable_checkpoint), so no exported model")
         return
@@ -125,20 +141,24 @@ def _twin_command(asked: dict[str, Any]) -> str | None:
     changed |= {"model.config": twin, "job.config_file": None}
     if asked["job.dump_folder"] is not None:
         changed["job.dump_folder"] = f"{asked['job.dump_folder'].rstrip('/')}-twin"
-    words = ["bash", "train.sh"]
+    words = [] if world_size() == 1 else [f"NGPU={world_size()}"]
+    words += ["bash", "train.sh"]
     for flag, value in changed.items():
         section, option = flag.split(".")
         if isinstance(value, bool):
             words.append(f"--{section}.{option if value else 'no_' + option}")
         elif value is not None:
-            words += [f"--{flag}", str(value)]
+            # a value that looks like a flag needs the other form
+            is_flag = str(value).startswith("-")
+            words += [f"--{flag}={value}"] if is_flag else [f"--{flag}", str(value)]
     return " ".join(shlex.quote(word) for word in words)
 
 
 def main() -> None:
     init_logger()
     transformers_logging.disable_progress_bar()
-    _act_as_single_process()
+    huggingface_hub_logging.set_verbosity_error()
+    _join_launcher()
     with exit_on_usage_error():
         config = parse_args(sys.argv[1:])
         asked = config.flags()
@@ -151,34 +171,34 @@ def main() -> None:
             config,
             model=inputs.model,
             train_tokens=inputs.train_tokens,
+            validation_tokens=inputs.validation_tokens,
             global_batch_size=global_batch_size(config),
         )
         # one process alone, which the others then wait for: they would find a folder half written
         if os.environ["RANK"] == "0":
-            check_run_folder(config.dump_folder, run)
-            check_load_step(config)
-            write_run_folder(config.dump_folder, config, run)
+            lock = claim(config, run)  # noqa: F841  # held to the end of the process
     trainer = FlameTrainer(config, inputs)
     try:
         describe(trainer)
-        trainer.train()
-        if trainer.stop_signal is None and config.validation.share:
+        stopped = trainer.train()
+        if stopped is None and config.validation.share:
             loss = trainer.validation_loss()
             trainer.metrics_processor.log_validation(loss, trainer.step)
         else:
             loss = None
     finally:
         trainer.close()
-    if trainer.stop_signal is not None:
-        saved = "saved; the same command continues the run"
-        if not config.checkpoint.enable_checkpoint:
-            saved = "nothing saved (--checkpoint.no_enable_checkpoint)"
-        logger.info(f"{trainer.stop_signal.name} after step {trainer.step}: {saved}")
+    if stopped is not None:
+        newest = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
+        place = newest.name if newest else "the start"
+        logger.info(
+            f"{stopped.name} after step {trainer.step}: the same command continues from {place}"
+        )
     elif dist.get_rank() == 0:
         finish(config, inputs, asked, loss)
     dist.destroy_process_group()
-    if trainer.stop_signal is not None:
-        sys.exit(128 + trainer.stop_signal)
+    if stopped is not None:
+        sys.exit(128 + stopped)
 
 
 if __name__ == "__main__":

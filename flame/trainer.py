@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -31,6 +33,8 @@ from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.train import Trainer
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 @dataclass(kw_only=True, slots=True)
 class RunInputs:
@@ -49,7 +53,11 @@ class FlameTrainer(Trainer):
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
         self.config, self.inputs = config, inputs
+        # what this process has heard
         self.stop_signal: signal.Signals | None = None
+        self.stop_time = 0.0
+        # step of the checkpoint that the run continues from, known when it is loaded
+        self.start_step: int | None = None
         titan_specs._extra_train_specs["flame"] = TrainSpec(
             model_cls=TitanModel,
             model_args={"flame": ModelArgs(inputs.model)},
@@ -101,35 +109,47 @@ class FlameTrainer(Trainer):
         (loss * dims.dp_replicate if is_ddp else loss).backward()
         return loss
 
-    def train(self) -> None:
-        """Trains; afterwards `stop_signal` tells whether a signal ended it before the last step."""
-        handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    def train(self) -> signal.Signals | None:
+        """Trains; returns the signal that ended it before the last step, the same on every rank."""
+        handlers = {s: signal.signal(s, self._stop) for s in STOP_SIGNALS}
         try:
             super().train()
+            stopped = self._agreed_signal()
+            config = self.config.checkpoint
+            is_saved = self.step % config.interval == 0 or self.step in (
+                self.start_step,
+                self.config.training.steps,
+            )
+            if stopped is not None and not is_saved:
+                self.checkpointer.save(self.step, last_step=True)
+            if config.enable_checkpoint:
+                # torchtitan's last save does not count the checkpoints to keep
+                self.checkpointer._purge_stale_checkpoints()
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
-        if self.stop_signal is not None and self.step % self.config.checkpoint.interval:
-            self.checkpointer.save(self.step, last_step=True)
-        if self.config.checkpoint.enable_checkpoint:
-            # torchtitan's last save does not count the checkpoints to keep
-            self.checkpointer._purge_stale_checkpoints()
+        return stopped
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stop_signal = signal.Signals(number)
-        # a second signal of the kind ends the process at once
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+        now = time.monotonic()
+        if self.stop_signal is None:
+            self.stop_signal, self.stop_time = signal.Signals(number), now
+        elif now - self.stop_time > 5:
+            # asked again, and not the same request passed on once more by torchrun: at once
+            sys.exit(128 + number)
 
-    def should_continue_training(self) -> bool:
+    def _agreed_signal(self) -> signal.Signals | None:
         # one process may hear the signal a step before another
         number = torch.tensor(self.stop_signal or 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.stop_group)
-        if number.item():
-            self.stop_signal = signal.Signals(number.item())
-            return False
-        return super().should_continue_training()
+        return signal.Signals(number.item()) if number.item() else None
+
+    def should_continue_training(self) -> bool:
+        if self.start_step is None:
+            self.start_step = self.metrics_processor.start_step = self.step
+            if self.step >= self.config.training.steps:
+                logger.info(f"step {self.step} of {self.config.training.steps} is done already")
+        return super().should_continue_training() and self._agreed_signal() is None
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -22,7 +22,12 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 
 
 def test_written_file_reads_back(tmp_path):
-    argv = ["--training.compile", '--sample.prompt=--a "quoted"\n prompt', "--training.steps", "9"]
+    argv = [
+        "--training.compile",
+        '--sample.prompt=--a "quoted"\n\x7f \N{CAT FACE}',
+        "--training.steps",
+        "9",
+    ]
     config = parse_args(argv)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
@@ -52,6 +57,10 @@ def test_dump_folder_is_named_after_the_model_config():
             r"--checkpoint\.keep_latest_k must be 0 or at least 2",
         ),
         (["--lr_scheduler.decay_ratio", "2"], r"--lr_scheduler\.decay_ratio must be above 0"),
+        (["--checkpoint.folder", "../other"], r"--checkpoint\.folder must be the name of a folder"),
+        (["--metrics.save_tb_folder", "/tb"], r"--metrics\.save_tb_folder must be the name"),
+        (["--job.dump_folder", ""], r"--job\.dump_folder must be a folder, got \'\'"),
+        (["--job.config_file"], r"--job\.config_file"),
         (["stray"], "stray"),
         (["--job.config_file", "missing.toml"], r"--job\.config_file.*missing\.toml"),
     ],

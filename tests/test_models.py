@@ -167,6 +167,10 @@ def test_flops_count():
         ({"hidden_size": "big"}, "hidden_size"),
         ({"head_dim": 33}, "even.*33"),
         ({"attn_impl": "softpick"}, "attn_impl must be one of.*got 'softpick'"),
+        ({"hidden_act": "foo"}, "foo"),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1.0}}, "foo"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be positive, got -1.0"),
+        ({"pad_token_id": 500}, "[Pp]adding_idx"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0, got 0.1"),
     ],
 )

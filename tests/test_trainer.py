@@ -1,5 +1,6 @@
 """The trainer end to end on a CPU: one process and two, killed and continued, refused and exported."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flame.models  # noqa: F401  # teaches transformers the model
 from flame.config import JobConfig
 from flame.errors import UsageError
-from flame.run_folder import check_run_folder, write_run_folder
+from flame.run_folder import claim
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -193,7 +194,7 @@ def test_two_processes_continue_a_run_of_one(half_done, small, tmp_path, replica
 
 
 def test_interrupt_of_the_launcher_saves(small, tmp_path):
-    # Ctrl-C reaches every process in the foreground at once
+    # Ctrl-C reaches the launcher alone: torchrun gives each process a session of its own
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
     with subprocess.Popen(
         command(flags, processes=2),
@@ -234,7 +235,7 @@ def one_line(run):
         ({"training.stepz": 3}, ["--training.stepz", "--training.steps"]),
         ({"model.config": "missing.json"}, ["--model.config", "missing.json", "does not exist"]),
         ({"training.dataset": "./missing.txt"}, ["--training.dataset", "missing.txt"]),
-        ({"training.seq_len": 100000}, ["--training.seq_len", "100000", "tokens"]),
+        ({"training.seq_len": 500, "validation.share": 0.99}, ["--training.seq_len 500", "tokens"]),
         (
             {"model.config": "configs/softpick_transformer_340M.json"},
             ["parallel_softpick_attn", "GPU", "naive_softpick_attn"],
@@ -243,10 +244,21 @@ def one_line(run):
             {"training.data_parallel_shard_degree": 2},
             ["--training.data_parallel_shard_degree", "1"],
         ),
-        ({"checkpoint.load_step": 7}, ["--checkpoint.load_step 7", "there are: none"]),
+        ({"checkpoint.load_step": 7}, ["--checkpoint.load_step 7", "newest", "none"]),
+        ({"training.seq_len": 1000}, ["--training.seq_len 1000", "max_position_embeddings 512"]),
         ({"job.dump_folder": "/dev/null/run"}, ["--job.dump_folder", "/dev/null/run"]),
     ],
-    ids=["flag", "config", "dataset", "sequence", "triton", "degree", "step", "folder"],
+    ids=[
+        "flag",
+        "config",
+        "dataset",
+        "sequence",
+        "triton",
+        "degree",
+        "step",
+        "positions",
+        "folder",
+    ],
 )
 def test_a_mistake_ends_before_training(small, tmp_path, flags, words):
     folder = tmp_path / "run"
@@ -272,22 +284,63 @@ def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
-def test_folder_of_a_run_killed_at_its_first_file_is_free(tmp_path):
+def test_claimed_folder(tmp_path):
     folder = tmp_path / "run"
-    check_run_folder(folder, {"a": 1})
+    config = JobConfig()
+    config.job.dump_folder = str(folder)
     folder.mkdir()
+    # what a run leaves that was killed before it wrote its first file
     (folder / "run.json.tmp").write_text("{")
-    check_run_folder(folder, {"a": 1})
-    write_run_folder(folder, JobConfig(), {"a": 1})
-    check_run_folder(folder, {"a": 1})
+    (folder / "lock").touch()
+    lock = claim(config, {"a": 1})
+    code = (
+        f"import fcntl; fcntl.flock(open({str(folder / 'lock')!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    )
+    assert (
+        "BlockingIOError"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    )
+    lock.close()
+    claim(config, {"a": 1}).close()
     with pytest.raises(UsageError, match="a was 1, is now 2"):
-        check_run_folder(folder, {"a": 2})
+        claim(config, {"a": 2})
+    for step in (2, 4):
+        (folder / "checkpoint" / f"step-{step}").mkdir(parents=True)
+        (folder / "checkpoint" / f"step-{step}" / ".metadata").touch()
+    config.checkpoint.load_step = 2
+    with pytest.raises(UsageError, match=r"load_step 2 must be the newest.*step-4"):
+        claim(config, {"a": 1})
+    config.checkpoint.load_step = 4
+    claim(config, {"a": 1}).close()
+    config.checkpoint.enable_checkpoint = False
+    with pytest.raises(UsageError, match="no_enable_checkpoint"):
+        claim(config, {"a": 1})
+    config.job.dump_folder = str(folder / "run.json")
     with pytest.raises(UsageError, match="is a file"):
-        check_run_folder(folder / "run.json", {"a": 1})
+        claim(config, {"a": 1})
+
+
+def test_killed_launcher_takes_the_run_with_it(small, tmp_path):
+    flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with subprocess.Popen(
+        command(flags, processes=2), cwd=ROOT, env=environment(1), stdout=subprocess.DEVNULL
+    ) as process:
+        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+        process.kill()
+    with open(tmp_path / "run" / "lock") as lock:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the run outlived its launcher"
+                time.sleep(0.1)
 
 
 def test_changed_data_is_another_run(finished, small, tmp_path):
-    folder, _ = finished
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
     changed = tmp_path / "text.txt"
     changed.write_text(small["training.dataset"].read_text().replace("times", "TIMES"))
     (folder / "run.json").write_text(

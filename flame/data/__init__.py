@@ -5,7 +5,7 @@ The path is ``load_tokenizer`` and ``load_documents``, then ``tokenize``, ``spli
 torchtitan or touches a GPU.
 """
 
-from flame.data.loader import IGNORE_INDEX, TokenLoader, checksum, validation_batches
+from flame.data.loader import IGNORE_INDEX, TokenLoader, validation_batches
 from flame.data.text import load_documents
 from flame.data.tokenizer import load_tokenizer
 from flame.data.tokens import split_tokens, tokenize
@@ -13,7 +13,6 @@ from flame.data.tokens import split_tokens, tokenize
 __all__ = [
     "IGNORE_INDEX",
     "TokenLoader",
-    "checksum",
     "load_documents",
     "load_tokenizer",
     "split_tokens",

@@ -79,7 +79,7 @@ class TokenLoader(Stateful):
         self._dp_rank = dp_rank
         self._dp_world_size = dp_world_size
         self._seed = seed
-        self._checksum = checksum(tokens)
+        self._checksum = _checksum(tokens)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -180,7 +180,7 @@ def _read(tokens: np.ndarray, indices: Sequence[int], seq_len: int) -> Batch:
     return {"input": batch[:, :-1].contiguous()}, batch[:, 1:].contiguous()
 
 
-def checksum(tokens: np.ndarray) -> int:
+def _checksum(tokens: np.ndarray) -> int:
     """CRC-32 of evenly spaced tokens: cheap on a memory map, and moved by any shift of the stream."""
     places = np.linspace(0, len(tokens) - 1, _CHECKSUM_SAMPLES).astype(np.int64)
     return zlib.crc32(tokens[places].astype("<u4").tobytes())

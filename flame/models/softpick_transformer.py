@@ -4,11 +4,13 @@ The operator is saved with the weights. Weights trained with one normaliser comp
 another, so loading them with another is an error unless the field itself is set.
 """
 
+import copy
 import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,9 +78,10 @@ def read_config(path: str | Path) -> SoftpickTransformerConfig:
         ValueError: Not a readable JSON object, another ``model_type``, an unknown key, or a shape that
             cannot be; one line that names file, key, value and what would be right.
     """
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
+    file = Path(path)
     try:
+        if file.is_dir():
+            file /= "config.json"
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; configurations are in configs/") from None
@@ -98,6 +101,14 @@ def read_config(path: str | Path) -> SoftpickTransformerConfig:
     except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
     _check_shape(config, file)
+    try:
+        with torch.device("meta"):
+            # a copy, since a model marks its configuration with the operator it runs
+            SoftpickTransformerForCausalLM(copy.deepcopy(config))
+    except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+        # names of functions and the like, which transformers looks up when it builds the model
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{file}: no model can be built from it: {problem}") from None
     return config
 
 
@@ -124,6 +135,8 @@ def _check_shape(config: SoftpickTransformerConfig, file: Path) -> None:
         raise ValueError(
             f"{file}: the head dimension must be even (RoPE) and at most 256, got {config.head_dim}"
         )
+    if config.rms_norm_eps <= 0:
+        raise ValueError(f"{file}: rms_norm_eps must be positive, got {config.rms_norm_eps}")
     if config.attention_dropout:
         raise ValueError(
             f"{file}: attention_dropout must be 0, got {config.attention_dropout}: "
