@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import flame.models  # teaches transformers the model
 from flame.errors import UsageError, exit_on_usage_error
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     with exit_on_usage_error():
         try:
             config = flame.models.read_config(args.model)
