@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerFast
 
+from flame.data import load_tokenizer
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
@@ -70,8 +71,6 @@ def main() -> None:
     args = parser.parse_args()
     init_logger()
     with exit_on_usage_error():
-        from flame.data import load_tokenizer
-
         if not is_complete(args.checkpoint):
             raise UsageError(f"--checkpoint {args.checkpoint} is not a complete checkpoint step-N")
         try:

@@ -22,7 +22,7 @@ from flame.log import logger
 from flame.metrics import Metrics
 from flame.models import SoftpickTransformerConfig
 from flame.parallelize import parallelize
-from flame.titan import ModelArgs, TitanModel, titan_config
+from flame.titan import ModelArgs, TitanModel, global_batch_size, titan_config
 
 # isort: split
 import torchtitan.protocols.train_spec as titan_specs
@@ -198,7 +198,7 @@ def describe(trainer: FlameTrainer) -> None:
     config, t = trainer.config, trainer.config.training
     num_parameters = sum(p.numel() for p in trainer.model_parts[0].parameters())
     dims = trainer.parallel_dims
-    sequences = t.batch_size * t.gradient_accumulation_steps * dims.world_size
+    sequences = global_batch_size(config)
     logger.info(
         f"{num_parameters:,} parameters, {trainer.inputs.model.attn_impl}, "
         f"{trainer.device.type} x {dims.world_size} "
