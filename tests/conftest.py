@@ -20,7 +20,10 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    asked = config.option.markexpr
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if item.get_closest_marker("compile") and "compile" not in asked:
+            item.add_marker(pytest.mark.skip(reason="takes minutes, ask for it with -m compile"))

@@ -5,6 +5,7 @@ Inputs are drawn once, in the dtype under test. ``gold`` is the reference on tho
 plus one rounding of the terms that an output is the sum of.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -50,13 +51,30 @@ def draw(
 
 
 def outputs_and_gradients(
-    attn: Callable[..., torch.Tensor], inputs: Inputs, **kwargs
+    attn: Callable[..., torch.Tensor],
+    inputs: Inputs,
+    *,
+    sink: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None,
+    **kwargs,
 ) -> dict[str, torch.Tensor]:
-    """``o``, ``dq``, ``dk`` and ``dv``; strides of the inputs are kept."""
-    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    o = attn(q, k, v, **kwargs)
-    grads = torch.autograd.grad(o, (q, k, v), inputs.do)
-    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *grads), strict=True))
+    """``o``, ``dq``, ``dk`` and ``dv``, with a sink ``dsink``; strides of the inputs are kept.
+
+    With the gradient ``dlse`` of the log of the denominator also that, ``lse``.
+    """
+    leaves = {name: x.detach().requires_grad_() for name, x in zip("qkv", inputs[:3], strict=True)}
+    if sink is not None:
+        leaves["sink"] = sink.detach().requires_grad_()
+    outputs, gradients = {}, (inputs.do,)
+    if dlse is None:
+        outputs["o"] = attn(**leaves, **kwargs)
+    else:
+        outputs["o"], outputs["lse"] = attn(**leaves, **kwargs, return_lse=True)
+        gradients = inputs.do, dlse
+    grads = torch.autograd.grad(tuple(outputs.values()), tuple(leaves.values()), gradients)
+    return {name: x.detach() for name, x in outputs.items()} | {
+        "d" + name: x for name, x in zip(leaves, grads, strict=True)
+    }
 
 
 class Formula(NamedTuple):
@@ -99,7 +117,13 @@ class Formulas(NamedTuple):
 
 
 def by_formula(
-    inputs: Inputs, normalizer: str, scale: float | None = None, head_first: bool = False
+    inputs: Inputs,
+    normalizer: str,
+    scale: float | None = None,
+    head_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    window_size: int | None = None,
+    sink: torch.Tensor | None = None,
 ) -> Formulas:
     """Causal attention and its gradients in float64 without autograd."""
     q, k, v, do = inputs.to(torch.float64)
@@ -113,13 +137,25 @@ def by_formula(
     k, v = k[:, :, None], v[:, :, None]
     s = q @ k.mT * scale
     visible = torch.ones(T, S, dtype=torch.bool, device=s.device).tril(S - T)
+    if window_size is not None:
+        visible = visible.triu(S - T - window_size + 1)
+    if cu_seqlens is not None:
+        same = torch.zeros_like(visible)
+        for bos, eos in itertools.pairwise(cu_seqlens.tolist()):
+            same[bos:eos, bos:eos] = True
+        visible &= same
     f = FORMULAS[normalizer]
     n, d = (torch.where(visible, x(s), 0.0) for x in (f.n, f.d))
     m = s.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
     m = m.clamp(min=0.0) if f.base or f.c else m
+    if sink is not None:
+        sink = sink.double().reshape(H, HQ // H, 1, 1)
+        m = torch.maximum(m, sink)
     e = torch.exp((s - m).clamp(max=0.0))
     base, c = (x * torch.exp(-m) if x else torch.zeros_like(m) for x in (f.base, f.c))
     z = (d * (e - base)).sum(-1, keepdim=True) + c
+    if sink is not None:
+        z = z + torch.exp(sink - m)
     log_z = m + z.log()
     z = z.masked_fill(z == 0, float("inf"))
     p, p_size = n * (e - base) / z, n.abs() * (e + base) / z
@@ -156,6 +192,11 @@ def by_formula(
         values, squares = (
             {name: x.transpose(1, 2) for name, x in y.items()} for y in (values, squares)
         )
+    if sink is not None:
+        p_sink = torch.exp(sink - log_z)
+        amplified_sink = 1 + inside * (sink.abs() + log_z.abs())
+        values["dsink"] = -(p_sink * delta).sum((0, 3)).flatten()
+        squares["dsink"] = ((amplified_sink * p_sink * delta_size) ** 2).sum((0, 3)).flatten()
     sizes = {name: x.sqrt() for name, x in squares.items()}
     return Formulas(values, sizes, log_z.reshape(B, HQ, T))
 
@@ -186,6 +227,7 @@ def assert_no_worse_than_eager(
     gold: torch.Tensor,
     size: torch.Tensor | None = None,
     factor: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """got may err at most `factor` times as much as eager PyTorch in the same dtype, plus one rounding.
 
@@ -193,7 +235,7 @@ def assert_no_worse_than_eager(
     a score in base 2 is rounded at 1.44 times its size (largest seen on an H200: 3.3).
 
     `size` says of what: terms that cancel leave a gradient near 0 and the rounding of what cancelled.
-    Default: of the result.
+    Default: of the result. `dtype` says which rounding, where that is not the dtype of the result.
     """
     if factor is None:
         factor = 4.0 if got.is_cuda and got.dtype == torch.float32 else 2.0
@@ -202,7 +244,7 @@ def assert_no_worse_than_eager(
     assert gold.isfinite().all(), name
     assert eager.isfinite().all(), name
     size = gold.abs() if size is None else torch.maximum(size, gold.abs())
-    eps = torch.finfo(got.dtype).eps
+    eps = torch.finfo(dtype or got.dtype).eps
     err, err_eager = (got.double() - gold).abs(), (eager.double() - gold).abs()
     torch.testing.assert_close(
         got.double(),
@@ -236,16 +278,21 @@ def check_attention(
     *,
     normalizer: str,
     safe: bool = True,
+    sink: torch.Tensor | None = None,
     factor: float | None = None,
     **kwargs,
 ) -> dict[str, torch.Tensor]:
-    """Holds o, dq, dk and dv of `attn` to the reference and returns them."""
-    with poisoned_memory():
-        got = outputs_and_gradients(attn, inputs, normalizer=normalizer, safe=safe, **kwargs)
+    """Holds o, dq, dk and dv of `attn`, and dsink, to the reference and returns them."""
     kwargs["normalizer"] = normalizer
-    eager = outputs_and_gradients(naive_normalized_attn, inputs, safe=safe, **kwargs)
+    with poisoned_memory():
+        got = outputs_and_gradients(attn, inputs, safe=safe, sink=sink, **kwargs)
+    eager = outputs_and_gradients(naive_normalized_attn, inputs, safe=safe, sink=sink, **kwargs)
+    if sink is not None:
+        kwargs["sink"] = sink.double()
     gold = outputs_and_gradients(naive_normalized_attn, inputs.to(torch.float64), **kwargs)
     sizes = by_formula(inputs, **kwargs).sizes
     for name, x in got.items():
-        assert_no_worse_than_eager(name, x, eager[name], gold[name], sizes[name], factor)
+        assert_no_worse_than_eager(
+            name, x, eager[name], gold[name], sizes[name], factor, inputs.q.dtype
+        )
     return got

@@ -107,6 +107,18 @@ REFUSED = {
         "cu_seqlens must rise from 0 to T = 4",
     ),
     "bounds-falling": (call(cu_seqlens=bounds(0, 3, 2, 4)), r"got \[0, 3, 2, 4\]"),
+    "sink-of-another-length": (
+        call(sink=zeros(3)),
+        r"sink must be .* one score for each of the 2 query heads on cpu, got .* shape \(3,\)",
+    ),
+    "sink-of-integers": (
+        call(sink=zeros(2, dtype=torch.int64)),
+        "sink must be a floating point vector.*got torch.int64",
+    ),
+    "sink-on-another-device": (
+        call(sink=zeros(2).to("meta")),
+        r"sink must be .* on cpu, got torch.float32 of shape \(2,\) on meta",
+    ),
     "one-bound": (call(cu_seqlens=bounds(0)), "cu_seqlens must rise from 0 to T = 4"),
 }
 
@@ -167,13 +179,6 @@ def test_kernels_refuse_a_cpu_tensor(monkeypatch):
     monkeypatch.setattr(parallel, "IS_INTERPRETED", False)
     with pytest.raises(ValueError, match="q must be on a GPU for the Triton operator, got cpu"):
         parallel_normalized_attn(**call())
-
-
-@pytest.mark.parametrize("argument", [{"window_size": 3}, {"cu_seqlens": bounds(0, 1, 4)}])
-def test_kernels_do_not_pretend(argument, device):
-    inputs = {name: x.to(device) for name, x in call().items()}
-    with pytest.raises(NotImplementedError, match="naive_normalized_attn does"):
-        parallel_normalized_attn(**inputs, **argument)
 
 
 @pytest.mark.parametrize("attn", [naive_normalized_attn, parallel_normalized_attn])

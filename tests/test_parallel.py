@@ -6,7 +6,7 @@ Without a GPU the kernels run in Triton's interpreter. Tiles are powers of two u
 
 import pytest
 import torch
-from numerics import Inputs, check_attention, draw
+from numerics import Inputs, check_attention, draw, outputs_and_gradients
 
 from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
 
@@ -78,6 +78,97 @@ def test_unsafe(normalizer, device):
 def test_head_first(normalizer, shape, device):
     inputs = draw(**shape, B=2, HQ=2, H=1, V=24, head_first=True)
     check(inputs, device, normalizer=normalizer, head_first=True)
+
+
+WINDOWS = {
+    "itself": ({"T": 70}, 1),
+    "less-than-a-tile": ({"T": 150, "HQ": 2, "H": 1}, 5),
+    "tile": ({"T": 150}, 64),
+    "across-tiles": ({"T": 200, "HQ": 2}, 97),
+    "longer-than-all": ({"T": 70}, 1000),
+    "chunk": ({"T": 5, "S": 170, "HQ": 2}, 30),
+    "chunk-of-tiles": ({"T": 90, "S": 200}, 100),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+@each_normalizer
+def test_window(normalizer, case, device):
+    shape, window_size = WINDOWS[case]
+    check(draw(**shape), device, normalizer=normalizer, window_size=window_size)
+
+
+PACKED = {
+    "one": [0, 70],
+    "two": [0, 33, 100],
+    "empty-and-one-token": [0, 0, 1, 70, 70, 71, 150, 150],
+    "tiles": [0, 64, 128, 192],
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+@each_normalizer
+def test_packed_sequences(normalizer, case, device):
+    dtype = torch.int32 if case == "tiles" else torch.int64
+    cu_seqlens = torch.tensor(PACKED[case], dtype=dtype, device=device)
+    inputs = draw(PACKED[case][-1], HQ=2, H=1, V=24)
+    check(inputs, device, normalizer=normalizer, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_packed_sequences_with_a_window(normalizer, head_first, device):
+    cu_seqlens = torch.tensor([0, 20, 20, 150], device=device)
+    inputs = draw(150, HQ=2, head_first=head_first)
+    kwargs = {"cu_seqlens": cu_seqlens, "window_size": 40, "head_first": head_first}
+    check(inputs, device, normalizer=normalizer, **kwargs)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
+@pytest.mark.parametrize(
+    "sink",
+    [
+        pytest.param([0.0, 1.0, -2.0, 0.5], id="ordinary"),
+        pytest.param([5.0, 40.0, -40.0, 0.0], id="wide"),
+    ],
+)
+@each_normalizer
+def test_sink(normalizer, sink, safe, device):
+    inputs = draw(70, B=2, HQ=4, H=2)
+    check(inputs, device, normalizer=normalizer, safe=safe, sink=torch.tensor(sink, device=device))
+
+
+@each_normalizer
+def test_sink_beyond_float32(normalizer, device):
+    # e^sink overflows, so that only the shifted sums hold it
+    inputs = draw(70, HQ=2)
+    inputs = inputs._replace(q=inputs.q * 60)
+    sink = torch.tensor([95.0, 200.0], device=device)
+    check(inputs, device, normalizer=normalizer, sink=sink)
+
+
+def test_sink_of_minus_infinity_is_none(device):
+    inputs = draw(70, HQ=2).to(device)
+    sink = torch.full((2,), -torch.inf, device=device)
+    for normalizer in NORMALIZERS:
+        got = check(inputs, device, normalizer=normalizer)
+        with_sink = outputs_and_gradients(
+            parallel_normalized_attn, inputs, normalizer=normalizer, sink=sink
+        )
+        assert not with_sink.pop("dsink").count_nonzero()
+        assert all(torch.equal(got[name], x) for name, x in with_sink.items())
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_everything_at_once(normalizer, device):
+    inputs = draw(150, K=40, V=24, HQ=4, H=2, dtype=torch.bfloat16)
+    kwargs = {
+        "cu_seqlens": torch.tensor([0, 7, 7, 150], device=device),
+        "window_size": 50,
+        "sink": torch.tensor([0.0, 1.0, -1.0, 2.0], device=device),
+        "scale": 0.5,
+    }
+    check(inputs, device, normalizer=normalizer, **kwargs)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
@@ -229,12 +320,13 @@ def test_scores_in_half_precision(regime, dtype, device):
     check(regime(draw(90, dtype=dtype)), device, normalizer="softpick")
 
 
-def test_scores_below_eps(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("normalizer", ["softpick", "relu_softpick", "abs_softpick"])
+def test_scores_below_eps(normalizer, dtype, device):
     # the denominator is little more than eps, which magnifies gradients a million times
-    inputs = draw(90)
+    inputs = draw(90, dtype=dtype)
     inputs = inputs._replace(q=inputs.q * 1e-3, k=inputs.k * 1e-3)
-    for normalizer in ("softpick", "relu_softpick", "abs_softpick"):
-        check(inputs, device, normalizer=normalizer)
+    check(inputs, device, normalizer=normalizer)
 
 
 @pytest.mark.gpu

@@ -18,8 +18,8 @@ from fla.ops.attn.softpick import (
     parallel_normalized_attn,
     parallel_softpick_attn,
 )
+from fla.ops.attn.softpick.launch_shapes import TABLE, dot_precision
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
-from fla.ops.attn.softpick.parallel_fwd import dot_precision
 
 each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
 
@@ -57,6 +57,8 @@ def test_named_function_is_the_normalizer(normalizer, device):
     named = getattr(package, f"parallel_{normalizer}_attn")
     q, k, v, _ = draw(9, HQ=2, H=1, head_first=True, device=device)
     kwargs = {"scale": 0.3, "head_first": True, "safe": False, "return_lse": True}
+    kwargs |= {"window_size": 4, "sink": torch.ones(2, device=device)}
+    kwargs["cu_seqlens"] = torch.tensor([0, 6, 9], device=device)
     assert_bitwise(
         named(q, k, v, **kwargs),
         parallel_normalized_attn(q, k, v, normalizer=normalizer, **kwargs),
@@ -86,12 +88,31 @@ def test_opcheck(kind, device):
         torch.ops.softpick.normalized_attn_fwd,
         torch.ops.softpick.normalized_attn_bwd,
     )
-    args = 0.25, head_first, True, "softpick"
-    torch.library.opcheck(forward, (q, k, v, *args))
-    torch.library.opcheck(forward, (*(x.detach().requires_grad_() for x in (q, k, v)), *args))
-    o, lse = forward(q, k, v, *args)
+    sink = torch.zeros(q.shape[1 if head_first else 2], device=device)
+    args = None, 0.25, None, head_first, True, "softpick"
+    for s in (None, sink):
+        torch.library.opcheck(forward, (q, k, v, s, *args))
+        inputs = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, s)]
+        torch.library.opcheck(forward, (*inputs, *args))
+    o, lse = forward(q, k, v, sink, *args)
     for dlse in (None, torch.ones_like(lse)):
-        torch.library.opcheck(backward, (q, k, v, o, lse, do, dlse, 0.25, head_first, "softpick"))
+        torch.library.opcheck(
+            backward, (q, k, v, None, o, lse, do, dlse, 0.25, 4, head_first, "softpick")
+        )
+
+
+def test_opcheck_of_packed_sequences(device):
+    q, k, v, do = draw(20, HQ=2, device=device)
+    cu_seqlens = torch.tensor([0, 5, 5, 20], device=device)
+    args = 0.25, 4, False, True, "softmax"
+    forward = torch.ops.softpick.normalized_attn_fwd
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(forward, (*inputs, None, cu_seqlens, *args))
+    o, lse = (x.detach() for x in forward(*inputs, None, cu_seqlens, *args))
+    torch.library.opcheck(
+        torch.ops.softpick.normalized_attn_bwd,
+        (*(x.detach() for x in inputs), cu_seqlens, o, lse, do, None, 0.25, 4, False, "softmax"),
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -121,6 +142,52 @@ def test_double_backward_is_refused(device):
     (dq,) = torch.autograd.grad(parallel_softpick_attn(q, k, v), q, do, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative in Triton"):
         dq.sum().backward()
+
+
+def test_vmap_is_refused(device):
+    q, k, v, _ = draw(9, B=2, device=device)
+    with pytest.raises(NotImplementedError, match="make the mapped dimension part of the batch"):
+        torch.vmap(parallel_softpick_attn)(q[:, None], k[:, None], v[:, None])
+
+
+def test_export_with_dynamic_length(device):
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, sink):
+            return parallel_softpick_attn(q, k, v, sink=sink, window_size=30)
+
+    sink = torch.zeros(2, device=device)
+    T = torch.export.Dim("T", min=2, max=4096)
+    dynamic = tuple({1: T} for _ in "qkv") + (None,)
+    args = (*draw(33, HQ=2, device=device)[:3], sink)
+    program = torch.export.export(Attention(), args, dynamic_shapes=dynamic)
+    for length in (33, 70):
+        args = (*draw(length, HQ=2, device=device)[:3], sink)
+        assert torch.equal(program.module()(*args), Attention()(*args))
+
+
+def test_compiled_code_is_reused_for_every_length(device):
+    compilations = 0
+
+    def backend(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    torch.compiler.reset()
+    attn = torch.compile(parallel_softpick_attn, fullgraph=True, backend=backend, dynamic=True)
+    for T in (33, 40, 70):
+        inputs = draw(T, HQ=2, device=device)
+        assert torch.equal(attn(*inputs[:3]), parallel_softpick_attn(*inputs[:3]))
+    assert compilations == 1
+
+
+def test_packed_sequences_compile_into_one_graph(device):
+    attn = torch.compile(parallel_softpick_attn, fullgraph=True, backend="aot_eager")
+    inputs = draw(40, HQ=2, device=device)
+    for bounds in ([0, 33, 40], [0, 1, 40]):
+        cu_seqlens = torch.tensor(bounds, device=device)
+        got = run(attn, inputs, cu_seqlens=cu_seqlens)
+        assert_bitwise(got, run(parallel_softpick_attn, inputs, cu_seqlens=cu_seqlens))
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v"])
@@ -171,9 +238,9 @@ def test_output_gradient_with_steps_too_wide_is_copied(device, monkeypatch):
     wide = inputs._replace(do=torch.cat([inputs.do, inputs.do], -1)[..., :16])
     launch, steps = parallel.parallel_normalized_attn_bwd, []
 
-    def spy(q, k, v, o, lse, do, *args):
+    def spy(q, k, v, cu_seqlens, o, lse, do, *args):
         steps.append(do.stride(2))
-        return launch(q, k, v, o, lse, do, *args)
+        return launch(q, k, v, cu_seqlens, o, lse, do, *args)
 
     monkeypatch.setattr(parallel, "parallel_normalized_attn_bwd", spy)
     expected = run(parallel_softpick_attn, wide, head_first=True)
@@ -187,8 +254,11 @@ def test_float32_precision_follows_torch():
     try:
         for setting, precision in (("highest", "ieee"), ("high", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert dot_precision(torch.float32) == precision
-            assert dot_precision(torch.bfloat16) == "ieee"
+            for architecture in TABLE:
+                # gfx90a and gfx950 have no TF32
+                expected = "ieee" if architecture in ("gfx90a", "gfx950") else precision
+                assert dot_precision(torch.float32, architecture) == expected
+                assert dot_precision(torch.bfloat16, architecture) == "ieee"
     finally:
         torch.set_float32_matmul_precision(previous)
 

@@ -34,10 +34,14 @@ def check_inputs(
     cu_seqlens: torch.Tensor | None,
     head_first: bool,
     window_size: int | None,
+    sink: torch.Tensor | None,
     normalizer: str,
     normalizers: Collection[str],
 ) -> None:
-    """Raises ValueError, naming the argument and the value seen, unless the call is well-formed."""
+    """Raises ValueError, naming the argument and the value seen, unless the call is well-formed.
+
+    The numbers in cu_seqlens are for `check_bounds`, since they may have to come from a GPU.
+    """
     if normalizer not in normalizers:
         raise ValueError(f"normalizer must be one of {', '.join(normalizers)}; got {normalizer!r}")
     layout = "[B, H, T, D]" if head_first else "[B, T, H, D]"
@@ -79,6 +83,13 @@ def check_inputs(
         )
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1 (the query itself), got {window_size}")
+    if sink is not None and (
+        sink.shape != (HQ,) or not sink.is_floating_point() or sink.device != q.device
+    ):
+        raise ValueError(
+            f"sink must be a floating point vector of one score for each of the {HQ} query heads on "
+            f"{q.device}, got {sink.dtype} of shape {tuple(sink.shape)} on {sink.device}"
+        )
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, B=q.shape[0], T=T, S=S)
 
@@ -94,6 +105,9 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, B: int, T: int, S: int) -> None:
             f"cu_seqlens requires one batch row and as many keys as queries, got B={B}, "
             f"{T} queries, {S} keys"
         )
-    bounds = cu_seqlens.tolist()
+
+
+def check_bounds(bounds: list[int], T: int) -> None:
+    """Raises ValueError unless cu_seqlens, as a list, rises from 0 to T."""
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {bounds[:8]}")

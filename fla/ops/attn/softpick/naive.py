@@ -8,82 +8,98 @@ Shape letters: ``B`` batch, ``T`` queries, ``S`` keys, ``HQ`` query heads, ``H``
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs, without_autocast
+from fla.ops.attn.softpick.checks import (
+    autocast_inputs,
+    check_bounds,
+    check_inputs,
+    without_autocast,
+)
 
 # Added to the unshifted denominator. One value for reference and kernels: it is part of the function.
 EPS = 1e-6
 INF = float("inf")
 
 
+class Terms(NamedTuple):
+    """n(s), d(s) and the constant c of a row, all times e^-m, and m."""
+
+    n: torch.Tensor
+    d: torch.Tensor
+    c: torch.Tensor | float
+    m: torch.Tensor
+
+
 def _exponentials(
-    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool, masked: float, floor: float
+    x: torch.Tensor,
+    dim: int,
+    visible: torch.Tensor | None,
+    safe: bool,
+    masked: float,
+    floor: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``x`` with ``masked`` where a key is not visible, ``e^(x - m)`` and ``e^-m``, where
-    m = max(floor, row maximum)."""
+    """``x`` with ``masked`` where a key is not visible, ``e^(x - m)`` and m = max(floor, row maximum)."""
     if visible is not None:
         x = x.masked_fill(~visible, masked)
+    m = torch.zeros_like(x.detach().narrow(dim, 0, 1))
     if safe:
         # numerator and denominator carry the same factor e^-m: the shift is exact and has no gradient
-        m = x.detach().amax(dim, keepdim=True).clamp(min=floor)
+        m = torch.maximum(x.detach().amax(dim, keepdim=True), m + floor)
         # a row without a visible key has no maximum
         m = m.masked_fill(m == -INF, 0.0)
-    else:
-        m = torch.zeros_like(x.detach().narrow(dim, 0, 1))
-    return x, torch.exp(x - m), torch.exp(-m)
+    return x, torch.exp(x - m), m
 
 
 def _shifted_expm1(
-    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool
+    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool, sink: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(e^x - 1) e^-m``, 0 where not visible, and ``e^-m``."""
-    x, e, unit = _exponentials(x, dim, visible, safe, masked=0.0, floor=0.0)
+    """``(e^x - 1) e^-m``, 0 where not visible, and m."""
+    x, e, m = _exponentials(x, dim, visible, safe, masked=0.0, floor=_at_least_0(sink))
     # NOTE(numerics): x = 0 gives 0 and no gradient to the bit; the two exponentials alone may differ by
     # one rounding, since CPU code computes the ends of a row by another routine than its middle
-    return torch.where(x != 0, e - unit, 0.0), unit
+    return torch.where(x != 0, e - torch.exp(-m), 0.0), m
 
 
-def _normalize(n: torch.Tensor, d: torch.Tensor, constant: torch.Tensor | float, dim: int):
-    z = d.sum(dim, keepdim=True) + constant
-    # n <= d, so a zero denominator stands under zeros only
-    return n / z.masked_fill(z == 0, 1.0)
+def _at_least_0(sink: torch.Tensor | float) -> torch.Tensor | float:
+    return sink.clamp(min=0.0) if isinstance(sink, torch.Tensor) else max(sink, 0.0)
 
 
-def _softpick(x, dim, visible, safe):
-    y, unit = _shifted_expm1(x, dim, visible, safe)
-    return _normalize(y.relu(), y.abs(), EPS * unit, dim)
+def _softpick(x, dim, visible, safe, sink):
+    y, m = _shifted_expm1(x, dim, visible, safe, sink)
+    return Terms(y.relu(), y.abs(), EPS * torch.exp(-m), m)
 
 
-def _relu_softpick(x, dim, visible, safe):
-    y, unit = _shifted_expm1(x, dim, visible, safe)
-    return _normalize(y.relu(), y.relu(), EPS * unit, dim)
+def _relu_softpick(x, dim, visible, safe, sink):
+    y, m = _shifted_expm1(x, dim, visible, safe, sink)
+    return Terms(y.relu(), y.relu(), EPS * torch.exp(-m), m)
 
 
-def _abs_softpick(x, dim, visible, safe):
-    y, unit = _shifted_expm1(x, dim, visible, safe)
-    return _normalize(y.abs(), y.abs(), EPS * unit, dim)
+def _abs_softpick(x, dim, visible, safe, sink):
+    y, m = _shifted_expm1(x, dim, visible, safe, sink)
+    return Terms(y.abs(), y.abs(), EPS * torch.exp(-m), m)
 
 
-def _softmax(x, dim, visible, safe):
-    _, e, _ = _exponentials(x, dim, visible, safe, masked=-INF, floor=-INF)
-    return _normalize(e, e, 0.0, dim)
+def _softmax(x, dim, visible, safe, sink):
+    _, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=sink)
+    return Terms(e, e, 0.0, m)
 
 
-def _softmax_plus_one(x, dim, visible, safe):
-    _, e, unit = _exponentials(x, dim, visible, safe, masked=-INF, floor=0.0)
-    return _normalize(e, e, unit, dim)
+def _softmax_plus_one(x, dim, visible, safe, sink):
+    _, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=_at_least_0(sink))
+    return Terms(e, e, torch.exp(-m), m)
 
 
-def _rectified(x, dim, visible, safe):
-    x, e, _ = _exponentials(x, dim, visible, safe, masked=-INF, floor=0.0)
+def _rectified(x, dim, visible, safe, sink):
+    x, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=_at_least_0(sink))
     # written so that NaN passes
     e = torch.where(x < 0, 0.0, e)
-    return _normalize(e, e, 0.0, dim)
+    return Terms(e, e, 0.0, m)
 
 
-NORMALIZERS: dict[str, Callable[..., torch.Tensor]] = {
+NORMALIZERS: dict[str, Callable[..., Terms]] = {
     "softpick": _softpick,
     "relu_softpick": _relu_softpick,
     "abs_softpick": _abs_softpick,
@@ -91,8 +107,23 @@ NORMALIZERS: dict[str, Callable[..., torch.Tensor]] = {
     "softmax_plus_one": _softmax_plus_one,
     "rectified": _rectified,
 }
-"""Name -> ``f(x, dim, visible, safe)``: weights in the dtype of the scores ``x``, summed over ``dim``.
-``visible`` (bool, broadcastable to ``x``, or None) marks the keys that count."""
+"""Name -> ``f(x, dim, visible, safe, sink)``: the terms of the sums over ``dim`` of the scores ``x``.
+``visible`` (bool, broadcastable to ``x``, or None) marks the keys that count; ``sink`` is a score that the
+shift m must cover too, or -inf."""
+
+
+def _normalize(
+    terms: Terms, dim: int, sink: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and the log of the denominator; ``e^sink`` stands in the denominator alone."""
+    n, d, c, m = terms
+    z = d.sum(dim, keepdim=True) + c
+    if sink is not None:
+        z = z + torch.exp(sink - m)
+    # n <= d, so a zero denominator stands under zeros only
+    is_empty = z == 0
+    z = z.masked_fill(is_empty, 1.0)
+    return n / z, (m + z.log()).masked_fill(is_empty, -INF)
 
 
 def softpick(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -110,7 +141,8 @@ def softpick(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating point tensor, got {x.dtype}")
-    return _softpick(_at_least_float32(x), dim, None, True).to(x.dtype)
+    weights, _ = _normalize(_softpick(_at_least_float32(x), dim, None, True, -INF), dim)
+    return weights.to(x.dtype)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -147,13 +179,15 @@ def naive_normalized_attn(
     normalizer: str = "softpick",
     safe: bool = True,
     window_size: int | None = None,
+    sink: torch.Tensor | None = None,
+    return_lse: bool = False,
     return_weights: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     r"""Causal attention with one of the `NORMALIZERS`, by materialising the scores.
 
     With ``s_ij = scale * <q_i, k_j>`` and sums over the keys ``j`` that query ``i`` sees::
 
-        o_i = sum_j n(s_ij) v_j / (c + sum_j d(s_ij))
+        o_i = sum_j n(s_ij) v_j / (c + e^sink + sum_j d(s_ij))
 
     ============================  ======================  ======================  =====
     normalizer                    n(s)                    d(s)                    c
@@ -179,11 +213,15 @@ def naive_normalized_attn(
         safe: Shift scores by ``max(0, row maximum)`` (softmax: by the row maximum) before ``exp``: exact
             for every finite input. ``False`` does not shift: for scores known to stay below 80.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        sink: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype; it
+            gets a gradient. Default: none.
+        return_lse: Also return the natural logarithm of the denominator.
         return_weights: Also return the weights.
 
     Returns:
-        Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_weights`` also the weights
-        ``[B, HQ, T, S]``. A row whose denominator is 0 gives 0.
+        Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_lse`` then the log of the
+        denominator ``[B, HQ, T]``, float32 (float64 for float64); with ``return_weights`` then the weights
+        ``[B, HQ, T, S]``. A row whose denominator is 0 gives 0 and a log of -inf.
 
     Raises:
         ValueError: A shape, dtype, device, ``cu_seqlens`` or name breaks a condition above; the message
@@ -198,7 +236,9 @@ def naive_normalized_attn(
         arXiv:2504.20966; the relatives are those of its authors' ablations.
     """
     q, k, v = autocast_inputs(q, k, v)
-    check_inputs(q, k, v, cu_seqlens, head_first, window_size, normalizer, NORMALIZERS)
+    check_inputs(q, k, v, cu_seqlens, head_first, window_size, sink, normalizer, NORMALIZERS)
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens.tolist(), q.shape[2 if head_first else 1])
     if not head_first:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
@@ -209,14 +249,20 @@ def naive_normalized_attn(
     # NOTE(numerics): inputs are in autocast's dtype already; the scores are not to be cast again
     with without_autocast(q.device):
         scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
-        weights_BHTS = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe).to(v.dtype)
+        if sink is not None:
+            sink = sink.to(scores_BHTS.dtype)[:, None, None]
+        floor = -INF if sink is None else sink.detach()
+        terms = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe, floor)
+        weights_BHTS, lse_BHT1 = _normalize(terms, -1, sink)
+        weights_BHTS = weights_BHTS.to(v.dtype)
         o = weights_BHTS @ v
     if not head_first:
         o = o.transpose(1, 2)
-    return (o, weights_BHTS) if return_weights else o
+    extra = (lse_BHT1[..., 0],) * return_lse + (weights_BHTS,) * return_weights
+    return (o, *extra) if extra else o
 
 
-def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
     def attn(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -227,8 +273,10 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
         *,
         safe: bool = True,
         window_size: int | None = None,
+        sink: torch.Tensor | None = None,
+        return_lse: bool = False,
         return_weights: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return naive_normalized_attn(
             q,
             k,
@@ -239,6 +287,8 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
             normalizer=normalizer,
             safe=safe,
             window_size=window_size,
+            sink=sink,
+            return_lse=return_lse,
             return_weights=return_weights,
         )
 

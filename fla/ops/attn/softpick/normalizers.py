@@ -36,7 +36,8 @@ def smallest_shift(NORMALIZER: tl.constexpr):
     # softmax alone has no term of weight 1 in its sums, so nothing forbids a shift below 0, and rows
     # whose scores are all very negative need one
     if NORMALIZER == "softmax":
-        return -float("inf")
+        # finite, so that a row whose first keys are all masked is not inf - inf
+        return -3.4028234663852886e38
     else:
         return 0.0
 
@@ -65,14 +66,43 @@ def weights(b_s, b_m, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def denominator_constant(b_m, NORMALIZER: tl.constexpr, EPS: tl.constexpr):
-    """c times 2**-b_m."""
+def denominator_constant(b_m, b_c, NORMALIZER: tl.constexpr, EPS: tl.constexpr):
+    """c times 2**-b_m, with 2**b_c of a sink on top."""
+    b_sink = tl.exp2(b_c - b_m)
     if NORMALIZER == "softmax" or NORMALIZER == "rectified":
-        return tl.zeros_like(b_m)
+        return b_sink
     elif NORMALIZER == "softmax_plus_one":
-        return tl.exp2(-b_m)
+        return b_sink + tl.exp2(-b_m)
     else:
-        return EPS * tl.exp2(-b_m)
+        return b_sink + EPS * tl.exp2(-b_m)
+
+
+@triton.jit
+def in_range(b_z, NORMALIZER: tl.constexpr):
+    """Whether an unshifted denominator proves that no term overflowed, nor all of them vanished."""
+    if NORMALIZER == "softmax":
+        # the other sums hold a term of 1, or a constant, or no term at all
+        return (b_z > 2.0**-64) & (b_z < float("inf"))
+    else:
+        return b_z < float("inf")
+
+
+@triton.jit
+def denominator_log(b_lse, NORMALIZER: tl.constexpr):
+    """b_lse with +inf, which gives weight and gradient 0, where the denominator is 0."""
+    if NORMALIZER == "softmax" or NORMALIZER == "rectified":
+        return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+    else:
+        return b_lse
+
+
+@triton.jit
+def lift(b_lse, MOST: tl.constexpr, NORMALIZER: tl.constexpr):
+    """Exponent, at most MOST, by which `score_grad` may be too large for float16: 1 / Z reaches 1 / EPS."""
+    if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
+        return tl.minimum(tl.maximum(-b_lse, 0.0), MOST)
+    else:
+        return tl.zeros_like(b_lse)
 
 
 @triton.jit

@@ -27,16 +27,21 @@ def _fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     scale: float,
+    window_size: int | None,
     head_first: bool,
     safe: bool,
     normalizer: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return parallel_normalized_attn_fwd(q, k, v, scale, head_first, safe, normalizer)
+    return parallel_normalized_attn_fwd(
+        q, k, v, sink, cu_seqlens, scale, window_size, head_first, safe, normalizer
+    )
 
 
 @_fwd.register_fake
-def _(q, k, v, scale, head_first, safe, normalizer):
+def _(q, k, v, sink, cu_seqlens, scale, window_size, head_first, safe, normalizer):
     B, T, HQ = (q.shape[i] for i in ((0, 2, 1) if head_first else (0, 1, 2)))
     o = empty_rows(q, T, HQ, v.shape[-1], head_first)
     return o, q.new_empty((B, HQ, T), dtype=torch.float32)
@@ -47,38 +52,52 @@ def _bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
     do: torch.Tensor,
     dlse: torch.Tensor | None,
     scale: float,
+    window_size: int | None,
     head_first: bool,
     normalizer: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return parallel_normalized_attn_bwd(q, k, v, o, lse, do, dlse, scale, head_first, normalizer)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return parallel_normalized_attn_bwd(
+        q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer
+    )
 
 
 @_bwd.register_fake
-def _(q, k, v, o, lse, do, dlse, scale, head_first, normalizer):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer):
+    return tuple(torch.empty_like(x) for x in (q, k, v, lse))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.head_first, _, ctx.normalizer = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, sink, cu_seqlens, ctx.scale, ctx.window_size, ctx.head_first, _, ctx.normalizer = (
+        inputs
+    )
+    ctx.save_for_backward(q, k, v, sink, cu_seqlens, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dlse):
-    q, k, v, o, lse = ctx.saved_tensors
+    q, k, v, sink, cu_seqlens, o, lse = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
     do = _last_contiguous(do)
     if do.stride(2 if ctx.head_first else 1) > MAX_TIME_STRIDE:
         do = do.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    grads = _bwd(q, k, v, o, lse, do, dlse, ctx.scale, ctx.head_first, ctx.normalizer)
-    return *grads, None, None, None, None
+    dq, dk, dv, delta = _bwd(
+        q, k, v, cu_seqlens, o, lse, do, dlse,
+        ctx.scale, ctx.window_size, ctx.head_first, ctx.normalizer,
+    )  # fmt: skip
+    dsink = None
+    if sink is not None:
+        # exp(sink) / Z, 0 for a row without a denominator
+        weight = torch.exp2(sink[:, None] / math.log(2) - lse).where(lse > -math.inf, 0.0)
+        dsink = -(delta * weight).sum((0, 2))
+    return dq, dk, dv, dsink, None, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx, *grads):
@@ -87,8 +106,16 @@ def _refuse_double_backward(ctx, *grads):
     )
 
 
+def _refuse_vmap(info, in_dims, *args):
+    raise NotImplementedError(
+        "softpick attention has no torch.vmap rule in Triton; make the mapped dimension part of the batch"
+    )
+
+
 _fwd.register_autograd(_backward, setup_context=_setup_context)
 _bwd.register_autograd(_refuse_double_backward)
+_fwd.register_vmap(_refuse_vmap)
+_bwd.register_vmap(_refuse_vmap)
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -131,6 +158,7 @@ def parallel_normalized_attn(
     normalizer: str = "softpick",
     safe: bool = True,
     window_size: int | None = None,
+    sink: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Causal attention with any normaliser of the family, without materialising the scores.
@@ -144,18 +172,15 @@ def parallel_normalized_attn(
 
     Raises:
         ValueError: An argument breaks a condition; the message names it and shows the value received.
-        NotImplementedError: ``cu_seqlens`` or ``window_size`` is given.
     """
     q, k, v = autocast_inputs(q, k, v)
-    check_inputs(q, k, v, cu_seqlens, head_first, window_size, normalizer, KERNEL_NORMALIZERS)
+    check_inputs(q, k, v, cu_seqlens, head_first, window_size, sink, normalizer, KERNEL_NORMALIZERS)
     _check_kernel_inputs(q, k, v, head_first)
-    if cu_seqlens is not None or window_size is not None:
-        raise NotImplementedError(
-            "the Triton kernels do not take cu_seqlens or window_size yet; naive_normalized_attn does"
-        )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
-    o, lse = _fwd(q, k, v, scale, head_first, safe, normalizer)
+    if sink is not None:
+        sink = sink.float().contiguous()
+    o, lse = _fwd(q, k, v, sink, cu_seqlens, scale, window_size, head_first, safe, normalizer)
     return (o, lse * math.log(2)) if return_lse else o
 
 
@@ -169,6 +194,7 @@ def parallel_softpick_attn(
     *,
     safe: bool = True,
     window_size: int | None = None,
+    sink: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Causal softpick attention without materialising the score matrix.
@@ -187,22 +213,27 @@ def parallel_softpick_attn(
             positions. ``HQ`` is a multiple of ``H``; query head ``h`` reads key head ``h // (HQ // H)``.
         v: Values ``[B, S, H, V]``, dtype and device of ``q``. ``V <= 256`` may differ from ``K``.
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
-        cu_seqlens: Packed sequences; not implemented in Triton yet.
+        cu_seqlens: Boundaries ``[N + 1]`` of ``N`` packed sequences, int32 or int64, from 0 to ``T``,
+            non-decreasing. Requires ``B == 1`` and ``S == T``; tokens see only their own sequence. Read
+            back from the GPU once for each new tensor, not at every call.
         head_first: Inputs and output are ``[B, H, T, D]`` instead.
         safe: Exact for every finite input. ``False`` skips the shift of the scores: for scores known to
             stay below 80 (float16: below 11, since weights are rounded to the input dtype).
-        window_size: Sliding window; not implemented in Triton yet.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        sink: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype: adds
+            ``e^sink`` to the denominator of every row, and gets a gradient. Default: none.
         return_lse: Also return the log of the denominator.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_lse`` also the natural logarithm
-        ``[B, HQ, T]``, float32, of the denominator. Both are differentiable in ``q``, ``k`` and ``v``,
-        once.
+        ``[B, HQ, T]``, float32, of the denominator. Both are differentiable in ``q``, ``k``, ``v`` and
+        ``sink``, once.
 
     Raises:
-        ValueError: A shape, dtype or device breaks a condition above; the message names the argument
-            and shows the value received. A CPU tensor is refused: call `naive_softpick_attn`.
-        NotImplementedError: ``cu_seqlens`` or ``window_size`` is given.
+        ValueError: A shape, dtype, device or ``cu_seqlens`` breaks a condition above; the message names
+            the argument and shows the value received. A CPU tensor is refused: call
+            `naive_softpick_attn`. So is a GPU that `launch_shapes` does not know.
+        NotImplementedError: A second derivative, or `torch.vmap`, is asked for.
 
     Numerics:
         Scores, running maximum, denominator and accumulators are float32; weights round to the input
@@ -224,6 +255,7 @@ def parallel_softpick_attn(
         normalizer="softpick",
         safe=safe,
         window_size=window_size,
+        sink=sink,
         return_lse=return_lse,
     )
 
@@ -239,6 +271,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
         *,
         safe: bool = True,
         window_size: int | None = None,
+        sink: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return parallel_normalized_attn(
@@ -251,6 +284,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
             normalizer=normalizer,
             safe=safe,
             window_size=window_size,
+            sink=sink,
             return_lse=return_lse,
         )
 

@@ -18,52 +18,27 @@ import torch
 import triton
 import triton.language as tl
 
+from fla.ops.attn.softpick.launch_shapes import launch_options
 from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
     denominator_constant,
+    in_range,
     masked_score,
     smallest_shift,
     weights,
 )
-
-
-@triton.jit
-def load_rows(
-    p,
-    i_t,
-    stride,
-    T,
-    D: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    IS_MASKED: tl.constexpr,
-):
-    """[BT, BD] rows i_t, i_t + 1, ...; with IS_MASKED rows from T on read as 0, columns from D on always."""
-    o_t = tl.arange(0, BT)
-    o_d = tl.arange(0, BD)
-    # the start is 64-bit, offsets within a tile fit 32 bits (`parallel.py` refuses wider strides)
-    p_x = p + tl.cast(i_t, tl.int64) * stride + o_t[:, None] * stride + o_d[None, :]
-    if IS_MASKED:
-        if D == BD:
-            return tl.load(p_x, mask=(i_t + o_t < T)[:, None], other=0.0)
-        else:
-            return tl.load(p_x, mask=(i_t + o_t < T)[:, None] & (o_d < D)[None, :], other=0.0)
-    else:
-        if D == BD:
-            return tl.load(p_x)
-        else:
-            return tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(p, b_x, i_t, stride, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Stores the rows of b_x [BT, BD] below T and its columns below D."""
-    o_t = tl.arange(0, BT)
-    o_d = tl.arange(0, BD)
-    p_x = p + tl.cast(i_t, tl.int64) * stride + o_t[:, None] * stride + o_d[None, :]
-    mask = (i_t + o_t < T)[:, None] & (o_d < D)[None, :]
-    tl.store(p_x, b_x.to(p.dtype.element_ty), mask=mask)
+from fla.ops.attn.softpick.tiles import (
+    empty_rows,
+    feature_tile,
+    keys_of,
+    load_rows,
+    own_tile,
+    store_rows,
+    strides_bth,
+    tiles_of,
+    visible,
+)
 
 
 @triton.jit
@@ -76,31 +51,41 @@ def _accumulate_keys(
     v,
     sk_t,
     sv_t,
-    o_last,
+    o_q,
     scale,
     first,
     end,
+    hole_at,
+    hole,
     S,
+    W,
     K: tl.constexpr,
     V: tl.constexpr,
     BS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
-    IS_SAFE: tl.constexpr,
+    IS_SHIFTED: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    IS_PIPELINED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the keys [first, end) to b_z and b_o; IS_MASKED where some row may not see all of them."""
-    for i_s in range(first, end, BS):
+    """Adds the keys [first, end), without `hole` of them from hole_at on, to b_z and b_o.
+
+    IS_MASKED where some row may not see all of them; IS_SHIFTED with a running maximum.
+    """
+    for i_s in tl.range(first, end - hole, BS, num_stages=None if IS_PIPELINED else 1):
+        if IS_MASKED:
+            i_s = tl.where(i_s < hole_at, i_s, i_s + hole)
         b_k = load_rows(k, i_s, sk_t, S, K, BS, BK, IS_MASKED)
         b_v = load_rows(v, i_s, sv_t, S, V, BS, BV, IS_MASKED)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if IS_MASKED:
-            o_s = i_s + tl.arange(0, BS)
-            b_s = tl.where(o_s[None, :] <= o_last[:, None], b_s, masked_score(NORMALIZER))
-        if IS_SAFE:
+            m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
+            b_s = tl.where(m_s, b_s, masked_score(NORMALIZER))
+        if IS_SHIFTED:
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
             b_r = tl.exp2(b_m - b_m_new)
             b_z = b_z * b_r
@@ -112,11 +97,33 @@ def _accumulate_keys(
     return b_m, b_z, b_o
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit
+def _store_row_results(
+    o,
+    lse,
+    b_m,
+    b_z,
+    b_o,
+    i_t,
+    so_t,
+    m_t,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Outputs and base-2 lse of the rows where m_t."""
+    # a zero denominator stands under zeros only
+    b_o = b_o / tl.where(b_z == 0, 1.0, b_z)[:, None]
+    store_rows(o, b_o, i_t, so_t, m_t, V, BT, BV)
+    tl.store(lse + i_t + tl.arange(0, BT), b_m + tl.log2(b_z), mask=m_t)
+
+
+@triton.jit(do_not_specialize=["T", "S", "NT", "HQ", "G", "W"])
 def parallel_normalized_attn_fwd_kernel(
     q,
     k,
     v,
+    sink,
     o,
     lse,
     scale,
@@ -132,10 +139,13 @@ def parallel_normalized_attn_fwd_kernel(
     so_b,
     so_t,
     so_h,
+    tiles,
     T,
     S,
+    NT,
     HQ,
     G,
+    W,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
@@ -145,93 +155,77 @@ def parallel_normalized_attn_fwd_kernel(
     NORMALIZER: tl.constexpr,
     EPS: tl.constexpr,
     IS_SAFE: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    NT = tl.cdiv(T, BT)
-    # the tiles with the most keys start first
-    i_t = (NT - 1 - tl.program_id(0) % NT) * BT
-    i_bh = tl.program_id(0) // NT
-    i_b = (i_bh // HQ).to(tl.int64)
-    i_hq = (i_bh % HQ).to(tl.int64)
+    # NOTE(numerics): float16 has no room for weights without a shift, the other dtypes nearly always
+    IS_SHIFTED: tl.constexpr = IS_SAFE and q.dtype.element_ty == tl.float16
+    i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, True)
+    lse += i_bh * T + bos
+    T = T_own
+    i_b = i_bh // HQ
+    i_hq = i_bh % HQ
     i_h = i_hq // G
-    q += i_b * sq_b + i_hq * sq_h
-    k += i_b * sk_b + i_h * sk_h
-    v += i_b * sv_b + i_h * sv_h
-    o += i_b * so_b + i_hq * so_h
-    lse += i_bh.to(tl.int64) * T
+    q += i_b * sq_b + i_hq * sq_h + bos * sq_t
+    k += i_b * sk_b + i_h * sk_h + bos * sk_t
+    v += i_b * sv_b + i_h * sv_h + bos * sv_t
+    o += i_b * so_b + i_hq * so_h + bos * so_t
 
     o_t = i_t + tl.arange(0, BT)
-    # [BT] last key that each row sees
-    o_last = o_t + (S - T)
-    b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
-    b_m = tl.full([BT], 0.0, tl.float32)
-    if IS_SAFE:
-        b_m = tl.full([BT], smallest_shift(NORMALIZER), tl.float32)
+    # [BT] position of each query among the keys
+    o_q = o_t + (S - T)
+    scale = scale * RCP_LN2
+    b_c = tl.load(sink + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
+    first, first_full, end_full, end = keys_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
+
+    b_m = tl.zeros([BT], tl.float32)
+    if IS_SHIFTED:
+        b_m = tl.maximum(tl.full([BT], smallest_shift(NORMALIZER), tl.float32), b_c)
     b_z = tl.zeros([BT], tl.float32)
     b_o = tl.zeros([BT, BV], tl.float32)
-    scale = scale * RCP_LN2
-
-    # keys that every row sees, in whole tiles; then the rest
-    end = tl.minimum(i_t + BT + S - T, S)
-    end_full = (i_t + S - T + 1) // BS * BS
+    b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     b_m, b_z, b_o = _accumulate_keys(
-        b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_last, scale, 0, end_full, S,
-        K, V, BS, BK, BV, NORMALIZER, IS_SAFE, False, PRECISION,
+        b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_q, scale, first_full, end_full, 0, 0, S, W,
+        K, V, BS, BK, BV, NORMALIZER, IS_SHIFTED, False, True, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_m, b_z, b_o = _accumulate_keys(
-        b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_last, scale, end_full, end, S,
-        K, V, BS, BK, BV, NORMALIZER, IS_SAFE, True, PRECISION,
+        b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_q, scale, first, end, first_full, end_full - first_full, S, W,
+        K, V, BS, BK, BV, NORMALIZER, IS_SHIFTED, True, True, HAS_WINDOW, PRECISION,
     )  # fmt: skip
+    b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
 
-    b_z += denominator_constant(b_m, NORMALIZER, EPS)
-    # a zero denominator stands under zeros only
-    b_o = b_o / tl.where(b_z == 0, 1.0, b_z)[:, None]
-    store_rows(o, b_o, i_t, so_t, T, V, BT, BV)
-    tl.store(lse + o_t, b_m + tl.log2(b_z), mask=o_t < T)
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """Precision of a float32 ``tl.dot``: torch's own matmul setting decides."""
-    is_ieee = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if is_ieee else "tf32"
-
-
-def feature_tile(D: int) -> int:
-    """Power of two that holds a head dimension; ``tl.dot`` needs 16."""
-    return max(16, triton.next_power_of_2(D))
-
-
-def empty_rows(q: torch.Tensor, T: int, H: int, D: int, head_first: bool) -> torch.Tensor:
-    """``[B, H, T, D]`` or ``[B, T, H, D]`` with the dtype and device of ``q``."""
-    return q.new_empty((q.shape[0], H, T, D) if head_first else (q.shape[0], T, H, D))
-
-
-def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
-    """Strides of batch, time and head, in elements."""
-    b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
-    return x.stride(b), x.stride(t), x.stride(h)
-
-
-def _tile_config(q: torch.Tensor, V: int) -> dict[str, int]:
-    """Launch shape by head dimension and element size."""
-    D = max(feature_tile(q.shape[-1]), feature_tile(V))
-    if q.dtype == torch.float32:
-        # IEEE products run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile
-        tile = {"BT": 64, "BS": 32} if D <= 64 else {"BT": 32, "BS": 16}
-        return tile | {"num_warps": 8, "num_stages": 1}
-    if D <= 64:
-        return {"BT": 64, "BS": 64, "num_warps": 4, "num_stages": 3}
-    if D <= 128:
-        # a third stage takes more than the 64 KB of shared memory of gfx90a and gfx942
-        return {"BT": 128, "BS": 64, "num_warps": 8, "num_stages": 2}
-    return {"BT": 64, "BS": 32, "num_warps": 4, "num_stages": 2}
+    m_t = o_t < T
+    if IS_SAFE and not IS_SHIFTED:
+        # a sum in range proves its terms in range; the other rows once more, with the running maximum
+        m_good = tl.max(tl.where(tl.abs(b_o) < float("inf"), 0, 1), 1) == 0
+        m_good = m_good & in_range(b_z, NORMALIZER)
+        _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t & m_good, V, BT, BV)
+        m_t = m_t & ~m_good
+        if tl.max(m_t.to(tl.int32), 0) > 0:
+            b_m = tl.maximum(tl.full([BT], smallest_shift(NORMALIZER), tl.float32), b_c)
+            b_z = tl.zeros([BT], tl.float32)
+            b_o = tl.zeros([BT, BV], tl.float32)
+            b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
+            b_m, b_z, b_o = _accumulate_keys(
+                b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_q, scale, first, end, end, 0, S, W,
+                K, V, BS, BK, BV, NORMALIZER, True, True, False, HAS_WINDOW, PRECISION,
+            )  # fmt: skip
+            b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
+            _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t, V, BT, BV)
+    else:
+        _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t, V, BT, BV)
 
 
 def parallel_normalized_attn_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sink: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     scale: float,
+    window_size: int | None,
     head_first: bool,
     safe: bool,
     normalizer: str,
@@ -241,6 +235,7 @@ def parallel_normalized_attn_fwd(
     Args:
         q: ``[B, T, HQ, K]`` (``head_first``: ``[B, HQ, T, K]``), last dimension contiguous; likewise
             ``k [B, S, H, K]`` and ``v [B, S, H, V]``.
+        sink: ``[HQ]`` float32, contiguous.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``, contiguous in the layout given, and the base-2
@@ -251,30 +246,38 @@ def parallel_normalized_attn_fwd(
     K, V = q.shape[-1], v.shape[-1]
     o = empty_rows(q, T, HQ, V, head_first)
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
-    config = _tile_config(q, V)
-    parallel_normalized_attn_fwd_kernel[(triton.cdiv(T, config["BT"]) * B * HQ,)](
-        q,
-        k,
-        v,
-        o,
-        lse,
-        scale,
-        *strides_bth(q, head_first),
-        *strides_bth(k, head_first),
-        *strides_bth(v, head_first),
-        *strides_bth(o, head_first),
-        T=T,
-        S=S,
-        HQ=HQ,
-        G=HQ // H,
-        K=K,
-        V=V,
-        BK=feature_tile(K),
-        BV=feature_tile(V),
-        NORMALIZER=normalizer,
-        EPS=EPS,
-        IS_SAFE=safe,
-        PRECISION=dot_precision(q.dtype),
-        **config,
-    )
+    with torch.cuda.device_of(q):
+        options = launch_options("fwd", q, V)
+        NT, tiles = tiles_of(cu_seqlens, T, options["BT"], is_last_first=True)
+        parallel_normalized_attn_fwd_kernel[(NT * B * HQ,)](
+            q,
+            k,
+            v,
+            sink,
+            o,
+            lse,
+            scale,
+            *strides_bth(q, head_first),
+            *strides_bth(k, head_first),
+            *strides_bth(v, head_first),
+            *strides_bth(o, head_first),
+            tiles=tiles,
+            T=T,
+            S=S,
+            NT=NT,
+            HQ=HQ,
+            G=HQ // H,
+            W=0 if window_size is None else min(window_size, S),
+            K=K,
+            V=V,
+            BK=feature_tile(K),
+            BV=feature_tile(V),
+            NORMALIZER=normalizer,
+            EPS=EPS,
+            IS_SAFE=safe,
+            IS_VARLEN=tiles is not None,
+            HAS_WINDOW=window_size is not None,
+            HAS_SINK=sink is not None,
+            **options,
+        )
     return o, lse

@@ -1,0 +1,126 @@
+"""Launch shapes of the kernels, by architecture, kernel, precision and head dimension.
+
+A table, read at launch: nothing is searched at run time, and nothing touches a driver at import.
+docs/softpick/KERNELS.md says which rows were timed. All of them compile without spilled registers up to
+head dimension 128, and within the card's shared memory: `pytest -m compile` shows it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+
+from fla.ops.attn.softpick.tiles import feature_tile
+
+
+class LaunchShape(NamedTuple):
+    """Rows of the tile that a program owns and of the tile that it streams, warps, pipeline stages."""
+
+    BT: int
+    BS: int
+    num_warps: int
+    num_stages: int
+
+
+# kernel and precision -> shapes for head dimensions up to 64, 128 and 256, and for those that are no
+# multiple of 16: their rows start anywhere and are loaded in small pieces, which takes registers
+Shapes = dict[tuple[str, str], tuple[LaunchShape, LaunchShape, LaunchShape, LaunchShape]]
+
+
+def _shapes(**rows: tuple[tuple[int, int, int, int], ...]) -> Shapes:
+    return {
+        tuple(name.split("_")): tuple(LaunchShape(*x) for x in row) for name, row in rows.items()
+    }
+
+
+# IEEE products of float32 run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile
+_NVIDIA = _shapes(
+    fwd_16bit=((128, 64, 8, 3), (128, 64, 8, 3), (64, 16, 4, 2), (32, 32, 8, 1)),
+    dq_16bit=((64, 64, 4, 3), (128, 64, 8, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dkv_16bit=((64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    fwd_tf32=((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    dq_tf32=((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    dkv_tf32=((64, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    fwd_ieee=((64, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    dq_ieee=((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    dkv_ieee=((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+)
+# one stage, since more take shared memory that gfx90a and gfx942 lack; 16 rows a warp, since otherwise
+# warps repeat each other's matrix instructions
+_AMD = _shapes(
+    fwd_16bit=((128, 64, 4, 1), (128, 64, 8, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    dq_16bit=((64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
+    dkv_16bit=((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
+    fwd_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
+    dq_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
+    dkv_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
+)
+# at most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can take them too
+_SM_80 = _NVIDIA | _shapes(
+    fwd_16bit=((128, 64, 8, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dq_16bit=((64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+)
+_GFX90A = _AMD | _shapes(
+    fwd_16bit=((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    dkv_16bit=((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
+)
+# the one AMD card here with TF32
+_GFX942 = _AMD | {(kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv")}
+
+TABLE: dict[str, Shapes] = {
+    "sm_80": _SM_80,
+    "sm_90": _NVIDIA,
+    "sm_100": _NVIDIA,
+    "gfx90a": _GFX90A,
+    "gfx942": _GFX942,
+    "gfx950": _AMD,
+}
+_ROW_OF_CAPABILITY = {
+    80: "sm_80", 86: "sm_80", 87: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100",
+    120: "sm_80", 121: "sm_80",
+}  # fmt: skip
+
+
+@functools.cache
+def architecture(device: int | None) -> str:
+    """The row of `TABLE` for a GPU by its index.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if triton.knobs.runtime.interpret:
+        return "sm_90"
+    target = driver.active.get_current_target()
+    name = str(target.arch)
+    if target.backend == "cuda":
+        name = _ROW_OF_CAPABILITY.get(target.arch, f"sm_{target.arch}")
+    if name not in TABLE:
+        raise ValueError(
+            f"q must be on a GPU of one of the architectures {', '.join(TABLE)}, got {name}: "
+            "the Triton operators have no launch shapes for it; naive_..._attn runs anywhere"
+        )
+    return name
+
+
+def dot_precision(dtype: torch.dtype, architecture: str) -> str:
+    """Precision of a float32 ``tl.dot``: torch's own matmul setting decides, where the card has TF32."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32" if ("fwd", "tf32") in TABLE[architecture] else "ieee"
+
+
+def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]:
+    """Keyword arguments of a launch of "fwd", "dq" or "dkv" for inputs like ``q`` with values of size V."""
+    row = architecture(q.device.index)
+    precision = dot_precision(q.dtype, row)
+    D = max(feature_tile(q.shape[-1]), feature_tile(V))
+    shapes = TABLE[row][kernel, precision if q.dtype == torch.float32 else "16bit"]
+    i = 3 if q.shape[-1] % 16 or V % 16 else 0 if D <= 64 else 1 if D <= 128 else 2
+    options = shapes[i]._asdict() | {"PRECISION": precision}
+    if row.startswith("gfx"):
+        # the default, 32, repeats matrix instructions and takes more registers
+        options["matrix_instr_nonkdim"] = 16
+    return options

@@ -1,0 +1,187 @@
+"""What forward and backward share: which tile a program owns, which it streams, how rows move.
+
+Legend
+    i_t BT, i_s BS     first row and size of the tile that a program owns, and of one that it streams
+    T, S               queries and keys of one sequence; its queries are the last T of S positions
+    W                  window: query i sees the keys j with i - W < j <= i
+    NT                 tiles of a head: of one sequence, or with IS_VARLEN of all that are packed
+    tiles              [NT, 3] int32 with IS_VARLEN: first token and length of the sequence, i_t
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fla.ops.attn.softpick.checks import check_bounds
+
+
+@triton.jit
+def load_rows(
+    p,
+    i_t,
+    stride,
+    T,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """[BT, BD] rows i_t, i_t + 1, ...; with IS_MASKED rows from T on read as 0, columns from D on always."""
+    o_t = tl.arange(0, BT)
+    o_d = tl.arange(0, BD)
+    # the start is 64-bit, offsets within a tile fit 32 bits (`parallel.py` refuses wider strides)
+    p_x = p + tl.cast(i_t, tl.int64) * stride + o_t[:, None] * stride + o_d[None, :]
+    if IS_MASKED:
+        if D == BD:
+            return tl.load(p_x, mask=(i_t + o_t < T)[:, None], other=0.0)
+        else:
+            return tl.load(p_x, mask=(i_t + o_t < T)[:, None] & (o_d < D)[None, :], other=0.0)
+    else:
+        if D == BD:
+            return tl.load(p_x)
+        else:
+            return tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p, b_x, i_t, stride, m_t, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Stores the rows of b_x [BT, BD] where m_t [BT] and its columns below D."""
+    o_t = tl.arange(0, BT)
+    o_d = tl.arange(0, BD)
+    p_x = p + tl.cast(i_t, tl.int64) * stride + o_t[:, None] * stride + o_d[None, :]
+    tl.store(p_x, b_x.to(p.dtype.element_ty), mask=m_t[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def own_tile(
+    tiles, T, S, NT, BT: tl.constexpr, IS_VARLEN: tl.constexpr, IS_LAST_FIRST: tl.constexpr
+):
+    """Batch row times heads plus head, first row of the tile, first token of the sequence, its T and S.
+
+    IS_LAST_FIRST starts the last tiles of a sequence first: what a causal query tile has to do grows with i_t.
+    """
+    i_tile = tl.program_id(0) % NT
+    i_bh = (tl.program_id(0) // NT).to(tl.int64)
+    if IS_VARLEN:
+        bos = tl.load(tiles + i_tile * 3).to(tl.int64)
+        T = tl.load(tiles + i_tile * 3 + 1)
+        i_t = tl.load(tiles + i_tile * 3 + 2)
+        return i_bh, i_t, bos, T, T
+    else:
+        if IS_LAST_FIRST:
+            i_tile = NT - 1 - i_tile
+        return i_bh, i_tile * BT, tl.full([], 0, tl.int64), T, S
+
+
+@triton.jit
+def keys_of(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Keys that the queries [i_t, i_t + BT) see: first, first_full, end_full, end, all but the last multiples of BS.
+
+    Every query sees all of [first_full, end_full); some query sees some of the rest.
+    """
+    i_q = i_t + S - T
+    first = 0
+    first_full = 0
+    if HAS_WINDOW:
+        first = tl.maximum(i_q - W + 1, 0) // BS * BS
+        first_full = tl.cdiv(tl.maximum(i_q + BT - W, 0), BS) * BS
+    end_full = tl.maximum((i_q + 1) // BS * BS, first_full)
+    return first, first_full, end_full, tl.minimum(i_q + BT, S)
+
+
+@triton.jit
+def queries_of(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Queries that see the keys [i_t, i_t + BT), like `keys_of`."""
+    i_k = i_t - (S - T)
+    first = tl.maximum(i_k, 0) // BS * BS
+    first_full = tl.cdiv(tl.maximum(i_k + BT - 1, 0), BS) * BS
+    end = T
+    end_full = T
+    if HAS_WINDOW:
+        end = tl.minimum(i_k + BT - 1 + W, T)
+        end_full = tl.minimum(tl.maximum(i_k + W, 0), T)
+    return first, first_full, tl.maximum(end_full // BS * BS, first_full), end
+
+
+@triton.jit
+def visible(o_q, o_k, W, HAS_WINDOW: tl.constexpr):
+    """Whether the queries at positions o_q see the keys at o_k; the two broadcast."""
+    m_s = o_k <= o_q
+    if HAS_WINDOW:
+        m_s = m_s & (o_k > o_q - W)
+    return m_s
+
+
+def feature_tile(D: int) -> int:
+    """Power of two that holds a head dimension; ``tl.dot`` needs 16."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def empty_rows(q: torch.Tensor, T: int, H: int, D: int, head_first: bool) -> torch.Tensor:
+    """``[B, H, T, D]`` or ``[B, T, H, D]`` with the dtype and device of ``q``."""
+    return q.new_empty((q.shape[0], H, T, D) if head_first else (q.shape[0], T, H, D))
+
+
+def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
+    """Strides of batch, time and head, in elements."""
+    b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
+    return x.stride(b), x.stride(t), x.stride(h)
+
+
+class PackedSequences:
+    """Tiles of packed sequences, for each tile size that a kernel asks for."""
+
+    def __init__(self, cu_seqlens: torch.Tensor, T: int):
+        # the one wait for the GPU
+        bounds = cu_seqlens.tolist()
+        check_bounds(bounds, T)
+        self._device = cu_seqlens.device
+        self._starts = torch.tensor(bounds[:-1])
+        self._lengths = torch.tensor(bounds).diff()
+        self._tiles: dict[tuple[int, bool], torch.Tensor] = {}
+
+    def tiles(self, BT: int, is_last_first: bool) -> torch.Tensor:
+        """``[NT, 3]`` int32, those with the most to do first: the last of a sequence, or its first."""
+        key = BT, is_last_first
+        if key not in self._tiles:
+            counts = (self._lengths + BT - 1) // BT
+            sequences = torch.arange(len(counts)).repeat_interleave(counts)
+            before = (counts.cumsum(0) - counts)[sequences]
+            i_t = BT * (torch.arange(len(sequences)) - before)
+            lengths = self._lengths[sequences]
+            work = i_t if is_last_first else lengths - i_t
+            order = work.argsort(descending=True, stable=True)
+            tiles = torch.stack([self._starts[sequences], lengths, i_t], 1)[order]
+            self._tiles[key] = tiles.to(self._device, torch.int32)
+        return self._tiles[key]
+
+
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def packed_sequences(cu_seqlens: torch.Tensor, T: int) -> PackedSequences:
+    """Reads cu_seqlens back from the GPU the first time it is seen, or seen changed: once for all layers of
+    a model, forward and backward.
+
+    Raises:
+        ValueError: cu_seqlens does not rise from 0 to T.
+    """
+    if cu_seqlens.is_inference():
+        # keeps no version, so a change would go unseen
+        return PackedSequences(cu_seqlens, T)
+    seen = cu_seqlens._version, T
+    entry = _packed.get(cu_seqlens)
+    if entry is None or entry[0] != seen:
+        entry = _packed[cu_seqlens] = seen, PackedSequences(cu_seqlens, T)
+    return entry[1]
+
+
+def tiles_of(
+    cu_seqlens: torch.Tensor | None, T: int, BT: int, is_last_first: bool
+) -> tuple[int, torch.Tensor | None]:
+    """How many tiles of BT rows a head has, and for packed sequences which."""
+    if cu_seqlens is None:
+        return triton.cdiv(T, BT), None
+    tiles = packed_sequences(cu_seqlens, T).tiles(BT, is_last_first)
+    return len(tiles), tiles

@@ -1,0 +1,236 @@
+"""Compiles what the project's own launchers would launch, for GPUs that are not there: no GPU, no driver.
+
+    python tests/offline_compilation.py gfx942        # a table of every launch shape's resources
+
+A process of its own, since one that interprets kernels cannot compile them. Shared memory above a card's
+limit is no error of the compiler, so the limits stand here.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from fla.ops.attn.softpick import launch_shapes, parallel_bwd, parallel_fwd
+
+
+class Card(NamedTuple):
+    target: GPUTarget
+    # bytes of shared memory that one program may take
+    shared: int
+
+
+CARDS = {
+    "gfx90a": Card(GPUTarget("hip", "gfx90a", 64), 64 * 1024),
+    "gfx942": Card(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "gfx950": Card(GPUTarget("hip", "gfx950", 64), 160 * 1024),
+    "sm_80": Card(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Card(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Card(GPUTarget("cuda", 100, 32), 227 * 1024),
+}
+
+
+class OfflineDriver(DriverBase):
+    """Tells Triton of a card that is not there."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_benchmarker(self):
+        raise RuntimeError("nothing may be timed offline")
+
+
+class Launch(NamedTuple):
+    """A compiled kernel, and its keyword arguments."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]:
+    """What `call()` launches, compiled for a card instead, by the name of the kernel."""
+    compiled = {}
+
+    def getitem(kernel, grid):
+        def launch(*args, **kwargs):
+            kernel.device_caches.clear()
+            compiled[kernel.__name__] = Launch(kernel.warmup(*args, grid=grid, **kwargs), kwargs)
+
+        return launch
+
+    launch_shapes.architecture.cache_clear()
+    with (
+        mock.patch.object(driver, "_active", OfflineDriver(card.target)),
+        mock.patch.object(KernelInterface, "__getitem__", getitem),
+    ):
+        call()
+    launch_shapes.architecture.cache_clear()
+    return compiled
+
+
+class Resources(NamedTuple):
+    """Registers a thread (AMD: the vector ones), spilled ones, bytes of scratch and of shared memory, and the
+    multiplications that the matrix instructions of one program do, each instruction counted once."""
+
+    registers: int
+    spills: int
+    scratch: int
+    shared: int
+    matrix_products: int
+
+
+# the shape M, N, K of an instruction is in its name; tcgen05 of sm_100 keeps it in a descriptor
+_MATRIX_INSTRUCTIONS = {
+    "amdgcn": re.compile(r"^\s+v_mfma_f32_(\d+)x(\d+)x(\d+)", re.M),
+    "ptx": re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)\.\S*\.m(\d+)n(\d+)k(\d+)\."),
+}
+
+
+def _matrix_products(kernel) -> int:
+    language = "amdgcn" if "amdgcn" in kernel.asm else "ptx"
+    assembly = kernel.asm[language]
+    if "tcgen05.mma" in assembly:
+        return -1
+    total = 0
+    for m, n, k in _MATRIX_INSTRUCTIONS[language].findall(assembly):
+        # wgmma is one instruction of four warps
+        warps = kernel.metadata.num_warps / (4 if m == "64" else 1)
+        total += int(int(m) * int(n) * int(k) * warps)
+    return total
+
+
+def resources(kernel) -> Resources:
+    if "amdgcn" in kernel.asm:
+        assembly = kernel.asm["amdgcn"]
+
+        def read(name):
+            return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
+
+        return Resources(
+            registers=read("vgpr_count"),
+            spills=read("vgpr_spill_count"),
+            scratch=read("private_segment_fixed_size"),
+            shared=kernel.metadata.shared,
+            matrix_products=_matrix_products(kernel),
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    scratch = int(re.search(r"STACK:(\d+)", usage).group(1))
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        # ptxas keeps spilled registers on the stack, where nothing else of these kernels is
+        spills=scratch // 4,
+        scratch=scratch,
+        shared=kernel.metadata.shared,
+        matrix_products=_matrix_products(kernel),
+    )
+
+
+def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) -> int:
+    """Multiplications of matrices in the code of one program, if no warp repeats another's.
+
+    Each copy of a loop's body counts once: for full tiles, for masked ones, and in forward for rows that need
+    the running maximum; float16 has that from the start.
+    """
+    K, V = arguments["BK"], arguments["BV"]
+    features, copies = {
+        "fwd": (K + V, 2 if dtype == torch.float16 else 3),
+        "dq": (2 * K + V, 2),
+        "dkv": (2 * K + 2 * V, 2),
+    }[name.removesuffix("_kernel").rsplit("_", 1)[-1].removeprefix("kernel_")]
+    return copies * arguments["BT"] * arguments["BS"] * features
+
+
+def attention(K: int, V: int, dtype: torch.dtype, normalizer: str = "softpick", **kwargs):
+    """Forward and backward launches; nothing is computed."""
+    q, k = (torch.empty(1, 256, 4, K, dtype=dtype) for _ in range(2))
+    v = torch.empty(1, 256, 4, V, dtype=dtype)
+    args = {"scale": 1.0, "window_size": None, "head_first": False, "normalizer": normalizer}
+    args |= {"cu_seqlens": None} | kwargs
+    sink = args.pop("sink", None)
+    o, lse = parallel_fwd.parallel_normalized_attn_fwd(q, k, v, sink, safe=True, **args)
+    parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
+
+
+# query heads sharing a key head, packed sequences, a window, a sink: every branch of the kernels
+EVERYTHING = {
+    "cu_seqlens": torch.tensor([0, 256], dtype=torch.int32),
+    "window_size": 100,
+    "sink": torch.empty(4),
+}
+# name -> K, V, dtype, precision, further arguments
+CASES = {
+    "64": (64, 64, torch.bfloat16, "highest", {}),
+    "64 float16": (64, 64, torch.float16, "highest", {}),
+    "64 everything": (64, 64, torch.bfloat16, "highest", EVERYTHING),
+    "128": (128, 128, torch.bfloat16, "highest", {}),
+    "128 everything": (128, 128, torch.bfloat16, "highest", EVERYTHING),
+    "256": (256, 256, torch.bfloat16, "highest", {}),
+    "61": (61, 61, torch.bfloat16, "highest", {}),
+    "72, values 127": (72, 127, torch.bfloat16, "highest", {}),
+    "64 IEEE": (64, 64, torch.float32, "highest", {}),
+    "128 IEEE": (128, 128, torch.float32, "highest", {}),
+    "256 IEEE": (256, 256, torch.float32, "highest", {}),
+    "64 TF32": (64, 64, torch.float32, "high", {}),
+    "128 TF32": (128, 128, torch.float32, "high", {}),
+    "256 TF32": (256, 256, torch.float32, "high", {}),
+}
+
+
+def main(card_name: str) -> None:
+    """Prints one JSON object a kernel and case."""
+    card = CARDS[card_name]
+    for case, (K, V, dtype, precision, kwargs) in CASES.items():
+        torch.set_float32_matmul_precision(precision)
+        compiled = compiled_launches(card, partial(attention, K, V, dtype, **kwargs))
+        for name, (kernel, arguments) in compiled.items():
+            row = {
+                "case": case,
+                "kernel": name,
+                **resources(kernel)._asdict(),
+                "products_needed": products_needed(name, arguments, dtype),
+                **{key: arguments[key] for key in ("BT", "BS", "num_warps", "num_stages")},
+            }
+            sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

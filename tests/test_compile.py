@@ -1,0 +1,111 @@
+"""Every kernel at every launch shape, compiled for cards that are not there: `pytest -m compile -s` prints what
+each takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from offline_compilation import CARDS, CASES
+
+from fla.ops.attn.softpick import launch_shapes
+
+SCRIPT = Path(__file__).with_name("offline_compilation.py")
+
+
+def compiled(card):
+    """Rows of `offline_compilation.py`, in a process that does not interpret."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, SCRIPT, card], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def columns(*cells):
+    return "{:16} {:>7} {:>8} {:>3} {:>3} {:>9} {:>6} {:>7} {:>7}".format(*cells)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("card", CARDS)
+def test_kernels_fit(card, capsys):
+    rows = compiled(card)
+    assert len(rows) == 3 * len(CASES)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{card}\n")
+        heads = "K, V", "kernel", "tile", "w", "st", "registers", "spills", "scratch", "shared"
+        sys.stdout.write(columns(*heads) + "\n")
+        for row in rows:
+            kernel = row["kernel"].removeprefix("parallel_normalized_attn_").removesuffix("_kernel")
+            tile = f"{row['BT']}x{row['BS']}"
+            line = columns(
+                row["case"], kernel.removeprefix("bwd_kernel_"), tile, row["num_warps"],
+                row["num_stages"], row["registers"], row["spills"], row["scratch"], row["shared"],
+            )  # fmt: skip
+            sys.stdout.write(line + "\n")
+    for row in rows:
+        K, V, dtype, _, _ = CASES[row["case"]]
+        assert row["shared"] <= CARDS[card].shared, row
+        if max(K, V) <= 128:
+            assert row["spills"] == row["scratch"] == 0, row
+        has_matrix_instructions = row["matrix_products"] != 0
+        if dtype == torch.float32 and card.startswith("sm") and "IEEE" in row["case"]:
+            # no tensor core of NVIDIA multiplies float32 in full
+            assert not has_matrix_instructions, row
+            continue
+        assert has_matrix_instructions, row
+        # tcgen05 does not say; the small tiles of unaligned rows and of TF32 at 256 do repeat
+        if row["matrix_products"] > 0 and K % 16 == 0 and not (K == 256 and "TF32" in row["case"]):
+            assert row["matrix_products"] == row["products_needed"], row
+
+
+def test_every_launch_shape_is_compiled():
+    for shapes in launch_shapes.TABLE.values():
+        kinds = {kind for _, kind in shapes}
+        assert {(kernel, kind) for kernel in ("fwd", "dq", "dkv") for kind in kinds} == set(shapes)
+        assert kinds - {"tf32"} == {"16bit", "ieee"}
+    assert set(launch_shapes.TABLE) == set(CARDS)
+
+
+def test_unknown_architecture_is_refused(monkeypatch):
+    class Target:
+        backend = "hip"
+        arch = "gfx1100"
+
+    class Driver:
+        def get_current_target(self):
+            return Target
+
+    monkeypatch.setattr(launch_shapes.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch_shapes.driver, "_active", Driver())
+    with pytest.raises(ValueError, match="one of the architectures sm_80, .*got gfx1100"):
+        launch_shapes.architecture(99)
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [(80, "sm_80"), (89, "sm_80"), (90, "sm_90"), (100, "sm_100"), (120, "sm_80")],
+)
+def test_row_of_a_capability(capability, row, monkeypatch):
+    class Target:
+        backend = "cuda"
+        arch = capability
+
+    class Driver:
+        def get_current_target(self):
+            return Target
+
+    monkeypatch.setattr(launch_shapes.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch_shapes.driver, "_active", Driver())
+    assert launch_shapes.architecture(100 + capability) == row
+
+
+@pytest.mark.compile
+def test_launch_shapes_for_other_capabilities_fit_them():
+    # sm_86, sm_89 and sm_120 have 99 KB
+    for row in compiled("sm_80"):
+        assert row["shared"] <= 99 * 1024, row
