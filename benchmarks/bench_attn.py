@@ -1,19 +1,27 @@
-"""Times the Triton operators beside torch's own softmax attention: python benchmarks/bench_attn.py
+"""Times the Triton operators beside other people's softmax attention: python benchmarks/bench_attn.py
 
-bfloat16, causal, random normal inputs, medians of `triton.testing.do_bench` in one process. TFLOP/s count
-the products below the diagonal only, 4 B H T T D / 2 forward and 2.5 times that backward, so figures of
-different operators compare by time. An operator is checked against float64 before it is timed.
+bfloat16, causal, random normal inputs, medians of `triton.testing.do_bench` in one process. Each row is one
+operator at one shape: milliseconds with the spread between the 20th and the 80th percentile, TFLOP/s, peak
+memory of one forward and backward on top of the inputs, and the speed against cuDNN's softmax. TFLOP/s count
+the products below the diagonal only, 4 B HQ T T D / 2 forward and 2.5 times that backward. An operator whose
+outputs or gradients disagree with float64 is not timed, and the exit code is 1.
 """
 
+import argparse
+import csv
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
+from fla.ops.attn.parallel import parallel_attn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from fla.ops.attn.softpick import (
@@ -23,12 +31,32 @@ from fla.ops.attn.softpick import (
     parallel_softpick_attn,
 )
 
-# batch, heads, time, head dimension
-SHAPES = [(4, 32, 4096, 64), (2, 16, 8192, 128), (16, 32, 1024, 64), (8, 16, 2048, 128)]
+# query heads by head dimension
+NUM_HEADS = {64: 32, 128: 16}
 # largest relative L2 error of an output or a gradient in bfloat16
 MAX_ERROR = 1e-2
+REFERENCE = "softmax, cuDNN"
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    """One operator at one shape."""
+
+    operator: str
+    B: int
+    T: int
+    HQ: int
+    H: int
+    D: int
+    forward_ms: float
+    forward_spread_ms: float
+    forward_tflops: float
+    backward_ms: float
+    backward_spread_ms: float
+    backward_tflops: float
+    peak_mib: float
 
 
 def sdpa(backend: SDPBackend) -> Attention:
@@ -36,20 +64,44 @@ def sdpa(backend: SDPBackend) -> Attention:
         # [B, T, H, D] -> [B, H, T, D] without a copy, as a model would
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            o = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        return o.transpose(1, 2)
 
     return attention
 
 
+@cache
+def causal_block_mask(T: int):
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device="cuda")
+
+
+@cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = compiled_flex_attention()(
+        q, k, v, block_mask=causal_block_mask(q.shape[2]), enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return o.transpose(1, 2)
+
+
+def unsafe_softpick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return parallel_softpick_attn(q, k, v, safe=False)
+
+
 OPERATORS: dict[str, tuple[Attention, Attention]] = {
     "softpick": (parallel_softpick_attn, naive_softpick_attn),
-    "softpick, safe=False": (
-        lambda q, k, v: parallel_softpick_attn(q, k, v, safe=False),
-        naive_softpick_attn,
-    ),
+    "softpick, safe=False": (unsafe_softpick, naive_softpick_attn),
     "softmax, same kernel": (parallel_softmax_attn, naive_softmax_attn),
-    "softmax, cuDNN": (sdpa(SDPBackend.CUDNN_ATTENTION), naive_softmax_attn),
+    REFERENCE: (sdpa(SDPBackend.CUDNN_ATTENTION), naive_softmax_attn),
     "softmax, FA2": (sdpa(SDPBackend.FLASH_ATTENTION), naive_softmax_attn),
+    "softmax, FlexAttention": (flex, naive_softmax_attn),
+    "softmax, FLA": (parallel_attn, naive_softmax_attn),
 }
 
 
@@ -59,9 +111,11 @@ def forward_and_gradients(f: Attention, inputs: list[torch.Tensor], do: torch.Te
     return o, *torch.autograd.grad(o, inputs, do.to(o.dtype))
 
 
-def check(f: Attention, reference: Attention, D: int) -> None:
-    """Raises unless f agrees with the reference in float64 on fresh random inputs."""
-    q, k, v, do = (torch.randn(2, 500, 2, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+def check(f: Attention, reference: Attention, G: int, D: int) -> None:
+    """Raises RuntimeError unless f agrees with the reference in float64 on fresh random inputs."""
+    H, T = 2, 512
+    q, do = (torch.randn(2, T, H * G, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(2, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     got = forward_and_gradients(f, [q, k, v], do)
     gold = forward_and_gradients(reference, [q.double(), k.double(), v.double()], do)
     for name, x, y in zip(("o", "dq", "dk", "dv"), got, gold, strict=True):
@@ -70,46 +124,172 @@ def check(f: Attention, reference: Attention, D: int) -> None:
             raise RuntimeError(f"{name} is wrong, relative error {error:.1e}: not timed")
 
 
-def measure(f: Attention, shape: tuple[int, int, int, int]) -> str:
-    B, H, T, D = shape
-    q, k, v = (
-        torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
+def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
+    low, median, high = do_bench(f, quantiles=[0.2, 0.5, 0.8])
+    return median, high - low
+
+
+def measure(name: str, B: int, T: int, HQ: int, H: int, D: int) -> Result:
+    f, _ = OPERATORS[name]
+    q, do = (torch.randn(B, T, HQ, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    forward_ms, forward_spread_ms = median_and_spread(lambda: f(*inputs))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.autograd.grad(f(*inputs), inputs, do)
+    peak = torch.cuda.max_memory_allocated() - before
+    o = f(*inputs)
+    backward_ms, backward_spread_ms = median_and_spread(
+        lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
     )
-    forward_ms = do_bench(lambda: f(q, k, v), return_mode="median")
-    o = f(q, k, v)
-    do = torch.randn_like(o)
-    backward_ms = do_bench(
-        lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), return_mode="median"
-    )
-    gflop = 2 * B * H * T * T * D / 1e9
-    return (
-        f"{forward_ms:8.3f} ms {gflop / forward_ms:5.0f} TFLOP/s   "
-        f"{backward_ms:8.3f} ms {2.5 * gflop / backward_ms:5.0f} TFLOP/s"
+    gflop = 2 * B * HQ * T * T * D / 1e9
+    return Result(
+        operator=name,
+        B=B,
+        T=T,
+        HQ=HQ,
+        H=H,
+        D=D,
+        forward_ms=forward_ms,
+        forward_spread_ms=forward_spread_ms,
+        forward_tflops=gflop / forward_ms,
+        backward_ms=backward_ms,
+        backward_spread_ms=backward_spread_ms,
+        backward_tflops=2.5 * gflop / backward_ms,
+        peak_mib=peak / 2**20,
     )
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("bench_attn.py needs a GPU")
+def line(result: Result, reference: Result | None) -> str:
+    """A row of the table; with the speed relative to the reference where there is one."""
+
+    def half(ms: float, spread: float, tflops: float, reference_ms: float | None) -> str:
+        ratio = f"{reference_ms / ms:5.2f}x" if reference_ms else "     -"
+        return f"{ms:8.3f} ±{spread / 2:5.3f} {tflops:5.0f} {ratio}"
+
+    r, c = result, reference
+    forward = half(r.forward_ms, r.forward_spread_ms, r.forward_tflops, c and c.forward_ms)
+    backward = half(r.backward_ms, r.backward_spread_ms, r.backward_tflops, c and c.backward_ms)
+    return f"{r.operator:24} {forward}   {backward}   {r.peak_mib:7.0f}"
+
+
+HEADER = f"{'':24} {'forward ms':>15} TFL/s  cuDNN   {'backward ms':>15} TFL/s  cuDNN   peak MiB"
+
+
+def bench(names: list[str], D: int, G: int, tokens: int, lengths: list[int]) -> list[Result]:
+    """Prints and returns the rows of one head dimension and group size; leaves out what fails its check."""
+    HQ = NUM_HEADS[D]
+    right = []
+    for name in names:
+        try:
+            check(*OPERATORS[name], G, D)
+            right.append(name)
+        except RuntimeError as error:
+            # a backend that this build of torch or this card does not have, or a wrong result
+            print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+    results = []
+    for T in lengths:
+        B = tokens // T
+        print(f"\nB {B}, T {T}, HQ {HQ}, H {HQ // G}, D {D}\n{HEADER}", flush=True)
+        # the reference first, since the others are compared with it
+        rows = [
+            measure(name, B, T, HQ, HQ // G, D)
+            for name in sorted(right, key=lambda name: name != REFERENCE)
+        ]
+        reference = next((row for row in rows if row.operator == REFERENCE), None)
+        for row in sorted(rows, key=lambda row: names.index(row.operator)):
+            print(line(row, reference), flush=True)
+        results += rows
+    return results
+
+
+def plot(results: list[Result], path: Path, title: str) -> None:
+    """Time and memory of forward and backward against T, a row of panels for each head dimension and group."""
+    import matplotlib.pyplot as plt
+
+    kinds = sorted({(r.D, r.HQ // r.H) for r in results})
+    figure, axes = plt.subplots(
+        len(kinds), 3, figsize=(13, 3.4 * len(kinds)), squeeze=False, layout="constrained"
+    )
+    columns = (
+        ("forward_ms", "forward, ms"),
+        ("backward_ms", "backward, ms"),
+        ("peak_mib", "peak memory, MiB"),
+    )
+    for (D, G), row in zip(kinds, axes, strict=True):
+        for (field, label), ax in zip(columns, row, strict=True):
+            for name in OPERATORS:
+                points = sorted(
+                    (r.T, getattr(r, field))
+                    for r in results
+                    if (r.operator, r.D, r.HQ // r.H) == (name, D, G)
+                )
+                if points:
+                    style = "o-" if name == "softpick" else "o--"
+                    ax.plot(*zip(*points, strict=True), style, label=name, markersize=3)
+            ax.set(
+                xscale="log", xlabel="T", ylabel=label, title=f"D {D}, {G} query heads a key head"
+            )
+            ax.set_xticks(sorted({r.T for r in results}), sorted({r.T for r in results}))
+            ax.minorticks_off()
+            ax.set_ylim(bottom=0 if field == "peak_mib" else None)
+            ax.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def describe() -> str:
+    """GPU, its clock, versions and commit."""
     root = Path(__file__).parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
     ).stdout.strip()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"commit {commit or 'unknown'}"
+    clock = torch.cuda.get_device_properties(0).clock_rate // 1000
+    return (
+        f"{torch.cuda.get_device_name()}, at most {clock} MHz, torch {torch.__version__}, "
+        f"triton {triton.__version__}, commit {commit or 'unknown'}"
     )
-    print(f"{'B, H, T, D':20} {'operator':22} {'forward':>27}   {'backward':>27}")
-    for shape in SHAPES:
-        for name, (f, reference) in OPERATORS.items():
-            try:
-                check(f, reference, shape[-1])
-                result = measure(f, shape)
-            except RuntimeError as error:
-                # a backend that this build of torch or this card does not have, or a failed check
-                result = str(error).splitlines()[0]
-            print(f"{', '.join(map(str, shape)):20} {name:22} {result}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], choices=NUM_HEADS)
+    parser.add_argument(
+        "--groups", type=int, nargs="+", default=[1, 4], help="query heads a key head"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 15)])
+    parser.add_argument("--tokens", type=int, default=2**14, help="B times T")
+    parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
+    parser.add_argument("--csv", type=Path, help="file for the rows")
+    parser.add_argument("--plot", type=Path, help="PNG file for time and memory against T")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_attn.py needs a GPU")
+    for T in args.lengths:
+        if args.tokens % T:
+            parser.error(
+                f"--tokens must be a multiple of every --lengths, got {args.tokens} and {T}"
+            )
+    for G in args.groups:
+        if any(NUM_HEADS[D] % G for D in args.head_dims):
+            parser.error(f"--groups must divide the query heads, {NUM_HEADS}, got {G}")
+    title = describe()
+    print(title)
+    results = []
+    for D in args.head_dims:
+        for G in args.groups:
+            results += bench(args.operators, D, G, args.tokens, args.lengths)
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["machine", *(field.name for field in fields(Result))])
+            writer.writeheader()
+            writer.writerows({"machine": title, **asdict(result)} for result in results)
+    if args.plot:
+        plot(results, args.plot, title)
+    if len({row.operator for row in results}) < len(args.operators):
+        sys.exit("some operators were not timed, see above")
 
 
 if __name__ == "__main__":

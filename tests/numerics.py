@@ -54,22 +54,23 @@ def outputs_and_gradients(
     attn: Callable[..., torch.Tensor],
     inputs: Inputs,
     *,
-    sink: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
     dlse: torch.Tensor | None = None,
     **kwargs,
 ) -> dict[str, torch.Tensor]:
-    """``o``, ``dq``, ``dk`` and ``dv``, with a sink ``dsink``; strides of the inputs are kept.
+    """``o``, ``dq``, ``dk`` and ``dv``, with a sink ``dsink_bias``; strides of the inputs are kept.
 
     With the gradient ``dlse`` of the log of the denominator also that, ``lse``.
     """
-    leaves = {name: x.detach().requires_grad_() for name, x in zip("qkv", inputs[:3], strict=True)}
-    if sink is not None:
-        leaves["sink"] = sink.detach().requires_grad_()
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    leaves = {"q": q, "k": k, "v": v}
+    if sink_bias is not None:
+        leaves["sink_bias"] = kwargs["sink_bias"] = sink_bias.detach().requires_grad_()
     outputs, gradients = {}, (inputs.do,)
     if dlse is None:
-        outputs["o"] = attn(**leaves, **kwargs)
+        outputs["o"] = attn(q, k, v, **kwargs)
     else:
-        outputs["o"], outputs["lse"] = attn(**leaves, **kwargs, return_lse=True)
+        outputs["o"], outputs["lse"] = attn(q, k, v, **kwargs, return_lse=True)
         gradients = inputs.do, dlse
     grads = torch.autograd.grad(tuple(outputs.values()), tuple(leaves.values()), gradients)
     return {name: x.detach() for name, x in outputs.items()} | {
@@ -123,7 +124,7 @@ def by_formula(
     head_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     window_size: int | None = None,
-    sink: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
 ) -> Formulas:
     """Causal attention and its gradients in float64 without autograd."""
     q, k, v, do = inputs.to(torch.float64)
@@ -148,14 +149,14 @@ def by_formula(
     n, d = (torch.where(visible, x(s), 0.0) for x in (f.n, f.d))
     m = s.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
     m = m.clamp(min=0.0) if f.base or f.c else m
-    if sink is not None:
-        sink = sink.double().reshape(H, HQ // H, 1, 1)
-        m = torch.maximum(m, sink)
+    if sink_bias is not None:
+        sink_bias = sink_bias.double().reshape(H, HQ // H, 1, 1)
+        m = torch.maximum(m, sink_bias)
     e = torch.exp((s - m).clamp(max=0.0))
     base, c = (x * torch.exp(-m) if x else torch.zeros_like(m) for x in (f.base, f.c))
     z = (d * (e - base)).sum(-1, keepdim=True) + c
-    if sink is not None:
-        z = z + torch.exp(sink - m)
+    if sink_bias is not None:
+        z = z + torch.exp(sink_bias - m)
     log_z = m + z.log()
     z = z.masked_fill(z == 0, float("inf"))
     p, p_size = n * (e - base) / z, n.abs() * (e + base) / z
@@ -192,11 +193,11 @@ def by_formula(
         values, squares = (
             {name: x.transpose(1, 2) for name, x in y.items()} for y in (values, squares)
         )
-    if sink is not None:
-        p_sink = torch.exp(sink - log_z)
-        amplified_sink = 1 + inside * (sink.abs() + log_z.abs())
-        values["dsink"] = -(p_sink * delta).sum((0, 3)).flatten()
-        squares["dsink"] = ((amplified_sink * p_sink * delta_size) ** 2).sum((0, 3)).flatten()
+    if sink_bias is not None:
+        p_sink = torch.exp(sink_bias - log_z)
+        amplified_sink = 1 + inside * (sink_bias.abs() + log_z.abs())
+        values["dsink_bias"] = -(p_sink * delta).sum((0, 3)).flatten()
+        squares["dsink_bias"] = ((amplified_sink * p_sink * delta_size) ** 2).sum((0, 3)).flatten()
     sizes = {name: x.sqrt() for name, x in squares.items()}
     return Formulas(values, sizes, log_z.reshape(B, HQ, T))
 
@@ -278,17 +279,19 @@ def check_attention(
     *,
     normalizer: str,
     safe: bool = True,
-    sink: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
     factor: float | None = None,
     **kwargs,
 ) -> dict[str, torch.Tensor]:
-    """Holds o, dq, dk and dv of `attn`, and dsink, to the reference and returns them."""
+    """Holds o, dq, dk and dv of `attn`, and dsink_bias, to the reference and returns them."""
     kwargs["normalizer"] = normalizer
     with poisoned_memory():
-        got = outputs_and_gradients(attn, inputs, safe=safe, sink=sink, **kwargs)
-    eager = outputs_and_gradients(naive_normalized_attn, inputs, safe=safe, sink=sink, **kwargs)
-    if sink is not None:
-        kwargs["sink"] = sink.double()
+        got = outputs_and_gradients(attn, inputs, safe=safe, sink_bias=sink_bias, **kwargs)
+    eager = outputs_and_gradients(
+        naive_normalized_attn, inputs, safe=safe, sink_bias=sink_bias, **kwargs
+    )
+    if sink_bias is not None:
+        kwargs["sink_bias"] = sink_bias.double()
     gold = outputs_and_gradients(naive_normalized_attn, inputs.to(torch.float64), **kwargs)
     sizes = by_formula(inputs, **kwargs).sizes
     for name, x in got.items():

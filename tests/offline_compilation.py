@@ -185,16 +185,16 @@ def attention(K: int, V: int, dtype: torch.dtype, normalizer: str = "softpick", 
     v = torch.empty(1, 256, 4, V, dtype=dtype)
     args = {"scale": 1.0, "window_size": None, "head_first": False, "normalizer": normalizer}
     args |= {"cu_seqlens": None} | kwargs
-    sink = args.pop("sink", None)
-    o, lse = parallel_fwd.parallel_normalized_attn_fwd(q, k, v, sink, safe=True, **args)
+    sink_bias = args.pop("sink_bias", None)
+    o, lse = parallel_fwd.parallel_normalized_attn_fwd(q, k, v, sink_bias, safe=True, **args)
     parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
 
 
-# query heads sharing a key head, packed sequences, a window, a sink: every branch of the kernels
+# query heads sharing a key head, packed sequences, a window, a sink_bias: every branch of the kernels
 EVERYTHING = {
     "cu_seqlens": torch.tensor([0, 256], dtype=torch.int32),
     "window_size": 100,
-    "sink": torch.empty(4),
+    "sink_bias": torch.empty(4),
 }
 # name -> K, V, dtype, precision, further arguments
 CASES = {

@@ -108,16 +108,16 @@ REFUSED = {
     ),
     "bounds-falling": (call(cu_seqlens=bounds(0, 3, 2, 4)), r"got \[0, 3, 2, 4\]"),
     "sink-of-another-length": (
-        call(sink=zeros(3)),
-        r"sink must be .* one score for each of the 2 query heads on cpu, got .* shape \(3,\)",
+        call(sink_bias=zeros(3)),
+        r"sink_bias must be .* one score for each of the 2 query heads on cpu, got .* shape \(3,\)",
     ),
     "sink-of-integers": (
-        call(sink=zeros(2, dtype=torch.int64)),
-        "sink must be a floating point vector.*got torch.int64",
+        call(sink_bias=zeros(2, dtype=torch.int64)),
+        "sink_bias must be a floating point vector.*got torch.int64",
     ),
     "sink-on-another-device": (
-        call(sink=zeros(2).to("meta")),
-        r"sink must be .* on cpu, got torch.float32 of shape \(2,\) on meta",
+        call(sink_bias=zeros(2).to("meta")),
+        r"sink_bias must be .* on cpu, got torch.float32 of shape \(2,\) on meta",
     ),
     "one-bound": (call(cu_seqlens=bounds(0)), "cu_seqlens must rise from 0 to T = 4"),
 }

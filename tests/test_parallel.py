@@ -126,36 +126,42 @@ def test_packed_sequences_with_a_window(normalizer, head_first, device):
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
 @pytest.mark.parametrize(
-    "sink",
+    "sink_bias",
     [
         pytest.param([0.0, 1.0, -2.0, 0.5], id="ordinary"),
         pytest.param([5.0, 40.0, -40.0, 0.0], id="wide"),
     ],
 )
 @each_normalizer
-def test_sink(normalizer, sink, safe, device):
+def test_sink(normalizer, sink_bias, safe, device):
     inputs = draw(70, B=2, HQ=4, H=2)
-    check(inputs, device, normalizer=normalizer, safe=safe, sink=torch.tensor(sink, device=device))
+    check(
+        inputs,
+        device,
+        normalizer=normalizer,
+        safe=safe,
+        sink_bias=torch.tensor(sink_bias, device=device),
+    )
 
 
 @each_normalizer
 def test_sink_beyond_float32(normalizer, device):
-    # e^sink overflows, so that only the shifted sums hold it
+    # e^sink_bias overflows, so that only the shifted sums hold it
     inputs = draw(70, HQ=2)
     inputs = inputs._replace(q=inputs.q * 60)
-    sink = torch.tensor([95.0, 200.0], device=device)
-    check(inputs, device, normalizer=normalizer, sink=sink)
+    sink_bias = torch.tensor([95.0, 200.0], device=device)
+    check(inputs, device, normalizer=normalizer, sink_bias=sink_bias)
 
 
 def test_sink_of_minus_infinity_is_none(device):
     inputs = draw(70, HQ=2).to(device)
-    sink = torch.full((2,), -torch.inf, device=device)
+    sink_bias = torch.full((2,), -torch.inf, device=device)
     for normalizer in NORMALIZERS:
         got = check(inputs, device, normalizer=normalizer)
         with_sink = outputs_and_gradients(
-            parallel_normalized_attn, inputs, normalizer=normalizer, sink=sink
+            parallel_normalized_attn, inputs, normalizer=normalizer, sink_bias=sink_bias
         )
-        assert not with_sink.pop("dsink").count_nonzero()
+        assert not with_sink.pop("dsink_bias").count_nonzero()
         assert all(torch.equal(got[name], x) for name, x in with_sink.items())
 
 
@@ -165,7 +171,7 @@ def test_everything_at_once(normalizer, device):
     kwargs = {
         "cu_seqlens": torch.tensor([0, 7, 7, 150], device=device),
         "window_size": 50,
-        "sink": torch.tensor([0.0, 1.0, -1.0, 2.0], device=device),
+        "sink_bias": torch.tensor([0.0, 1.0, -1.0, 2.0], device=device),
         "scale": 0.5,
     }
     check(inputs, device, normalizer=normalizer, **kwargs)

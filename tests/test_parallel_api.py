@@ -57,7 +57,7 @@ def test_named_function_is_the_normalizer(normalizer, device):
     named = getattr(package, f"parallel_{normalizer}_attn")
     q, k, v, _ = draw(9, HQ=2, H=1, head_first=True, device=device)
     kwargs = {"scale": 0.3, "head_first": True, "safe": False, "return_lse": True}
-    kwargs |= {"window_size": 4, "sink": torch.ones(2, device=device)}
+    kwargs |= {"window_size": 4, "sink_bias": torch.ones(2, device=device)}
     kwargs["cu_seqlens"] = torch.tensor([0, 6, 9], device=device)
     assert_bitwise(
         named(q, k, v, **kwargs),
@@ -88,13 +88,13 @@ def test_opcheck(kind, device):
         torch.ops.softpick.normalized_attn_fwd,
         torch.ops.softpick.normalized_attn_bwd,
     )
-    sink = torch.zeros(q.shape[1 if head_first else 2], device=device)
+    sink_bias = torch.zeros(q.shape[1 if head_first else 2], device=device)
     args = None, 0.25, None, head_first, True, "softpick"
-    for s in (None, sink):
+    for s in (None, sink_bias):
         torch.library.opcheck(forward, (q, k, v, s, *args))
         inputs = [x if x is None else x.detach().requires_grad_() for x in (q, k, v, s)]
         torch.library.opcheck(forward, (*inputs, *args))
-    o, lse = forward(q, k, v, sink, *args)
+    o, lse = forward(q, k, v, sink_bias, *args)
     for dlse in (None, torch.ones_like(lse)):
         torch.library.opcheck(
             backward, (q, k, v, None, o, lse, do, dlse, 0.25, 4, head_first, "softpick")
@@ -152,16 +152,16 @@ def test_vmap_is_refused(device):
 
 def test_export_with_dynamic_length(device):
     class Attention(torch.nn.Module):
-        def forward(self, q, k, v, sink):
-            return parallel_softpick_attn(q, k, v, sink=sink, window_size=30)
+        def forward(self, q, k, v, sink_bias):
+            return parallel_softpick_attn(q, k, v, sink_bias=sink_bias, window_size=30)
 
-    sink = torch.zeros(2, device=device)
+    sink_bias = torch.zeros(2, device=device)
     T = torch.export.Dim("T", min=2, max=4096)
     dynamic = tuple({1: T} for _ in "qkv") + (None,)
-    args = (*draw(33, HQ=2, device=device)[:3], sink)
+    args = (*draw(33, HQ=2, device=device)[:3], sink_bias)
     program = torch.export.export(Attention(), args, dynamic_shapes=dynamic)
     for length in (33, 70):
-        args = (*draw(length, HQ=2, device=device)[:3], sink)
+        args = (*draw(length, HQ=2, device=device)[:3], sink_bias)
         assert torch.equal(program.module()(*args), Attention()(*args))
 
 

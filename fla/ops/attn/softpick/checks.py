@@ -34,7 +34,7 @@ def check_inputs(
     cu_seqlens: torch.Tensor | None,
     head_first: bool,
     window_size: int | None,
-    sink: torch.Tensor | None,
+    sink_bias: torch.Tensor | None,
     normalizer: str,
     normalizers: Collection[str],
 ) -> None:
@@ -83,12 +83,14 @@ def check_inputs(
         )
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1 (the query itself), got {window_size}")
-    if sink is not None and (
-        sink.shape != (HQ,) or not sink.is_floating_point() or sink.device != q.device
+    if sink_bias is not None and (
+        sink_bias.shape != (HQ,)
+        or not sink_bias.is_floating_point()
+        or sink_bias.device != q.device
     ):
         raise ValueError(
-            f"sink must be a floating point vector of one score for each of the {HQ} query heads on "
-            f"{q.device}, got {sink.dtype} of shape {tuple(sink.shape)} on {sink.device}"
+            f"sink_bias must be a floating point vector of one score for each of the {HQ} query heads on "
+            f"{q.device}, got {sink_bias.dtype} of shape {tuple(sink_bias.shape)} on {sink_bias.device}"
         )
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, B=q.shape[0], T=T, S=S)

@@ -54,46 +54,50 @@ def _exponentials(
 
 
 def _shifted_expm1(
-    x: torch.Tensor, dim: int, visible: torch.Tensor | None, safe: bool, sink: torch.Tensor | float
+    x: torch.Tensor,
+    dim: int,
+    visible: torch.Tensor | None,
+    safe: bool,
+    sink_bias: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(e^x - 1) e^-m``, 0 where not visible, and m."""
-    x, e, m = _exponentials(x, dim, visible, safe, masked=0.0, floor=_at_least_0(sink))
+    x, e, m = _exponentials(x, dim, visible, safe, masked=0.0, floor=_at_least_0(sink_bias))
     # NOTE(numerics): x = 0 gives 0 and no gradient to the bit; the two exponentials alone may differ by
     # one rounding, since CPU code computes the ends of a row by another routine than its middle
     return torch.where(x != 0, e - torch.exp(-m), 0.0), m
 
 
-def _at_least_0(sink: torch.Tensor | float) -> torch.Tensor | float:
-    return sink.clamp(min=0.0) if isinstance(sink, torch.Tensor) else max(sink, 0.0)
+def _at_least_0(sink_bias: torch.Tensor | float) -> torch.Tensor | float:
+    return sink_bias.clamp(min=0.0) if isinstance(sink_bias, torch.Tensor) else max(sink_bias, 0.0)
 
 
-def _softpick(x, dim, visible, safe, sink):
-    y, m = _shifted_expm1(x, dim, visible, safe, sink)
+def _softpick(x, dim, visible, safe, sink_bias):
+    y, m = _shifted_expm1(x, dim, visible, safe, sink_bias)
     return Terms(y.relu(), y.abs(), EPS * torch.exp(-m), m)
 
 
-def _relu_softpick(x, dim, visible, safe, sink):
-    y, m = _shifted_expm1(x, dim, visible, safe, sink)
+def _relu_softpick(x, dim, visible, safe, sink_bias):
+    y, m = _shifted_expm1(x, dim, visible, safe, sink_bias)
     return Terms(y.relu(), y.relu(), EPS * torch.exp(-m), m)
 
 
-def _abs_softpick(x, dim, visible, safe, sink):
-    y, m = _shifted_expm1(x, dim, visible, safe, sink)
+def _abs_softpick(x, dim, visible, safe, sink_bias):
+    y, m = _shifted_expm1(x, dim, visible, safe, sink_bias)
     return Terms(y.abs(), y.abs(), EPS * torch.exp(-m), m)
 
 
-def _softmax(x, dim, visible, safe, sink):
-    _, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=sink)
+def _softmax(x, dim, visible, safe, sink_bias):
+    _, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=sink_bias)
     return Terms(e, e, 0.0, m)
 
 
-def _softmax_plus_one(x, dim, visible, safe, sink):
-    _, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=_at_least_0(sink))
+def _softmax_plus_one(x, dim, visible, safe, sink_bias):
+    _, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=_at_least_0(sink_bias))
     return Terms(e, e, torch.exp(-m), m)
 
 
-def _rectified(x, dim, visible, safe, sink):
-    x, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=_at_least_0(sink))
+def _rectified(x, dim, visible, safe, sink_bias):
+    x, e, m = _exponentials(x, dim, visible, safe, masked=-INF, floor=_at_least_0(sink_bias))
     # written so that NaN passes
     e = torch.where(x < 0, 0.0, e)
     return Terms(e, e, 0.0, m)
@@ -107,19 +111,19 @@ NORMALIZERS: dict[str, Callable[..., Terms]] = {
     "softmax_plus_one": _softmax_plus_one,
     "rectified": _rectified,
 }
-"""Name -> ``f(x, dim, visible, safe, sink)``: the terms of the sums over ``dim`` of the scores ``x``.
-``visible`` (bool, broadcastable to ``x``, or None) marks the keys that count; ``sink`` is a score that the
+"""Name -> ``f(x, dim, visible, safe, sink_bias)``: the terms of the sums over ``dim`` of the scores ``x``.
+``visible`` (bool, broadcastable to ``x``, or None) marks the keys that count; ``sink_bias`` is a score that the
 shift m must cover too, or -inf."""
 
 
 def _normalize(
-    terms: Terms, dim: int, sink: torch.Tensor | None = None
+    terms: Terms, dim: int, sink_bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and the log of the denominator; ``e^sink`` stands in the denominator alone."""
+    """Weights and the log of the denominator; ``e^sink_bias`` stands in the denominator alone."""
     n, d, c, m = terms
     z = d.sum(dim, keepdim=True) + c
-    if sink is not None:
-        z = z + torch.exp(sink - m)
+    if sink_bias is not None:
+        z = z + torch.exp(sink_bias - m)
     # n <= d, so a zero denominator stands under zeros only
     is_empty = z == 0
     z = z.masked_fill(is_empty, 1.0)
@@ -179,7 +183,7 @@ def naive_normalized_attn(
     normalizer: str = "softpick",
     safe: bool = True,
     window_size: int | None = None,
-    sink: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -187,7 +191,7 @@ def naive_normalized_attn(
 
     With ``s_ij = scale * <q_i, k_j>`` and sums over the keys ``j`` that query ``i`` sees::
 
-        o_i = sum_j n(s_ij) v_j / (c + e^sink + sum_j d(s_ij))
+        o_i = sum_j n(s_ij) v_j / (c + e^sink_bias + sum_j d(s_ij))
 
     ============================  ======================  ======================  =====
     normalizer                    n(s)                    d(s)                    c
@@ -213,7 +217,7 @@ def naive_normalized_attn(
         safe: Shift scores by ``max(0, row maximum)`` (softmax: by the row maximum) before ``exp``: exact
             for every finite input. ``False`` does not shift: for scores known to stay below 80.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
-        sink: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype; it
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype; it
             gets a gradient. Default: none.
         return_lse: Also return the natural logarithm of the denominator.
         return_weights: Also return the weights.
@@ -236,7 +240,7 @@ def naive_normalized_attn(
         arXiv:2504.20966; the relatives are those of its authors' ablations.
     """
     q, k, v = autocast_inputs(q, k, v)
-    check_inputs(q, k, v, cu_seqlens, head_first, window_size, sink, normalizer, NORMALIZERS)
+    check_inputs(q, k, v, cu_seqlens, head_first, window_size, sink_bias, normalizer, NORMALIZERS)
     if cu_seqlens is not None:
         check_bounds(cu_seqlens.tolist(), q.shape[2 if head_first else 1])
     if not head_first:
@@ -249,11 +253,11 @@ def naive_normalized_attn(
     # NOTE(numerics): inputs are in autocast's dtype already; the scores are not to be cast again
     with without_autocast(q.device):
         scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
-        if sink is not None:
-            sink = sink.to(scores_BHTS.dtype)[:, None, None]
-        floor = -INF if sink is None else sink.detach()
+        if sink_bias is not None:
+            sink_bias = sink_bias.to(scores_BHTS.dtype)[:, None, None]
+        floor = -INF if sink_bias is None else sink_bias.detach()
         terms = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe, floor)
-        weights_BHTS, lse_BHT1 = _normalize(terms, -1, sink)
+        weights_BHTS, lse_BHT1 = _normalize(terms, -1, sink_bias)
         weights_BHTS = weights_BHTS.to(v.dtype)
         o = weights_BHTS @ v
     if not head_first:
@@ -273,7 +277,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
         *,
         safe: bool = True,
         window_size: int | None = None,
-        sink: torch.Tensor | None = None,
+        sink_bias: torch.Tensor | None = None,
         return_lse: bool = False,
         return_weights: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -287,7 +291,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
             normalizer=normalizer,
             safe=safe,
             window_size=window_size,
-            sink=sink,
+            sink_bias=sink_bias,
             return_lse=return_lse,
             return_weights=return_weights,
         )

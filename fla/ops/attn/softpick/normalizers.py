@@ -22,12 +22,31 @@ RCP_LN2 = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def masked_score(NORMALIZER: tl.constexpr):
-    """Score that gives n = d = 0 and no gradient: a masked tile needs no second mask."""
+def scores(
+    b_r,
+    m_s,
+    scale,
+    NORMALIZER: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
+):
+    """Base-2 scores of the products b_r, and something of their sign: b_r itself unless IS_NEGATED, scale < 0.
+
+    Where not m_s they give no weight and no gradient.
+    """
     if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
-        return 0.0
+        # n, d and the gradient are 0 at 0
+        if IS_MASKED:
+            b_r = tl.where(m_s, b_r, 0.0)
+        b_s = b_r * scale
     else:
-        return -float("inf")
+        b_s = b_r * scale
+        if IS_MASKED:
+            b_s = tl.where(m_s, b_s, -float("inf"))
+    if IS_NEGATED:
+        return b_s, b_s
+    else:
+        return b_s, b_r
 
 
 @triton.jit
@@ -43,8 +62,8 @@ def smallest_shift(NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def weights(b_s, b_m, NORMALIZER: tl.constexpr):
-    """n(s) and d(s), both times 2**-b_m; b_m broadcasts against b_s."""
+def weights(b_s, b_m, b_u, NORMALIZER: tl.constexpr):
+    """n(s) and d(s), both times 2**-b_m; b_m, and b_u which is 2**-b_m, broadcast against b_s."""
     b_e = tl.exp2(b_s - b_m)
     if NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one":
         return b_e, b_e
@@ -53,7 +72,7 @@ def weights(b_s, b_m, NORMALIZER: tl.constexpr):
         b_e = tl.where(b_s < 0, 0.0, b_e)
         return b_e, b_e
     else:
-        b_x = b_e - tl.exp2(-b_m)
+        b_x = b_e - b_u
         if NORMALIZER == "softpick":
             return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.abs(b_x)
         elif NORMALIZER == "relu_softpick":
@@ -82,7 +101,7 @@ def in_range(b_z, NORMALIZER: tl.constexpr):
     """Whether an unshifted denominator proves that no term overflowed, nor all of them vanished."""
     if NORMALIZER == "softmax":
         # the other sums hold a term of 1, or a constant, or no term at all
-        return (b_z > 2.0**-64) & (b_z < float("inf"))
+        return (b_z > 2.0**-24) & (b_z < float("inf"))
     else:
         return b_z < float("inf")
 
@@ -106,19 +125,22 @@ def lift(b_lse, MOST: tl.constexpr, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def score_grad(b_s, b_lse, b_dp, b_delta, NORMALIZER: tl.constexpr):
-    """(n'(s) dp - d'(s) delta) / Z with Z = 2**b_lse; 0 at s = 0 for the three softpicks."""
+def score_grad(b_s, b_r, b_lse, b_dp, b_delta, NORMALIZER: tl.constexpr):
+    """(n'(s) dp - d'(s) delta) / Z with Z = 2**b_lse; 0 at s = 0 for the three softpicks.
+
+    b_r has the sign of b_s and need not be scaled: with it, scale and lse cost one multiply-add.
+    """
     b_e = tl.exp2(b_s - b_lse)
     if NORMALIZER == "softpick":
-        b_g = tl.where(b_s > 0, b_dp - b_delta, b_delta)
+        b_g = tl.where(b_r > 0, b_dp - b_delta, b_delta)
     elif NORMALIZER == "abs_softpick":
-        b_g = tl.where(b_s > 0, b_dp - b_delta, b_delta - b_dp)
+        b_g = tl.where(b_r > 0, b_dp - b_delta, b_delta - b_dp)
     else:
         b_g = b_dp - b_delta
     if NORMALIZER == "softpick" or NORMALIZER == "abs_softpick":
-        b_e = tl.where(b_s == 0, 0.0, b_e)
+        b_e = tl.where(b_r == 0, 0.0, b_e)
     elif NORMALIZER == "relu_softpick":
-        b_e = tl.where(b_s <= 0, 0.0, b_e)
+        b_e = tl.where(b_r <= 0, 0.0, b_e)
     elif NORMALIZER == "rectified":
-        b_e = tl.where(b_s < 0, 0.0, b_e)
+        b_e = tl.where(b_r < 0, 0.0, b_e)
     return b_e * b_g

@@ -27,7 +27,7 @@ def _fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sink: torch.Tensor | None,
+    sink_bias: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     scale: float,
     window_size: int | None,
@@ -36,12 +36,12 @@ def _fwd(
     normalizer: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return parallel_normalized_attn_fwd(
-        q, k, v, sink, cu_seqlens, scale, window_size, head_first, safe, normalizer
+        q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer
     )
 
 
 @_fwd.register_fake
-def _(q, k, v, sink, cu_seqlens, scale, window_size, head_first, safe, normalizer):
+def _(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer):
     B, T, HQ = (q.shape[i] for i in ((0, 2, 1) if head_first else (0, 1, 2)))
     o = empty_rows(q, T, HQ, v.shape[-1], head_first)
     return o, q.new_empty((B, HQ, T), dtype=torch.float32)
@@ -69,34 +69,43 @@ def _bwd(
 
 @_bwd.register_fake
 def _(q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer):
-    return tuple(torch.empty_like(x) for x in (q, k, v, lse))
+    return *(torch.empty_like(x) for x in (q, k, v)), lse.new_empty((*lse.shape, 4))
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, sink, cu_seqlens, ctx.scale, ctx.window_size, ctx.head_first, _, ctx.normalizer = (
-        inputs
-    )
-    ctx.save_for_backward(q, k, v, sink, cu_seqlens, *output)
+    (
+        q,
+        k,
+        v,
+        sink_bias,
+        cu_seqlens,
+        ctx.scale,
+        ctx.window_size,
+        ctx.head_first,
+        _,
+        ctx.normalizer,
+    ) = inputs
+    ctx.save_for_backward(q, k, v, sink_bias, cu_seqlens, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dlse):
-    q, k, v, sink, cu_seqlens, o, lse = ctx.saved_tensors
+    q, k, v, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
     do = _last_contiguous(do)
     if do.stride(2 if ctx.head_first else 1) > MAX_TIME_STRIDE:
         do = do.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv, delta = _bwd(
+    dq, dk, dv, rows = _bwd(
         q, k, v, cu_seqlens, o, lse, do, dlse,
         ctx.scale, ctx.window_size, ctx.head_first, ctx.normalizer,
     )  # fmt: skip
     dsink = None
-    if sink is not None:
+    if sink_bias is not None:
         # exp(sink) / Z, 0 for a row without a denominator
-        weight = torch.exp2(sink[:, None] / math.log(2) - lse).where(lse > -math.inf, 0.0)
-        dsink = -(delta * weight).sum((0, 2))
+        weight = torch.exp2(sink_bias[:, None] / math.log(2) - rows[..., 0])
+        dsink = -(rows[..., 2] * weight).sum((0, 2))
     return dq, dk, dv, dsink, None, None, None, None, None, None
 
 
@@ -158,7 +167,7 @@ def parallel_normalized_attn(
     normalizer: str = "softpick",
     safe: bool = True,
     window_size: int | None = None,
-    sink: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Causal attention with any normaliser of the family, without materialising the scores.
@@ -174,13 +183,15 @@ def parallel_normalized_attn(
         ValueError: An argument breaks a condition; the message names it and shows the value received.
     """
     q, k, v = autocast_inputs(q, k, v)
-    check_inputs(q, k, v, cu_seqlens, head_first, window_size, sink, normalizer, KERNEL_NORMALIZERS)
+    check_inputs(
+        q, k, v, cu_seqlens, head_first, window_size, sink_bias, normalizer, KERNEL_NORMALIZERS
+    )
     _check_kernel_inputs(q, k, v, head_first)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
-    if sink is not None:
-        sink = sink.float().contiguous()
-    o, lse = _fwd(q, k, v, sink, cu_seqlens, scale, window_size, head_first, safe, normalizer)
+    if sink_bias is not None:
+        sink_bias = sink_bias.float().contiguous()
+    o, lse = _fwd(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer)
     return (o, lse * math.log(2)) if return_lse else o
 
 
@@ -194,7 +205,7 @@ def parallel_softpick_attn(
     *,
     safe: bool = True,
     window_size: int | None = None,
-    sink: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Causal softpick attention without materialising the score matrix.
@@ -220,14 +231,14 @@ def parallel_softpick_attn(
         safe: Exact for every finite input. ``False`` skips the shift of the scores: for scores known to
             stay below 80 (float16: below 11, since weights are rounded to the input dtype).
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
-        sink: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype: adds
-            ``e^sink`` to the denominator of every row, and gets a gradient. Default: none.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype: adds
+            ``e^sink_bias`` to the denominator of every row, and gets a gradient. Default: none.
         return_lse: Also return the log of the denominator.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_lse`` also the natural logarithm
         ``[B, HQ, T]``, float32, of the denominator. Both are differentiable in ``q``, ``k``, ``v`` and
-        ``sink``, once.
+        ``sink_bias``, once.
 
     Raises:
         ValueError: A shape, dtype, device or ``cu_seqlens`` breaks a condition above; the message names
@@ -255,7 +266,7 @@ def parallel_softpick_attn(
         normalizer="softpick",
         safe=safe,
         window_size=window_size,
-        sink=sink,
+        sink_bias=sink_bias,
         return_lse=return_lse,
     )
 
@@ -271,7 +282,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
         *,
         safe: bool = True,
         window_size: int | None = None,
-        sink: torch.Tensor | None = None,
+        sink_bias: torch.Tensor | None = None,
         return_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return parallel_normalized_attn(
@@ -284,7 +295,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
             normalizer=normalizer,
             safe=safe,
             window_size=window_size,
-            sink=sink,
+            sink_bias=sink_bias,
             return_lse=return_lse,
         )
 

@@ -6,7 +6,10 @@ over the query heads of a group inside the kernel.
 Legend: as in `parallel_fwd.py`, and
     BT, BS             tile owned (queries in dq, keys in dkv), tile streamed
     do dq dk dv        gradients, named like the tensors
-    lse delta          [B, HQ, T] fp32: base-2 log of the denominator; <o, do> less the gradient of lse
+    rows               [B, HQ, T, 4] fp32, from dq to dkv, in one piece so that one load fetches a row: b_lse,
+                       the base-2 log of the denominator; b_u = 2**-b_lse; b_delta, <o, do> less the gradient
+                       of lse; 0
+    b_r                products <q, k> before the scale
     b_p b_dp b_ds      weights n(s) / Z, <do, v>, gradient of the scores
 """
 
@@ -19,8 +22,8 @@ from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
     denominator_log,
     lift,
-    masked_score,
     score_grad,
+    scores,
     weights,
 )
 from fla.ops.attn.softpick.tiles import (
@@ -62,6 +65,7 @@ def _accumulate_dq(
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -74,12 +78,11 @@ def _accumulate_dq(
             i_s = tl.where(i_s < hole_at, i_s, i_s + hole)
         b_k = load_rows(k, i_s, sk_t, S, K, BS, BK, IS_MASKED)
         b_v = load_rows(v, i_s, sv_t, S, V, BS, BV, IS_MASKED)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        if IS_MASKED:
-            m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
-            b_s = tl.where(m_s, b_s, masked_score(NORMALIZER))
+        b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
+        b_s, b_r = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = score_grad(b_s, b_lse[:, None], b_dp, b_delta[:, None], NORMALIZER)
+        b_ds = score_grad(b_s, b_r, b_lse[:, None], b_dp, b_delta[:, None], NORMALIZER)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -94,7 +97,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     lse,
     dlse,
     dq,
-    delta,
+    rows,
     scale,
     sq_b,
     sq_t,
@@ -129,6 +132,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -153,11 +157,15 @@ def parallel_normalized_attn_bwd_kernel_dq(
     if HAS_DLSE:
         # a gradient of the base-2 lse enters the scores' gradient by the same factor
         b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=o_t < T, other=0.0)
-    tl.store(delta + row + o_t, b_delta, mask=o_t < T)
-
-    b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
     b_lse = denominator_log(b_lse, NORMALIZER)
+    p_row = rows + (row + o_t) * 4
+    tl.store(p_row, b_lse, mask=o_t < T)
+    tl.store(p_row + 1, tl.exp2(-b_lse), mask=o_t < T)
+    tl.store(p_row + 2, b_delta, mask=o_t < T)
+    tl.store(p_row + 3, tl.zeros_like(b_delta), mask=o_t < T)
+
+    b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     # NOTE(numerics): ds, rounded to the input dtype, is kept near 1 where all scores of a row are tiny
     b_lift = lift(b_lse, 20, NORMALIZER)
     b_lse += b_lift
@@ -168,12 +176,12 @@ def parallel_normalized_attn_bwd_kernel_dq(
     b_dq = _accumulate_dq(
         b_q, b_do, b_lse, b_delta, b_dq, k, v, sk_t, sv_t, o_q, scale * RCP_LN2,
         first_full, end_full, 0, 0, S, W,
-        K, V, BS, BK, BV, NORMALIZER, False, HAS_WINDOW, PRECISION,
+        K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_dq = _accumulate_dq(
         b_q, b_do, b_lse, b_delta, b_dq, k, v, sk_t, sv_t, o_q, scale * RCP_LN2,
         first, end, first_full, end_full - first_full, S, W,
-        K, V, BS, BK, BV, NORMALIZER, True, HAS_WINDOW, PRECISION,
+        K, V, BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_dq = b_dq * (scale * tl.exp2(b_lift))[:, None]
     store_rows(dq, b_dq, i_t, sdq_t, o_t < T, K, BT, BK)
@@ -187,13 +195,12 @@ def _accumulate_queries(
     b_dv,
     q,
     do,
-    lse,
-    delta,
+    rows,
     sq_t,
     sq_h,
     sdo_t,
     sdo_h,
-    lse_h,
+    rows_h,
     o_k,
     scale,
     first,
@@ -211,6 +218,7 @@ def _accumulate_queries(
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
     IS_MASKED: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -228,30 +236,29 @@ def _accumulate_queries(
         o_s = i_s + tl.arange(0, BS)
         b_q = load_rows(q + tl.cast(i_g, tl.int64) * sq_h, i_s, sq_t, T, K, BS, BK, IS_MASKED)
         b_do = load_rows(do + tl.cast(i_g, tl.int64) * sdo_h, i_s, sdo_t, T, V, BS, BV, IS_MASKED)
-        p_lse = lse + tl.cast(i_g, tl.int64) * lse_h + o_s
-        p_delta = delta + tl.cast(i_g, tl.int64) * lse_h + o_s
+        p_row = rows + (tl.cast(i_g, tl.int64) * rows_h + i_s) * 4
+        p_row = p_row + tl.arange(0, BS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        # past T an infinite denominator, and b_u and b_delta of 0: no weight and no gradient
+        b_row = tl.load(p_row, mask=(o_s < T)[:, None], other=0.0) if IS_MASKED else tl.load(p_row)
+        b_even, b_odd = tl.split(tl.reshape(b_row, [BS, 2, 2]))
+        b_lse, b_delta = tl.split(b_even)
+        b_u, _ = tl.split(b_odd)
         if IS_MASKED:
-            # an infinite denominator: no weight and no gradient past T
-            b_lse = tl.load(p_lse, mask=o_s < T, other=float("inf"))
-            b_delta = tl.load(p_delta, mask=o_s < T, other=0.0)
-        else:
-            b_lse = tl.load(p_lse)
-            b_delta = tl.load(p_delta)
-        b_lse = denominator_log(b_lse, NORMALIZER)
+            b_lse = tl.where(o_s < T, b_lse, float("inf"))
         # [BT, BS] transposed: keys down, queries across
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
-        if IS_MASKED:
-            m_s = visible((o_s + off)[None, :], o_k[:, None], W, HAS_WINDOW)
-            b_s = tl.where(m_s, b_s, masked_score(NORMALIZER))
-        b_p, _ = weights(b_s, b_lse[None, :], NORMALIZER)
+        b_r = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        m_s = visible((o_s + off)[None, :], o_k[:, None], W, HAS_WINDOW)
+        b_s, b_r = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
+        b_p, _ = weights(b_s, b_lse[None, :], b_u[None, :], NORMALIZER)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         if q.dtype.element_ty == tl.float16:
-            # NOTE(numerics): as in dq, but the factor goes to q, which has less room for it
-            b_lift = lift(b_lse, 10, NORMALIZER)
+            # NOTE(numerics): as in dq, but the factor goes to q, as far as q has room for it
+            b_room = 15.0 - tl.log2(tl.maximum(tl.max(tl.abs(b_q.to(tl.float32)), 1), 1.0))
+            b_lift = tl.minimum(lift(b_lse, 20, NORMALIZER), tl.maximum(b_room, 0.0))
             b_lse += b_lift
             b_q = (b_q * tl.exp2(b_lift)[:, None]).to(b_q.dtype)
-        b_ds = score_grad(b_s, b_lse[None, :], b_dp, b_delta[None, :], NORMALIZER)
+        b_ds = score_grad(b_s, b_r, b_lse[None, :], b_dp, b_delta[None, :], NORMALIZER)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
@@ -262,8 +269,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     k,
     v,
     do,
-    lse,
-    delta,
+    rows,
     dk,
     dv,
     scale,
@@ -300,6 +306,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
     IS_VARLEN: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -313,8 +320,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     do += i_b * sdo_b + i_hq * sdo_h + bos * sdo_t
     dk += i_b * sdk_b + i_h * sdk_h + bos * sdk_t
     dv += i_b * sdv_b + i_h * sdv_h + bos * sdv_t
-    lse += i_bh * G * T + bos
-    delta += i_bh * G * T + bos
+    rows += (i_bh * G * T + bos) * 4
     T_all = T
     T = T_own
 
@@ -326,14 +332,14 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     off = S - T
     first, first_full, end_full, end = queries_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
     b_dk, b_dv = _accumulate_queries(
-        b_k, b_v, b_dk, b_dv, q, do, lse, delta, sq_t, sq_h, sdo_t, sdo_h, T_all, o_k,
+        b_k, b_v, b_dk, b_dv, q, do, rows, sq_t, sq_h, sdo_t, sdo_h, T_all, o_k,
         scale * RCP_LN2, first, end, first_full, end_full - first_full, T, off, G, W,
-        K, V, BS, BK, BV, NORMALIZER, True, HAS_WINDOW, PRECISION,
+        K, V, BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_dk, b_dv = _accumulate_queries(
-        b_k, b_v, b_dk, b_dv, q, do, lse, delta, sq_t, sq_h, sdo_t, sdo_h, T_all, o_k,
+        b_k, b_v, b_dk, b_dv, q, do, rows, sq_t, sq_h, sdo_t, sdo_h, T_all, o_k,
         scale * RCP_LN2, first_full, end_full, 0, 0, T, off, G, W,
-        K, V, BS, BK, BV, NORMALIZER, False, HAS_WINDOW, PRECISION,
+        K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     store_rows(dk, b_dk * scale, i_t, sdk_t, o_k < S, K, BT, BK)
     store_rows(dv, b_dv, i_t, sdv_t, o_k < S, V, BT, BV)
@@ -360,14 +366,14 @@ def parallel_normalized_attn_bwd(
         dlse: Gradient of the base-2 ``lse`` ``[B, HQ, T]``, contiguous float32, or None.
 
     Returns:
-        Gradients of ``q``, ``k`` and ``v``, and delta ``[B, HQ, T]`` in float32: minus the gradient of
-        log Z.
+        Gradients of ``q``, ``k`` and ``v``, and ``[B, HQ, T, 4]`` in float32: the base-2 lse, +inf where the
+        denominator is 0; 1 / Z; delta, which is minus the gradient of log Z; 0.
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V = q.shape[-1], v.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
+    rows = lse.new_empty((*lse.shape, 4))
     strides = [s for x in (q, k, v) for s in strides_bth(x, head_first)]
     common = {
         "T": T,
@@ -380,6 +386,7 @@ def parallel_normalized_attn_bwd(
         "BV": feature_tile(V),
         "NORMALIZER": normalizer,
         "IS_VARLEN": cu_seqlens is not None,
+        "IS_NEGATED": scale < 0,
         "HAS_WINDOW": window_size is not None,
     }
     with torch.cuda.device_of(q):
@@ -394,7 +401,7 @@ def parallel_normalized_attn_bwd(
             lse,
             dlse,
             dq,
-            delta,
+            rows,
             scale,
             *strides,
             *strides_bth(o, head_first),
@@ -414,8 +421,7 @@ def parallel_normalized_attn_bwd(
             k,
             v,
             do,
-            lse,
-            delta,
+            rows,
             dk,
             dv,
             scale,
@@ -429,4 +435,4 @@ def parallel_normalized_attn_bwd(
             **common,
             **options,
         )
-    return dq, dk, dv, delta
+    return dq, dk, dv, rows

@@ -24,7 +24,7 @@ from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
     denominator_constant,
     in_range,
-    masked_score,
+    scores,
     smallest_shift,
     weights,
 )
@@ -81,17 +81,16 @@ def _accumulate_keys(
         b_k = load_rows(k, i_s, sk_t, S, K, BS, BK, IS_MASKED)
         b_v = load_rows(v, i_s, sv_t, S, V, BS, BV, IS_MASKED)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        if IS_MASKED:
-            m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
-            b_s = tl.where(m_s, b_s, masked_score(NORMALIZER))
+        b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
+        b_s, _ = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, False)
         if IS_SHIFTED:
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
-            b_r = tl.exp2(b_m - b_m_new)
-            b_z = b_z * b_r
-            b_o = b_o * b_r[:, None]
+            b_f = tl.exp2(b_m - b_m_new)
+            b_z = b_z * b_f
+            b_o = b_o * b_f[:, None]
             b_m = b_m_new
-        b_n, b_d = weights(b_s, b_m[:, None], NORMALIZER)
+        b_n, b_d = weights(b_s, b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
         b_z += tl.sum(b_d, 1)
         b_o = tl.dot(b_n.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
     return b_m, b_z, b_o
@@ -123,7 +122,7 @@ def parallel_normalized_attn_fwd_kernel(
     q,
     k,
     v,
-    sink,
+    sink_bias,
     o,
     lse,
     scale,
@@ -177,7 +176,7 @@ def parallel_normalized_attn_fwd_kernel(
     # [BT] position of each query among the keys
     o_q = o_t + (S - T)
     scale = scale * RCP_LN2
-    b_c = tl.load(sink + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
+    b_c = tl.load(sink_bias + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
     first, first_full, end_full, end = keys_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
 
     b_m = tl.zeros([BT], tl.float32)
@@ -222,7 +221,7 @@ def parallel_normalized_attn_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    sink: torch.Tensor | None,
+    sink_bias: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     scale: float,
     window_size: int | None,
@@ -235,7 +234,7 @@ def parallel_normalized_attn_fwd(
     Args:
         q: ``[B, T, HQ, K]`` (``head_first``: ``[B, HQ, T, K]``), last dimension contiguous; likewise
             ``k [B, S, H, K]`` and ``v [B, S, H, V]``.
-        sink: ``[HQ]`` float32, contiguous.
+        sink_bias: ``[HQ]`` float32, contiguous.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``, contiguous in the layout given, and the base-2
@@ -253,7 +252,7 @@ def parallel_normalized_attn_fwd(
             q,
             k,
             v,
-            sink,
+            sink_bias,
             o,
             lse,
             scale,
@@ -277,7 +276,7 @@ def parallel_normalized_attn_fwd(
             IS_SAFE=safe,
             IS_VARLEN=tiles is not None,
             HAS_WINDOW=window_size is not None,
-            HAS_SINK=sink is not None,
+            HAS_SINK=sink_bias is not None,
             **options,
         )
     return o, lse

@@ -1,0 +1,72 @@
+"""Random shapes, masks, layouts, dtypes and scores against float64: minutes of them on a GPU, a handful in the
+interpreter."""
+
+import time
+
+import torch
+from conftest import HAS_GPU
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numerics import Inputs, check_attention, draw
+
+from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
+
+SECONDS = 120 if HAS_GPU else 30
+LENGTHS = st.integers(1, 600 if HAS_GPU else 90)
+# those that models have, and any other
+HEAD_DIMS = st.sampled_from([16, 32, 64, 80, 96, 128, 256]) | st.integers(1, 256)
+SMALL_HEAD_DIMS = st.sampled_from([16, 32, 64]) | st.integers(1, 64)
+
+
+@st.composite
+def calls(draw_):
+    """Inputs and keyword arguments of one call."""
+    dims = HEAD_DIMS if HAS_GPU else SMALL_HEAD_DIMS
+    G, H, T = draw_(st.integers(1, 4)), draw_(st.integers(1, 2)), draw_(LENGTHS)
+    kind = draw_(st.sampled_from(["square", "chunk", "packed"]))
+    B = 1 if kind == "packed" else draw_(st.integers(1, 2))
+    S = T + draw_(LENGTHS) if kind == "chunk" else T
+    head_first = draw_(st.booleans())
+    dtype = draw_(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    inputs = draw(
+        T, draw_(dims), B=B, HQ=G * H, H=H, S=S, V=draw_(dims), head_first=head_first, dtype=dtype
+    )
+    # scores from tiny to far beyond what float32 can exponentiate
+    inputs = inputs._replace(q=inputs.q * draw_(st.sampled_from([0.1, 1.0, 1.0, 10.0, 200.0])))
+    if draw_(st.booleans()):
+        # rows that are not contiguous, as parts of a fused projection
+        inputs = Inputs(*(torch.cat([x, x], -1)[..., : x.shape[-1]] for x in inputs))
+    kwargs = {
+        "normalizer": draw_(st.sampled_from(list(NORMALIZERS))),
+        "head_first": head_first,
+        "window_size": draw_(st.none() | st.integers(1, 2 * S)),
+    }
+    if kind == "packed":
+        cuts = sorted(draw_(st.lists(st.integers(0, T), max_size=6)))
+        kwargs["cu_seqlens"] = torch.tensor([0, *cuts, T])
+    if draw_(st.booleans()):
+        kwargs["sink_bias"] = torch.linspace(-3, draw_(st.sampled_from([3.0, 100.0])), G * H)
+    return inputs, kwargs
+
+
+def test_random_calls(device):
+    start = time.monotonic()
+
+    @settings(
+        max_examples=100_000 if HAS_GPU else 12,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(calls())
+    def check(call):
+        if time.monotonic() - start > SECONDS:
+            return
+        inputs, kwargs = call
+        kwargs = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()
+        }
+        check_attention(parallel_normalized_attn, inputs.to(device), **kwargs)
+
+    check()
