@@ -175,7 +175,7 @@ def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) ->
         "fwd": (K + V, 2 if dtype == torch.float16 else 3),
         "dq": (2 * K + V, 2),
         "dkv": (2 * K + 2 * V, 2),
-    }[name.removesuffix("_kernel").rsplit("_", 1)[-1].removeprefix("kernel_")]
+    }[name.removesuffix("_kernel").rsplit("_", 1)[-1]]
     return copies * arguments["BT"] * arguments["BS"] * features
 
 
@@ -190,7 +190,7 @@ def attention(K: int, V: int, dtype: torch.dtype, normalizer: str = "softpick", 
     parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
 
 
-# query heads sharing a key head, packed sequences, a window, a sink_bias: every branch of the kernels
+# packed sequences, a window and a sink: every branch of the kernels
 EVERYTHING = {
     "cu_seqlens": torch.tensor([0, 256], dtype=torch.int32),
     "window_size": 100,
