@@ -4,13 +4,15 @@ bfloat16, causal, random normal inputs, medians of `triton.testing.do_bench` in 
 operator at one shape: milliseconds with the spread between the 20th and the 80th percentile, TFLOP/s, peak
 memory of one forward and backward on top of the inputs, and the speed against cuDNN's softmax. TFLOP/s count
 the products below the diagonal only, 4 B HQ T T D / 2 forward and 2.5 times that backward. An operator whose
-outputs or gradients disagree with float64 is not timed, and the exit code is 1.
+outputs or gradients disagree with float64 is not timed, and the exit code is 1. The rows so far are kept after Ctrl-C or
+an error.
 """
 
 import argparse
 import csv
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -79,6 +81,11 @@ def causal_block_mask(T: int):
 
 @cache
 def compiled_flex_attention():
+    # or its backward could not be timed again and again on one forward
+    torch._functorch.config.donated_buffer = False
+    # one compilation a shape; past the limit it would run uncompiled
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -111,17 +118,25 @@ def forward_and_gradients(f: Attention, inputs: list[torch.Tensor], do: torch.Te
     return o, *torch.autograd.grad(o, inputs, do.to(o.dtype))
 
 
-def check(f: Attention, reference: Attention, G: int, D: int) -> None:
-    """Raises RuntimeError unless f agrees with the reference in float64 on fresh random inputs."""
+def check(f: Attention, reference: Attention, G: int, D: int) -> float:
+    """Seconds that a call, compilation included, and its gradients took.
+
+    Raises:
+        RuntimeError: f disagrees with the reference in float64 on fresh random inputs.
+    """
     H, T = 2, 512
     q, do = (torch.randn(2, T, H * G, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(2, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    start = time.perf_counter()
     got = forward_and_gradients(f, [q, k, v], do)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
     gold = forward_and_gradients(reference, [q.double(), k.double(), v.double()], do)
     for name, x, y in zip(("o", "dq", "dk", "dv"), got, gold, strict=True):
         error = ((x.double() - y).norm() / y.norm()).item()
         if not error <= MAX_ERROR:
             raise RuntimeError(f"{name} is wrong, relative error {error:.1e}: not timed")
+    return seconds
 
 
 def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
@@ -177,18 +192,20 @@ def line(result: Result, reference: Result | None) -> str:
 HEADER = f"{'':24} {'forward ms':>15} TFL/s  cuDNN   {'backward ms':>15} TFL/s  cuDNN   peak MiB"
 
 
-def bench(names: list[str], D: int, G: int, tokens: int, lengths: list[int]) -> list[Result]:
-    """Prints and returns the rows of one head dimension and group size; leaves out what fails its check."""
+def bench(
+    results: list[Result], names: list[str], D: int, G: int, tokens: int, lengths: list[int]
+) -> None:
+    """Prints the rows of one head dimension and group size and adds them to results; leaves out what fails."""
     HQ = NUM_HEADS[D]
     right = []
+    print(f"\nD {D}, {G} query heads a key head: seconds of the first call, compilation included")
     for name in names:
         try:
-            check(*OPERATORS[name], G, D)
+            print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
             right.append(name)
         except RuntimeError as error:
             # a backend that this build of torch or this card does not have, or a wrong result
             print(f"{name}: {str(error).splitlines()[0]}", flush=True)
-    results = []
     for T in lengths:
         B = tokens // T
         print(f"\nB {B}, T {T}, HQ {HQ}, H {HQ // G}, D {D}\n{HEADER}", flush=True)
@@ -201,7 +218,6 @@ def bench(names: list[str], D: int, G: int, tokens: int, lengths: list[int]) -> 
         for row in sorted(rows, key=lambda row: names.index(row.operator)):
             print(line(row, reference), flush=True)
         results += rows
-    return results
 
 
 def plot(results: list[Result], path: Path, title: str) -> None:
@@ -238,6 +254,13 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def write_csv(results: list[Result], path: Path, title: str) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["machine", *(field.name for field in fields(Result))])
+        writer.writeheader()
+        writer.writerows({"machine": title, **asdict(result)} for result in results)
 
 
 def describe() -> str:
@@ -278,16 +301,16 @@ def main() -> None:
     title = describe()
     print(title)
     results = []
-    for D in args.head_dims:
-        for G in args.groups:
-            results += bench(args.operators, D, G, args.tokens, args.lengths)
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["machine", *(field.name for field in fields(Result))])
-            writer.writeheader()
-            writer.writerows({"machine": title, **asdict(result)} for result in results)
-    if args.plot:
-        plot(results, args.plot, title)
+    try:
+        for D in args.head_dims:
+            for G in args.groups:
+                bench(results, args.operators, D, G, args.tokens, args.lengths)
+    finally:
+        # also what there is after Ctrl-C or an error
+        if args.csv:
+            write_csv(results, args.csv, title)
+        if args.plot and results:
+            plot(results, args.plot, title)
     if len({row.operator for row in results}) < len(args.operators):
         sys.exit("some operators were not timed, see above")
 

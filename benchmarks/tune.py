@@ -1,8 +1,8 @@
 """Searches launch shapes for the GPU it runs on: python benchmarks/tune.py --kernel dkv --head-dim 128
 
-Times one kernel at every candidate tile, warps and stages, on three lengths of 16k tokens each, in bfloat16,
-and prints them by the geometric mean of their times over the best. What it finds
-goes into the table of `launch_shapes.py` by hand, with the output in the commit.
+Times one kernel at every candidate `LaunchShape`, on three lengths of 16k tokens each, in bfloat16, and prints
+them by the geometric mean of their times over the best. What it finds goes into the table of
+`launch_shapes.py` by hand, with the output in the commit.
 """
 
 import argparse
@@ -99,11 +99,22 @@ def main() -> None:
     parser.add_argument("--BS", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
+    parser.add_argument(
+        "--maxnreg", type=int, nargs="+", default=[0], help="registers a thread, 0 for no limit"
+    )
+    parser.add_argument(
+        "--descriptors", type=int, nargs="+", default=[0, 1], choices=(0, 1), help="without, with"
+    )
     parser.add_argument("--processes", type=int, default=8, help="that compile at the same time")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tune.py needs a GPU")
-    shapes = [LaunchShape(*x) for x in itertools.product(args.BT, args.BS, args.warps, args.stages)]
+    shapes = [
+        LaunchShape(BT, BS, warps, stages, maxnreg or None, bool(descriptors))
+        for BT, BS, warps, stages, maxnreg, descriptors in itertools.product(
+            args.BT, args.BS, args.warps, args.stages, args.maxnreg, args.descriptors
+        )
+    ]
     jobs = [(args.kernel, args.normalizer, args.head_dim, shape) for shape in shapes]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         pool.map(compile_only, jobs, chunksize=1)

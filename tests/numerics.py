@@ -168,7 +168,8 @@ def by_formula(
     exponent = s.abs() + log_z.masked_fill(log_z == float("-inf"), 0.0).abs()
     amplified, summed = 1 + inside * exponent, 1 + inside * V**0.5
     p_size = p_size * (1 + inside)
-    o_square = p_size**2 @ v**2
+    # below the smallest normal number a rounding no longer shrinks with what is rounded
+    o_square = p_size**2 @ v**2 + torch.finfo(inputs.q.dtype).smallest_normal ** 2
     dp, delta = do @ v.mT, (do * o).sum(-1, keepdim=True)
     dp_size = summed * (do**2 @ v.mT**2).sqrt()
     delta_size = summed * (do**2 * (o**2 + o_square)).sum(-1, keepdim=True).sqrt()
@@ -232,14 +233,14 @@ def assert_no_worse_than_eager(
 ) -> None:
     """got may err at most `factor` times as much as eager PyTorch in the same dtype, plus one rounding.
 
-    Default: 2; in float32 on a GPU 4, since the exp2 instruction errs by two units in the last place and
-    a score in base 2 is rounded at 1.44 times its size (largest seen on an H200: 3.3).
+    Default: 2; in float32 3, since a score in base 2 is rounded at 1.44 times its size, and on a GPU 4, since
+    the exp2 instruction errs by two units in the last place (largest seen on an H200: 3.3).
 
     `size` says of what: terms that cancel leave a gradient near 0 and the rounding of what cancelled.
     Default: of the result. `dtype` says which rounding, where that is not the dtype of the result.
     """
     if factor is None:
-        factor = 4.0 if got.is_cuda and got.dtype == torch.float32 else 2.0
+        factor = 2.0 if got.dtype != torch.float32 else 4.0 if got.is_cuda else 3.0
     assert gold.dtype == torch.float64, name
     assert got.dtype == eager.dtype, name
     assert gold.isfinite().all(), name

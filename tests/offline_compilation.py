@@ -170,13 +170,13 @@ def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) ->
     Each copy of a loop's body counts once: for full tiles, for masked ones, and in forward for rows that need
     the running maximum; float16 has that from the start.
     """
-    K, V = arguments["BK"], arguments["BV"]
-    features, copies = {
-        "fwd": (K + V, 2 if dtype == torch.float16 else 3),
-        "dq": (2 * K + V, 2),
-        "dkv": (2 * K + 2 * V, 2),
+    K, V, BS = arguments["BK"], arguments["BV"], arguments["BS"]
+    features, streamed = {
+        "fwd": (K + V, (2 if dtype == torch.float16 else 3) * BS),
+        "dq": (2 * K + V, 2 * BS),
+        "dkv": (2 * K + 2 * V, BS + min(BS, 32)),
     }[name.removesuffix("_kernel").rsplit("_", 1)[-1]]
-    return copies * arguments["BT"] * arguments["BS"] * features
+    return arguments["BT"] * streamed * features
 
 
 def attention(K: int, V: int, dtype: torch.dtype, normalizer: str = "softpick", **kwargs):

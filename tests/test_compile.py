@@ -13,6 +13,9 @@ from offline_compilation import CARDS, CASES
 
 from fla.ops.attn.softpick import launch_shapes
 
+# what these shapes spill, outside of the loops but for two registers of 128 dkv, costs less than the occupancy
+# or the traffic of shapes that spill nothing: KERNELS.md section 4
+SPILLS_OF_TIMED_SHAPES = {"sm_90": 8}
 SCRIPT = Path(__file__).with_name("offline_compilation.py")
 
 
@@ -51,7 +54,8 @@ def test_kernels_fit(card, capsys):
         K, V, dtype, _, _ = CASES[row["case"]]
         assert row["shared"] <= CARDS[card].shared, row
         if max(K, V) <= 128:
-            assert row["spills"] == row["scratch"] == 0, row
+            assert row["spills"] <= SPILLS_OF_TIMED_SHAPES.get(card, 0), row
+            assert row["scratch"] == (4 * row["spills"] if card.startswith("sm") else 0), row
         has_matrix_instructions = row["matrix_products"] != 0
         if dtype == torch.float32 and card.startswith("sm") and "IEEE" in row["case"]:
             # no tensor core of NVIDIA multiplies float32 in full

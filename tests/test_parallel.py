@@ -6,9 +6,11 @@ Without a GPU the kernels run in Triton's interpreter. Tiles are powers of two u
 
 import pytest
 import torch
+import torch.nn.functional as F
 from numerics import Inputs, check_attention, draw, outputs_and_gradients
 
 from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
+from fla.ops.attn.softpick.tiles import row_descriptor
 
 each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
 
@@ -252,6 +254,29 @@ def all_positive(inputs):
 
 def all_zero(inputs):
     return inputs._replace(k=torch.zeros_like(inputs.k))
+
+
+# heads start at multiples of 16 bytes, as descriptors ask, or not
+@pytest.mark.parametrize("width", [128, 132], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({}, id="dense"),
+        pytest.param({"head_first": True}, id="head-first"),
+        pytest.param({"cu_seqlens": torch.tensor([0, 70, 70, 170])}, id="packed"),
+        pytest.param({"window_size": 90}, id="window"),
+    ],
+)
+def test_streamed_tiles(kwargs, width, device):
+    inputs = draw(
+        170, 128, HQ=4, H=2, dtype=torch.bfloat16, head_first=kwargs.get("head_first", False)
+    )
+    # to the device first, since moving a view would make it contiguous
+    inputs = Inputs(*(F.pad(x.to(device), (0, width - 128))[..., :128] for x in inputs))
+    kwargs = {name: x.to(device) if name == "cu_seqlens" else x for name, x in kwargs.items()}
+    descriptor = row_descriptor(inputs.q, kwargs.get("head_first", False), 64, 128)
+    assert (descriptor is None) == (width == 132)
+    check(inputs, device, normalizer="softpick", **kwargs)
 
 
 def every_second_zero(inputs):

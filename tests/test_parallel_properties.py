@@ -13,6 +13,8 @@ from numerics import (
     outputs_and_gradients,
     poisoned_memory,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
 from fla.ops.attn.softpick import (
@@ -189,9 +191,10 @@ def test_gradient_at_score_zero_is_zero(normalizer, safe, device):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits(device):
+@pytest.mark.parametrize("K", [64, 128], ids=["pointers", "descriptors"])
+def test_offsets_beyond_32_bits(K, device):
     # published kernels: 32-bit offsets. The second head stands 2 ** 31 elements behind the first.
-    T, K = 300, 64
+    T = 300
     inputs = draw(T, K, HQ=2, head_first=True, dtype=torch.bfloat16, device=device)
     memory = torch.empty(2**31 + 4 * T * K, dtype=torch.bfloat16, device=device)
     far = []
@@ -203,3 +206,26 @@ def test_offsets_beyond_32_bits(device):
         outputs_and_gradients(parallel_normalized_attn, Inputs(*far), **kwargs),
         outputs_and_gradients(parallel_normalized_attn, inputs, **kwargs),
     )
+
+
+@pytest.mark.gpu
+def test_peak_memory(device):
+    # FlashAttention-2 keeps and allocates the same tensors, lse among them; ours may add one float32 a row and head
+    B, T, HQ, K = 2, 4096, 16, 64
+    inputs = draw(T, K, B=B, HQ=HQ, dtype=torch.bfloat16, device=device)
+
+    def peak(attn):
+        outputs_and_gradients(attn, inputs)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        outputs_and_gradients(attn, inputs)
+        return torch.cuda.max_memory_allocated() - before
+
+    def flash_attention_2(q, k, v):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+            ).transpose(1, 2)
+
+    ours = peak(lambda q, k, v: parallel_normalized_attn(q, k, v, normalizer="softpick"))
+    assert ours <= peak(flash_attention_2) + 4 * B * T * HQ

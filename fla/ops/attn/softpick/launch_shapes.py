@@ -16,12 +16,16 @@ from fla.ops.attn.softpick.tiles import feature_tile
 
 
 class LaunchShape(NamedTuple):
-    """Rows of the tile that a program owns and of the tile that it streams, warps, pipeline stages."""
+    """Rows of the tile that a program owns and of the tile that it streams, warps, pipeline stages, and on
+    NVIDIA the registers that a thread may take, where a little fewer let one more program onto a multiprocessor."""
 
     BT: int
     BS: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    # streamed tiles come through tensor descriptors (TMA), which need no registers for addresses
+    HAS_DESCRIPTORS: bool = False
 
 
 # kernel and precision -> shapes for head dimensions up to 64, 128 and 256, and for those that are no
@@ -29,7 +33,7 @@ class LaunchShape(NamedTuple):
 Shapes = dict[tuple[str, str], tuple[LaunchShape, LaunchShape, LaunchShape, LaunchShape]]
 
 
-def _shapes(**rows: tuple[tuple[int, int, int, int], ...]) -> Shapes:
+def _shapes(**rows: tuple[tuple[int, ...], ...]) -> Shapes:
     return {
         tuple(name.split("_")): tuple(LaunchShape(*x) for x in row) for name, row in rows.items()
     }
@@ -38,8 +42,8 @@ def _shapes(**rows: tuple[tuple[int, int, int, int], ...]) -> Shapes:
 # IEEE products of float32 run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile
 _NVIDIA = _shapes(
     fwd_16bit=((128, 64, 8, 3), (128, 64, 8, 3), (64, 16, 4, 2), (32, 32, 8, 1)),
-    dq_16bit=((64, 64, 4, 3), (128, 32, 8, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
-    dkv_16bit=((64, 32, 4, 3), (128, 32, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dq_16bit=((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
     fwd_tf32=((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     dq_tf32=((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     dkv_tf32=((64, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
@@ -60,8 +64,13 @@ _AMD = _shapes(
 # at most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can take them too
 _SM_80 = _NVIDIA | _shapes(
     fwd_16bit=((128, 64, 8, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 8, 1)),
-    dq_16bit=((64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
-    dkv_16bit=((64, 32, 4, 3), (64, 64, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dq_16bit=((128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+)
+_SM_90 = _NVIDIA | _shapes(
+    fwd_16bit=((128, 64, 8, 3, 128), (64, 64, 4, 3, None, True), (64, 16, 4, 2), (32, 32, 8, 1)),
+    dq_16bit=((128, 64, 8, 3, 128), (128, 64, 8, 3, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
+    dkv_16bit=((64, 64, 4, 3), (64, 64, 4, 2, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
 )
 _GFX90A = _AMD | _shapes(
     fwd_16bit=((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
@@ -72,7 +81,7 @@ _GFX942 = _AMD | {(kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "
 
 TABLE: dict[str, Shapes] = {
     "sm_80": _SM_80,
-    "sm_90": _NVIDIA,
+    "sm_90": _SM_90,
     "sm_100": _NVIDIA,
     "gfx90a": _GFX90A,
     "gfx942": _GFX942,
@@ -119,7 +128,8 @@ def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]
     D = max(feature_tile(q.shape[-1]), feature_tile(V))
     shapes = TABLE[row][kernel, precision if q.dtype == torch.float32 else "16bit"]
     i = 3 if q.shape[-1] % 16 or V % 16 else 0 if D <= 64 else 1 if D <= 128 else 2
-    options = shapes[i]._asdict() | {"PRECISION": precision}
+    options = {name: x for name, x in shapes[i]._asdict().items() if x is not None}
+    options["PRECISION"] = precision
     if row.startswith("gfx"):
         # the default, 32, repeats matrix instructions and takes more registers
         options["matrix_instr_nonkdim"] = 16

@@ -20,6 +20,9 @@ KERNEL_NORMALIZERS = (
 # log2(e): scores enter the kernels times this, so that exp becomes exp2.
 RCP_LN2 = tl.constexpr(1.4426950408889634)
 
+# 2**126: takes every normal float32 to 1 or beyond
+HUGE = tl.constexpr(2.0**126)
+
 
 @triton.jit
 def scores(
@@ -131,16 +134,19 @@ def score_grad(b_s, b_r, b_lse, b_dp, b_delta, NORMALIZER: tl.constexpr):
     b_r has the sign of b_s and need not be scaled: with it, scale and lse cost one multiply-add.
     """
     b_e = tl.exp2(b_s - b_lse)
-    if NORMALIZER == "softpick":
-        b_g = tl.where(b_r > 0, b_dp - b_delta, b_delta)
-    elif NORMALIZER == "abs_softpick":
-        b_g = tl.where(b_r > 0, b_dp - b_delta, b_delta - b_dp)
-    else:
-        b_g = b_dp - b_delta
     if NORMALIZER == "softpick" or NORMALIZER == "abs_softpick":
-        b_e = tl.where(b_r == 0, 0.0, b_e)
+        # 0 at 0, else 1 (a subnormal score is as good as 0): one multiplication that saturates, and not a
+        # comparison and a choice, which run at half its rate on NVIDIA
+        b_e *= tl.clamp(tl.abs(b_r) * HUGE, 0.0, 1.0)
     elif NORMALIZER == "relu_softpick":
         b_e = tl.where(b_r <= 0, 0.0, b_e)
     elif NORMALIZER == "rectified":
         b_e = tl.where(b_r < 0, 0.0, b_e)
-    return b_e * b_g
+    if NORMALIZER == "softpick":
+        # a product and a multiply-add under a predicate: two instructions fewer than choosing dp - delta
+        b_g = b_e * b_delta
+        return tl.where(b_r > 0, b_e * b_dp - b_g, b_g)
+    elif NORMALIZER == "abs_softpick":
+        return b_e * tl.where(b_r > 0, b_dp - b_delta, b_delta - b_dp)
+    else:
+        return b_e * (b_dp - b_delta)

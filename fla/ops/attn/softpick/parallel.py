@@ -69,7 +69,7 @@ def _bwd(
 
 @_bwd.register_fake
 def _(q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer):
-    return *(torch.empty_like(x) for x in (q, k, v)), lse.new_empty((*lse.shape, 4))
+    return *(torch.empty_like(x) for x in (q, k, v)), lse.new_empty((*lse.shape, 2))
 
 
 def _setup_context(ctx, inputs, output):
@@ -105,7 +105,7 @@ def _backward(ctx, do, dlse):
     if sink_bias is not None:
         # exp(sink) / Z, 0 for a row without a denominator
         weight = torch.exp2(sink_bias[:, None] / math.log(2) - rows[..., 0])
-        dsink = -(rows[..., 2] * weight).sum((0, 2))
+        dsink = -(rows[..., 1] * weight).sum((0, 2))
     return dq, dk, dv, dsink, None, None, None, None, None, None
 
 

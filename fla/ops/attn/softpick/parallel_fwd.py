@@ -34,7 +34,9 @@ from fla.ops.attn.softpick.tiles import (
     keys_of,
     load_rows,
     own_tile,
+    row_descriptor,
     store_rows,
+    stream_rows,
     strides_bth,
     tiles_of,
     visible,
@@ -49,6 +51,11 @@ def _accumulate_keys(
     b_o,
     k,
     v,
+    k_desc,
+    v_desc,
+    i_b,
+    i_h,
+    bos,
     sk_t,
     sv_t,
     o_q,
@@ -78,8 +85,8 @@ def _accumulate_keys(
     for i_s in tl.range(first, end - hole, BS, num_stages=None if IS_PIPELINED else 1):
         if IS_MASKED:
             i_s = tl.where(i_s < hole_at, i_s, i_s + hole)
-        b_k = load_rows(k, i_s, sk_t, S, K, BS, BK, IS_MASKED)
-        b_v = load_rows(v, i_s, sv_t, S, V, BS, BV, IS_MASKED)
+        b_k = stream_rows(k, k_desc, i_b, i_h, bos, i_s, sk_t, S, K, BS, BK, IS_MASKED)
+        b_v = stream_rows(v, v_desc, i_b, i_h, bos, i_s, sv_t, S, V, BS, BV, IS_MASKED)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
         b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
@@ -122,6 +129,8 @@ def parallel_normalized_attn_fwd_kernel(
     q,
     k,
     v,
+    k_desc,
+    v_desc,
     sink_bias,
     o,
     lse,
@@ -186,11 +195,11 @@ def parallel_normalized_attn_fwd_kernel(
     b_o = tl.zeros([BT, BV], tl.float32)
     b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     b_m, b_z, b_o = _accumulate_keys(
-        b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_q, scale, first_full, end_full, 0, 0, S, W,
+        b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, first_full, end_full, 0, 0, S, W,
         K, V, BS, BK, BV, NORMALIZER, IS_SHIFTED, False, True, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_m, b_z, b_o = _accumulate_keys(
-        b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_q, scale, first, end, first_full, end_full - first_full, S, W,
+        b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, first, end, first_full, end_full - first_full, S, W,
         K, V, BS, BK, BV, NORMALIZER, IS_SHIFTED, True, True, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
@@ -202,13 +211,14 @@ def parallel_normalized_attn_fwd_kernel(
         m_good = m_good & in_range(b_z, NORMALIZER)
         _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t & m_good, V, BT, BV)
         m_t = m_t & ~m_good
-        if tl.max(m_t.to(tl.int32), 0) > 0:
+        # two dimensions, since Triton 3.6 and 3.7 do not compile one more reduction of a row's for sm_100
+        if tl.max(tl.reshape(m_t.to(tl.int32), [2, BT // 2])) > 0:
             b_m = tl.maximum(tl.full([BT], smallest_shift(NORMALIZER), tl.float32), b_c)
             b_z = tl.zeros([BT], tl.float32)
             b_o = tl.zeros([BT, BV], tl.float32)
             b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
             b_m, b_z, b_o = _accumulate_keys(
-                b_q, b_m, b_z, b_o, k, v, sk_t, sv_t, o_q, scale, first, end, end, 0, S, W,
+                b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, first, end, end, 0, S, W,
                 K, V, BS, BK, BV, NORMALIZER, True, True, False, HAS_WINDOW, PRECISION,
             )  # fmt: skip
             b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
@@ -248,10 +258,13 @@ def parallel_normalized_attn_fwd(
     with torch.cuda.device_of(q):
         options = launch_options("fwd", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, options["BT"], is_last_first=True)
+        has_descriptors, BS = options.pop("HAS_DESCRIPTORS"), options["BS"]
         parallel_normalized_attn_fwd_kernel[(NT * B * HQ,)](
             q,
             k,
             v,
+            row_descriptor(k, head_first, BS, feature_tile(K)) if has_descriptors else None,
+            row_descriptor(v, head_first, BS, feature_tile(V)) if has_descriptors else None,
             sink_bias,
             o,
             lse,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fla.ops.attn.softpick.checks import check_bounds
 
@@ -42,6 +43,30 @@ def load_rows(
             return tl.load(p_x)
         else:
             return tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def stream_rows(
+    p,
+    desc,
+    i_b,
+    i_h,
+    bos,
+    i_t,
+    stride,
+    T,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """`load_rows`, whole tiles through a descriptor of [B, T, H, D] where there is one."""
+    # a descriptor ends with the tensor, not with a packed sequence, so it is for rows that are all in it
+    if IS_MASKED or desc is None:
+        return load_rows(p, i_t, stride, T, D, BT, BD, IS_MASKED)
+    else:
+        at = tl.cast(i_b, tl.int32), tl.cast(bos + i_t, tl.int32), tl.cast(i_h, tl.int32), 0
+        return tl.reshape(desc.load(at), [BT, BD])
 
 
 @triton.jit
@@ -115,7 +140,7 @@ def visible(o_q, o_k, W, HAS_WINDOW: tl.constexpr):
 
 def feature_tile(D: int) -> int:
     """Power of two that holds a head dimension; ``tl.dot`` needs 16."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, 1 << (D - 1).bit_length())
 
 
 def empty_rows(q: torch.Tensor, T: int, H: int, D: int, head_first: bool) -> torch.Tensor:
@@ -127,6 +152,18 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
     """Strides of batch, time and head, in elements."""
     b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
     return x.stride(b), x.stride(t), x.stride(h)
+
+
+def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> TensorDescriptor | None:
+    """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles of BT rows; None if rows do not start at multiples of
+    16 bytes, as descriptors ask."""
+    b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
+    # the stride of a dimension of one is never used, and may be anything
+    strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (b, t, h)]
+    if x.data_ptr() % 16 or any(s <= 0 or s * x.element_size() % 16 for s in strides):
+        return None
+    shape = [x.shape[i] for i in (b, t, h, 3)]
+    return TensorDescriptor(x, shape, [*strides, 1], [1, BT, 1, BD])
 
 
 class PackedSequences:
@@ -182,6 +219,6 @@ def tiles_of(
 ) -> tuple[int, torch.Tensor | None]:
     """How many tiles of BT rows a head has, and for packed sequences which."""
     if cu_seqlens is None:
-        return triton.cdiv(T, BT), None
+        return -(-T // BT), None
     tiles = packed_sequences(cu_seqlens, T).tiles(BT, is_last_first)
     return len(tiles), tiles
