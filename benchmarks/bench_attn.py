@@ -223,6 +223,7 @@ def bench(
 def plot(results: list[Result], path: Path, title: str) -> None:
     """Time and memory of forward and backward against T, a row of panels for each head dimension and group."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     kinds = sorted({(r.D, r.HQ // r.H) for r in results})
     figure, axes = plt.subplots(
@@ -245,11 +246,19 @@ def plot(results: list[Result], path: Path, title: str) -> None:
                     style = "o-" if name == "softpick" else "o--"
                     ax.plot(*zip(*points, strict=True), style, label=name, markersize=3)
             ax.set(
-                xscale="log", xlabel="T", ylabel=label, title=f"D {D}, {G} query heads a key head"
+                xscale="log",
+                xlabel="T",
+                ylabel=label,
+                title=f"D {D}, {NUM_HEADS[D]} query heads, {NUM_HEADS[D] // G} key heads",
             )
             ax.set_xticks(sorted({r.T for r in results}), sorted({r.T for r in results}))
+            if field == "peak_mib":
+                ax.set_ylim(bottom=0)
+            else:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
             ax.minorticks_off()
-            ax.set_ylim(bottom=0 if field == "peak_mib" else None)
             ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title)

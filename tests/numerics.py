@@ -162,14 +162,14 @@ def by_formula(
     p, p_size = n * (e - base) / z, n.abs() * (e + base) / z
     o = p @ v
     # what float32 rounds inside the kernels, in roundings of the inputs' dtype: exponentials (GPUs' own
-    # err by 2 eps), the exponent of e^(s - log Z) in gradients, and the partial sums of V products
+    # err by 2 eps), the exponent of e^(s - log Z), and the partial sums of V products
     eps, eps_float32 = torch.finfo(inputs.q.dtype).eps, torch.finfo(torch.float32).eps
     inside = min(eps_float32 / eps, 1.0)
     exponent = s.abs() + log_z.masked_fill(log_z == float("-inf"), 0.0).abs()
     amplified, summed = 1 + inside * exponent, 1 + inside * V**0.5
     p_size = p_size * (1 + inside)
     # below the smallest normal number a rounding no longer shrinks with what is rounded
-    o_square = p_size**2 @ v**2 + torch.finfo(inputs.q.dtype).smallest_normal ** 2
+    o_square = (amplified * p_size) ** 2 @ v**2 + torch.finfo(inputs.q.dtype).smallest_normal ** 2
     dp, delta = do @ v.mT, (do * o).sum(-1, keepdim=True)
     dp_size = summed * (do**2 @ v.mT**2).sqrt()
     delta_size = summed * (do**2 * (o**2 + o_square)).sum(-1, keepdim=True).sqrt()
