@@ -1,6 +1,7 @@
 """Compiles what the project's own launchers would launch, for GPUs that are not there: no GPU, no driver.
 
-    python tests/offline_compilation.py gfx942        # a table of every launch shape's resources
+    python tests/offline_compilation.py gfx942                  # every launch shape's resources
+    python tests/offline_compilation.py sm_90 compilations      # how often kernels compile for shapes that differ
 
 A process of its own, since one that interprets kernels cannot compile them. Shared memory above a card's
 limit is no error of the compiler, so the limits stand here.
@@ -79,14 +80,24 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]:
-    """What `call()` launches, compiled for a card instead, by the name of the kernel."""
+def compiled_launches(
+    card: Card, call: Callable[[], None], counts: dict[str, int] | None = None
+) -> dict[str, Launch]:
+    """What `call()` launches, compiled for a card instead, by the name of the kernel.
+
+    counts: gets how many different compilations of a kernel there were.
+    """
     compiled = {}
 
     def getitem(kernel, grid):
         def launch(*args, **kwargs):
-            kernel.device_caches.clear()
+            if kernel.__name__ not in compiled:
+                # of another card
+                kernel.device_caches.clear()
             compiled[kernel.__name__] = Launch(kernel.warmup(*args, grid=grid, **kwargs), kwargs)
+            if counts is not None:
+                (cache,) = kernel.device_caches.values()
+                counts[kernel.__name__] = len(cache[0])
 
         return launch
 
@@ -179,15 +190,35 @@ def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) ->
     return arguments["BT"] * streamed * features
 
 
-def attention(K: int, V: int, dtype: torch.dtype, normalizer: str = "softpick", **kwargs):
-    """Forward and backward launches; nothing is computed."""
-    q, k = (torch.empty(1, 256, 4, K, dtype=dtype) for _ in range(2))
-    v = torch.empty(1, 256, 4, V, dtype=dtype)
+def attention(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    normalizer: str = "softpick",
+    sizes: tuple[int, int, int, int] = (1, 256, 4, 4),
+    **kwargs,
+):
+    """Forward and backward launches for B, T, HQ, H; nothing is computed."""
+    B, T, HQ, H = sizes
+    q = torch.empty(B, T, HQ, K, dtype=dtype)
+    k, v = (torch.empty(B, T, H, D, dtype=dtype) for D in (K, V))
     args = {"scale": 1.0, "window_size": None, "head_first": False, "normalizer": normalizer}
     args |= {"cu_seqlens": None} | kwargs
     sink_bias = args.pop("sink_bias", None)
     o, lse = parallel_fwd.parallel_normalized_attn_fwd(q, k, v, sink_bias, safe=True, **args)
     parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
+
+
+def compilations(card: Card, K: int) -> dict[str, int]:
+    """How often each kernel compiles for batches, lengths and heads that differ."""
+    counts = {}
+
+    def call():
+        for sizes in (1, 256, 4, 4), (2, 1000, 8, 2), (3, 17, 16, 16), (1, 1, 1, 1):
+            attention(K, K, torch.bfloat16, sizes=sizes)
+
+    compiled_launches(card, call, counts)
+    return counts
 
 
 # packed sequences, a window and a sink: every branch of the kernels
@@ -233,4 +264,8 @@ def main(card_name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[2:] == ["compilations"]:
+        for D in 64, 128:
+            sys.stdout.write(json.dumps(compilations(CARDS[sys.argv[1]], D)) + "\n")
+    else:
+        main(sys.argv[1])

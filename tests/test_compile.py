@@ -19,11 +19,15 @@ SPILLS_OF_TIMED_SHAPES = {"sm_90": 8}
 SCRIPT = Path(__file__).with_name("offline_compilation.py")
 
 
-def compiled(card):
+def compiled(card, *arguments):
     """Rows of `offline_compilation.py`, in a process that does not interpret."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, SCRIPT, card], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, card, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -65,6 +69,14 @@ def test_kernels_fit(card, capsys):
         # tcgen05 does not say; the small tiles of unaligned rows and of TF32 at 256 do repeat
         if row["matrix_products"] > 0 and K % 16 == 0 and not (K == 256 and "TF32" in row["case"]):
             assert row["matrix_products"] == row["products_needed"], row
+
+
+@pytest.mark.compile
+def test_sizes_do_not_recompile():
+    # with pointers at 64, with descriptors at 128
+    rows = compiled("sm_90", "compilations")
+    assert [len(row) for row in rows] == [3, 3]
+    assert all(count == 1 for row in rows for count in row.values()), rows
 
 
 def test_every_launch_shape_is_compiled():
