@@ -122,7 +122,8 @@ def dot_precision(dtype: torch.dtype, architecture: str) -> str:
 
 
 def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]:
-    """Keyword arguments of a launch of "fwd", "dq" or "dkv" for inputs like ``q`` with values of size V."""
+    """Keyword arguments of a launch of "fwd", "dq" or "dkv" for inputs like ``q`` with values of size V, and
+    HAS_DESCRIPTORS, for `tiles.streamed_descriptors`."""
     row = architecture(q.device.index)
     precision = dot_precision(q.dtype, row)
     D = max(feature_tile(q.shape[-1]), feature_tile(V))

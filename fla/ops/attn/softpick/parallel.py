@@ -1,6 +1,6 @@
 """Public Triton operators: argument checks, custom-op and autograd registration.
 
-The kernels are in `parallel_fwd.py` and `parallel_bwd.py`, the normalisers in `normalizers.py`, the
+The kernels are in `parallel_fwd.py` and `parallel_bwd_*.py`, the normalisers in `normalizers.py`, the
 definition in `naive.py`, the derivation and the numerics contract in README.md.
 """
 

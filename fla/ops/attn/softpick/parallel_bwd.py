@@ -8,7 +8,7 @@ import torch
 from fla.ops.attn.softpick.launch_shapes import launch_options
 from fla.ops.attn.softpick.parallel_bwd_dkv import parallel_normalized_attn_bwd_kernel_dkv
 from fla.ops.attn.softpick.parallel_bwd_dq import parallel_normalized_attn_bwd_kernel_dq
-from fla.ops.attn.softpick.tiles import feature_tile, row_descriptor, strides_bth, tiles_of
+from fla.ops.attn.softpick.tiles import feature_tile, streamed_descriptors, strides_bth, tiles_of
 
 
 def parallel_normalized_attn_bwd(
@@ -38,7 +38,6 @@ def parallel_normalized_attn_bwd(
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V = q.shape[-1], v.shape[-1]
-    BK, BV = feature_tile(K), feature_tile(V)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     rows = lse.new_empty((*lse.shape, 2))
     strides = [s for x in (q, k, v) for s in strides_bth(x, head_first)]
@@ -49,8 +48,8 @@ def parallel_normalized_attn_bwd(
         "W": 0 if window_size is None else min(window_size, S),
         "K": K,
         "V": V,
-        "BK": BK,
-        "BV": BV,
+        "BK": feature_tile(K),
+        "BV": feature_tile(V),
         "NORMALIZER": normalizer,
         "IS_VARLEN": cu_seqlens is not None,
         "IS_NEGATED": scale < 0,
@@ -59,13 +58,13 @@ def parallel_normalized_attn_bwd(
     with torch.cuda.device_of(q):
         options = launch_options("dq", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, options["BT"], is_last_first=True)
-        has_descriptors, BS = options.pop("HAS_DESCRIPTORS"), options["BS"]
+        k_desc, v_desc = streamed_descriptors(options, head_first, k, v)
         parallel_normalized_attn_bwd_kernel_dq[(NT * B * HQ,)](
             q,
             k,
             v,
-            row_descriptor(k, head_first, BS, BK) if has_descriptors else None,
-            row_descriptor(v, head_first, BS, BV) if has_descriptors else None,
+            k_desc,
+            v_desc,
             o,
             do,
             lse,
@@ -86,14 +85,14 @@ def parallel_normalized_attn_bwd(
         )
         options = launch_options("dkv", q, V)
         NT, tiles = tiles_of(cu_seqlens, S, options["BT"], is_last_first=False)
-        has_descriptors, BS = options.pop("HAS_DESCRIPTORS"), options["BS"]
+        q_desc, do_desc = streamed_descriptors(options, head_first, q, do)
         parallel_normalized_attn_bwd_kernel_dkv[(NT * B * H,)](
             q,
             k,
             v,
             do,
-            row_descriptor(q, head_first, BS, BK) if has_descriptors else None,
-            row_descriptor(do, head_first, BS, BV) if has_descriptors else None,
+            q_desc,
+            do_desc,
             rows,
             dk,
             dv,

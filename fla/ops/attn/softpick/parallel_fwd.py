@@ -34,9 +34,9 @@ from fla.ops.attn.softpick.tiles import (
     keys_of,
     load_rows,
     own_tile,
-    row_descriptor,
     store_rows,
     stream_rows,
+    streamed_descriptors,
     strides_bth,
     tiles_of,
     visible,
@@ -258,13 +258,13 @@ def parallel_normalized_attn_fwd(
     with torch.cuda.device_of(q):
         options = launch_options("fwd", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, options["BT"], is_last_first=True)
-        has_descriptors, BS = options.pop("HAS_DESCRIPTORS"), options["BS"]
+        k_desc, v_desc = streamed_descriptors(options, head_first, k, v)
         parallel_normalized_attn_fwd_kernel[(NT * B * HQ,)](
             q,
             k,
             v,
-            row_descriptor(k, head_first, BS, feature_tile(K)) if has_descriptors else None,
-            row_descriptor(v, head_first, BS, feature_tile(V)) if has_descriptors else None,
+            k_desc,
+            v_desc,
             sink_bias,
             o,
             lse,

@@ -166,6 +166,18 @@ def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> Tenso
     return TensorDescriptor(x, shape, [*strides, 1], [1, BT, 1, BD])
 
 
+def streamed_descriptors(
+    options: dict[str, int | str], head_first: bool, *tensors: torch.Tensor
+) -> list[TensorDescriptor | None]:
+    """Descriptors of the tensors that a kernel streams, where its launch options ask for them; takes that out
+    of the options, which are then the kernel's own."""
+    if not options.pop("HAS_DESCRIPTORS"):
+        return [None] * len(tensors)
+    return [
+        row_descriptor(x, head_first, options["BS"], feature_tile(x.shape[-1])) for x in tensors
+    ]
+
+
 class PackedSequences:
     """Tiles of packed sequences, for each tile size that a kernel asks for."""
 
