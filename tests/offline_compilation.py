@@ -74,19 +74,15 @@ class OfflineDriver(DriverBase):
 
 
 class Launch(NamedTuple):
-    """A compiled kernel, and its keyword arguments."""
+    """A compiled kernel, its keyword arguments, and how many different compilations of it there were so far."""
 
     kernel: Any
     arguments: dict[str, Any]
+    compilations: int
 
 
-def compiled_launches(
-    card: Card, call: Callable[[], None], counts: dict[str, int] | None = None
-) -> dict[str, Launch]:
-    """What `call()` launches, compiled for a card instead, by the name of the kernel.
-
-    counts: gets how many different compilations of a kernel there were.
-    """
+def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]:
+    """What `call()` launches, compiled for a card instead, by the name of the kernel."""
     compiled = {}
 
     def getitem(kernel, grid):
@@ -94,10 +90,9 @@ def compiled_launches(
             if kernel.__name__ not in compiled:
                 # of another card
                 kernel.device_caches.clear()
-            compiled[kernel.__name__] = Launch(kernel.warmup(*args, grid=grid, **kwargs), kwargs)
-            if counts is not None:
-                (cache,) = kernel.device_caches.values()
-                counts[kernel.__name__] = len(cache[0])
+            binary = kernel.warmup(*args, grid=grid, **kwargs)
+            (cache,) = kernel.device_caches.values()
+            compiled[kernel.__name__] = Launch(binary, kwargs, len(cache[0]))
 
         return launch
 
@@ -211,14 +206,12 @@ def attention(
 
 def compilations(card: Card, K: int) -> dict[str, int]:
     """How often each kernel compiles for batches, lengths and heads that differ."""
-    counts = {}
 
     def call():
         for sizes in (1, 256, 4, 4), (2, 1000, 8, 2), (3, 17, 16, 16), (1, 1, 1, 1):
             attention(K, K, torch.bfloat16, sizes=sizes)
 
-    compiled_launches(card, call, counts)
-    return counts
+    return {name: x.compilations for name, x in compiled_launches(card, call).items()}
 
 
 # packed sequences, a window and a sink: every branch of the kernels
@@ -252,7 +245,7 @@ def main(card_name: str) -> None:
     for case, (K, V, dtype, precision, kwargs) in CASES.items():
         torch.set_float32_matmul_precision(precision)
         compiled = compiled_launches(card, partial(attention, K, V, dtype, **kwargs))
-        for name, (kernel, arguments) in compiled.items():
+        for name, (kernel, arguments, _) in compiled.items():
             row = {
                 "case": case,
                 "kernel": name,

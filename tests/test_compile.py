@@ -13,8 +13,7 @@ from offline_compilation import CARDS, CASES
 
 from fla.ops.attn.softpick import launch_shapes
 
-# what these shapes spill, outside of the loops but for two registers of 128 dkv, costs less than the occupancy
-# or the traffic of shapes that spill nothing: KERNELS.md section 4
+# timed, these cost less than the occupancy or the traffic of shapes that spill nothing: KERNELS.md section 4
 SPILLS_OF_TIMED_SHAPES = {"sm_90": 8}
 SCRIPT = Path(__file__).with_name("offline_compilation.py")
 
