@@ -236,17 +236,18 @@ def test_autocast_leaves_float64():
 def test_output_gradient_with_steps_too_wide_is_copied(device, monkeypatch):
     inputs = draw(33, HQ=2, head_first=True, device=device)
     wide = inputs._replace(do=torch.cat([inputs.do, inputs.do], -1)[..., :16])
-    launch, steps = parallel.parallel_normalized_attn_bwd, []
+    backward, steps = parallel._bwd, []
 
     def spy(q, k, v, cu_seqlens, o, lse, do, *args):
         steps.append(do.stride(2))
-        return launch(q, k, v, cu_seqlens, o, lse, do, *args)
+        return backward(q, k, v, cu_seqlens, o, lse, do, *args)
 
-    monkeypatch.setattr(parallel, "parallel_normalized_attn_bwd", spy)
+    monkeypatch.setattr(parallel, "_bwd", spy)
     expected = run(parallel_softpick_attn, wide, head_first=True)
     monkeypatch.setattr(parallel, "MAX_TIME_STRIDE", 16)
     assert_bitwise(run(parallel_softpick_attn, wide, head_first=True), expected)
-    assert steps == [32, 16]
+    # an operator calls itself once more, below its gradient
+    assert steps == [32, 32, 16, 16]
 
 
 def test_float32_precision_follows_torch():

@@ -1,7 +1,8 @@
 """The few jitted helpers in which the normalisers differ; every kernel calls these and names none.
 
-Legend: `b_s` base-2 scores; `b_m` a base-2 shift, the running maximum in forward and the base-2 lse in
-backward, so that no formula stands twice; `n`, `d`, `c` numerator, denominator and constant of README.md.
+Legend: `b_s` base-2 scores; `b_nm` minus a base-2 shift, which is the running maximum in forward and the
+base-2 lse in backward, so that no formula stands twice, and added, since ptxas does not fold a negation that
+it finds in two places; `n`, `d`, `c` numerator, denominator and constant of README.md.
 """
 
 import triton
@@ -65,9 +66,9 @@ def smallest_shift(NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def weights(b_s, b_m, b_u, NORMALIZER: tl.constexpr):
-    """n(s) and d(s), both times 2**-b_m; b_m, and b_u which is 2**-b_m, broadcast against b_s."""
-    b_e = tl.exp2(b_s - b_m)
+def weights(b_s, b_nm, b_u, NORMALIZER: tl.constexpr):
+    """n(s) and d(s), both times 2**b_nm; b_nm, and b_u which is 2**b_nm, broadcast against b_s."""
+    b_e = tl.exp2(b_s + b_nm)
     if NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one":
         return b_e, b_e
     elif NORMALIZER == "rectified":
@@ -119,21 +120,21 @@ def denominator_log(b_lse, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def lift(b_lse, MOST: tl.constexpr, NORMALIZER: tl.constexpr):
-    """Exponent, at most MOST, by which `score_grad` may be too large for float16: 1 / Z reaches 1 / EPS."""
+def lift(b_nm, MOST: tl.constexpr, NORMALIZER: tl.constexpr):
+    """Exponent, at most MOST, by which, with minus the base-2 lse b_nm, `score_grad` may be too large for float16: 1 / Z reaches 1 / EPS."""
     if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
-        return tl.minimum(tl.maximum(-b_lse, 0.0), MOST)
+        return tl.minimum(tl.maximum(b_nm, 0.0), MOST)
     else:
-        return tl.zeros_like(b_lse)
+        return tl.zeros_like(b_nm)
 
 
 @triton.jit
-def score_grad(b_s, b_r, b_lse, b_dp, b_delta, NORMALIZER: tl.constexpr):
-    """(n'(s) dp - d'(s) delta) / Z with Z = 2**b_lse; 0 at s = 0 for the three softpicks.
+def score_grad(b_s, b_r, b_nm, b_dp, b_delta, NORMALIZER: tl.constexpr):
+    """(n'(s) dp - d'(s) delta) / Z with 1 / Z = 2**b_nm; 0 at s = 0 for the three softpicks.
 
     b_r has the sign of b_s and need not be scaled: with it, scale and lse cost one multiply-add.
     """
-    b_e = tl.exp2(b_s - b_lse)
+    b_e = tl.exp2(b_s + b_nm)
     if NORMALIZER == "softpick" or NORMALIZER == "abs_softpick":
         # 0 at 0, else 1 (a subnormal score is as good as 0): one multiplication that saturates, and not a
         # comparison and a choice, which run at half its rate on NVIDIA

@@ -22,97 +22,90 @@ MAX_TIME_STRIDE = 2**31 // 128
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-@torch.library.custom_op("softpick::normalized_attn_fwd", mutates_args=())
-def _fwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink_bias: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    window_size: int | None,
-    head_first: bool,
-    safe: bool,
-    normalizer: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return parallel_normalized_attn_fwd(
-        q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer
-    )
+# `torch.library.custom_op` would do the same with checks of its own in each call, which take the host longer
+# than the launch
+_LIBRARY = torch.library.Library("softpick", "DEF")
 
 
-@_fwd.register_fake
-def _(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer):
+def _define(launcher: Callable, autograd: Callable, fake: Callable, name: str) -> Callable:
+    """The operator ``softpick::name`` with its kernels, gradient and shapes."""
+    schema = torch.library.infer_schema(launcher, mutates_args=())
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, launcher, key)
+    _LIBRARY.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"softpick::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"softpick::{name}", _refuse_vmap, lib=_LIBRARY)
+    return getattr(torch.ops.softpick, name).default
+
+
+class _Attention(torch.autograd.Function):
+    """The gradient of `_fwd`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _fwd(*inputs)
+        (
+            q,
+            k,
+            v,
+            sink_bias,
+            cu_seqlens,
+            ctx.scale,
+            ctx.window_size,
+            ctx.head_first,
+            _,
+            ctx.normalizer,
+        ) = inputs
+        ctx.save_for_backward(q, k, v, sink_bias, cu_seqlens, *output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(o)
+        do = _last_contiguous(do)
+        if do.stride(2 if ctx.head_first else 1) > MAX_TIME_STRIDE:
+            do = do.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        dq, dk, dv, rows = _bwd(
+            q, k, v, cu_seqlens, o, lse, do, dlse,
+            ctx.scale, ctx.window_size, ctx.head_first, ctx.normalizer,
+        )  # fmt: skip
+        dsink = None
+        if sink_bias is not None:
+            # exp(sink) / Z, 0 for a row without a denominator
+            weight = torch.exp2(sink_bias[:, None] / math.log(2) + rows[..., 0])
+            dsink = -(rows[..., 1] * weight).sum((0, 2))
+        return dq, dk, dv, dsink, None, None, None, None, None, None
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """Refuses the gradient of `_bwd`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _bwd(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "softpick attention has no second derivative in Triton; use naive_normalized_attn"
+        )
+
+
+def _fwd_fake(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer):
     B, T, HQ = (q.shape[i] for i in ((0, 2, 1) if head_first else (0, 1, 2)))
     o = empty_rows(q, T, HQ, v.shape[-1], head_first)
     return o, q.new_empty((B, HQ, T), dtype=torch.float32)
 
 
-@torch.library.custom_op("softpick::normalized_attn_bwd", mutates_args=())
-def _bwd(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    do: torch.Tensor,
-    dlse: torch.Tensor | None,
-    scale: float,
-    window_size: int | None,
-    head_first: bool,
-    normalizer: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return parallel_normalized_attn_bwd(
-        q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer
-    )
-
-
-@_bwd.register_fake
-def _(q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer):
+def _bwd_fake(q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer):
     return *(torch.empty_like(x) for x in (q, k, v)), lse.new_empty((*lse.shape, 2))
-
-
-def _setup_context(ctx, inputs, output):
-    (
-        q,
-        k,
-        v,
-        sink_bias,
-        cu_seqlens,
-        ctx.scale,
-        ctx.window_size,
-        ctx.head_first,
-        _,
-        ctx.normalizer,
-    ) = inputs
-    ctx.save_for_backward(q, k, v, sink_bias, cu_seqlens, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, do, dlse):
-    q, k, v, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
-    if do is None:
-        do = torch.zeros_like(o)
-    do = _last_contiguous(do)
-    if do.stride(2 if ctx.head_first else 1) > MAX_TIME_STRIDE:
-        do = do.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv, rows = _bwd(
-        q, k, v, cu_seqlens, o, lse, do, dlse,
-        ctx.scale, ctx.window_size, ctx.head_first, ctx.normalizer,
-    )  # fmt: skip
-    dsink = None
-    if sink_bias is not None:
-        # exp(sink) / Z, 0 for a row without a denominator
-        weight = torch.exp2(sink_bias[:, None] / math.log(2) - rows[..., 0])
-        dsink = -(rows[..., 1] * weight).sum((0, 2))
-    return dq, dk, dv, dsink, None, None, None, None, None, None
-
-
-def _refuse_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        "softpick attention has no second derivative in Triton; use naive_normalized_attn"
-    )
 
 
 def _refuse_vmap(info, in_dims, *args):
@@ -121,10 +114,12 @@ def _refuse_vmap(info, in_dims, *args):
     )
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
-_bwd.register_autograd(_refuse_double_backward)
-_fwd.register_vmap(_refuse_vmap)
-_bwd.register_vmap(_refuse_vmap)
+_fwd = _define(
+    parallel_normalized_attn_fwd, _Attention.apply, _fwd_fake, name="normalized_attn_fwd"
+)
+_bwd = _define(
+    parallel_normalized_attn_bwd, _AttentionBackward.apply, _bwd_fake, name="normalized_attn_bwd"
+)
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:

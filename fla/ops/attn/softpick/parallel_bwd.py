@@ -32,8 +32,8 @@ def parallel_normalized_attn_bwd(
         dlse: Gradient of the base-2 ``lse`` ``[B, HQ, T]``, contiguous float32, or None.
 
     Returns:
-        Gradients of ``q``, ``k`` and ``v``, and ``[B, HQ, T, 2]`` in float32: the base-2 lse, +inf where the
-        denominator is 0; delta, which is minus the gradient of log Z.
+        Gradients of ``q``, ``k`` and ``v``, and ``[B, HQ, T, 2]`` in float32: minus the base-2 lse, -inf where
+        the denominator is 0; delta, which is minus the gradient of log Z.
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]

@@ -5,9 +5,9 @@ dk and dv are summed over the query heads of a group in registers, so gradients 
 Legend: as in `parallel_fwd.py`, and
     BT, BS             tile of keys the program owns, tile of queries it streams
     do dq dk dv        gradients, named like the tensors
-    rows               [B, HQ, T, 2] fp32, from dq to dkv, in one piece so that one load fetches a row: b_lse,
-                       the base-2 log of the denominator; b_delta, <o, do> less the gradient of lse
-    b_u                2**-b_lse
+    rows               [B, HQ, T, 2] fp32, from dq to dkv, in one piece so that one load fetches a row: b_nm,
+                       minus the base-2 log of the denominator; b_delta, <o, do> less the gradient of lse
+    b_u                2**b_nm
     b_r                products <q, k> before the scale
     b_p b_dp b_ds      weights n(s) / Z, <do, v>, gradient of the scores
 """
@@ -84,25 +84,25 @@ def _accumulate_queries(
         p_row = p_row + tl.arange(0, BS)[:, None] * 2 + tl.arange(0, 2)[None, :]
         # past T an infinite denominator, and b_delta of 0: no weight and no gradient
         b_row = tl.load(p_row, mask=(o_s < T)[:, None], other=0.0) if IS_MASKED else tl.load(p_row)
-        b_lse, b_delta = tl.split(b_row)
+        b_nm, b_delta = tl.split(b_row)
         if IS_MASKED:
-            b_lse = tl.where(o_s < T, b_lse, float("inf"))
-        b_u = tl.exp2(-b_lse)
+            b_nm = tl.where(o_s < T, b_nm, -float("inf"))
+        b_u = tl.exp2(b_nm)
         # [BT, BS] transposed: keys down, queries across
         b_r = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         # as early as may be, so that the tensor cores have work while the weights are computed
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
         m_s = visible((o_s + off)[None, :], o_k[:, None], W, HAS_WINDOW)
         b_s, b_r = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
-        b_p, _ = weights(b_s, b_lse[None, :], b_u[None, :], NORMALIZER)
+        b_p, _ = weights(b_s, b_nm[None, :], b_u[None, :], NORMALIZER)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         if q.dtype.element_ty == tl.float16:
             # NOTE(numerics): as in dq, but the factor goes to q, as far as q has room for it
             b_room = 15.0 - tl.log2(tl.maximum(tl.max(tl.abs(b_q.to(tl.float32)), 1), 1.0))
-            b_lift = tl.minimum(lift(b_lse, 20, NORMALIZER), tl.maximum(b_room, 0.0))
-            b_lse += b_lift
+            b_lift = tl.minimum(lift(b_nm, 20, NORMALIZER), tl.maximum(b_room, 0.0))
+            b_nm -= b_lift
             b_q = (b_q * tl.exp2(b_lift)[:, None]).to(b_q.dtype)
-        b_ds = score_grad(b_s, b_r, b_lse[None, :], b_dp, b_delta[None, :], NORMALIZER)
+        b_ds = score_grad(b_s, b_r, b_nm[None, :], b_dp, b_delta[None, :], NORMALIZER)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         i_n += BS
         is_next = i_n >= end - hole

@@ -4,8 +4,8 @@ It also computes delta, and leaves it with lse for the dkv kernel.
 
 Legend: as in `parallel_fwd.py`, and
     do dq dk dv        gradients, named like the tensors
-    rows               [B, HQ, T, 2] fp32, from dq to dkv, in one piece so that one load fetches a row: b_lse,
-                       the base-2 log of the denominator; b_delta, <o, do> less the gradient of lse
+    rows               [B, HQ, T, 2] fp32, from dq to dkv, in one piece so that one load fetches a row: b_nm,
+                       minus the base-2 log of the denominator; b_delta, <o, do> less the gradient of lse
     b_r                products <q, k> before the scale
     b_dp b_ds          <do, v>, gradient of the scores
 """
@@ -28,7 +28,7 @@ from fla.ops.attn.softpick.tiles import (
 def _accumulate_dq(
     b_q,
     b_do,
-    b_lse,
+    b_nm,
     b_delta,
     b_dq,
     k,
@@ -73,7 +73,7 @@ def _accumulate_dq(
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
         b_s, b_r = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
-        b_ds = score_grad(b_s, b_r, b_lse[:, None], b_dp, b_delta[:, None], NORMALIZER)
+        b_ds = score_grad(b_s, b_r, b_nm[:, None], b_dp, b_delta[:, None], NORMALIZER)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
@@ -151,27 +151,27 @@ def parallel_normalized_attn_bwd_kernel_dq(
         # a gradient of the base-2 lse enters the scores' gradient by the same factor
         b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=o_t < T, other=0.0)
     b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
-    b_lse = denominator_log(b_lse, NORMALIZER)
+    b_nm = -denominator_log(b_lse, NORMALIZER)
     p_row = rows + (row + o_t) * 2
-    tl.store(p_row, b_lse, mask=o_t < T)
+    tl.store(p_row, b_nm, mask=o_t < T)
     tl.store(p_row + 1, b_delta, mask=o_t < T)
 
     b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     # NOTE(numerics): ds, rounded to the input dtype, is kept near 1 where all scores of a row are tiny
-    b_lift = lift(b_lse, 20, NORMALIZER)
-    b_lse += b_lift
+    b_lift = lift(b_nm, 20, NORMALIZER)
+    b_nm -= b_lift
     b_dq = tl.zeros([BT, BK], tl.float32)
     # [BT] position of each query among the keys
     o_q = o_t + (S - T)
     first, first_full, end_full, end = keys_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
     b_dq = _accumulate_dq(
-        b_q, b_do, b_lse, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
+        b_q, b_do, b_nm, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
         scale * RCP_LN2,
         first_full, end_full, 0, 0, S, W,
         K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_dq = _accumulate_dq(
-        b_q, b_do, b_lse, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
+        b_q, b_do, b_nm, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
         scale * RCP_LN2,
         first, end, first_full, end_full - first_full, S, W,
         K, V, BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,

@@ -97,7 +97,7 @@ def _accumulate_keys(
             b_z = b_z * b_f
             b_o = b_o * b_f[:, None]
             b_m = b_m_new
-        b_n, b_d = weights(b_s, b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
+        b_n, b_d = weights(b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
         b_z += tl.sum(b_d, 1)
         b_o = tl.dot(b_n.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
     return b_m, b_z, b_o
