@@ -1,0 +1,144 @@
+"""Times the trainer: python benchmarks/bench_train.py [--models 1B 340M] [--steps 40]
+
+Each row is a run of `flame.train` in a process of its own, compiled, in bfloat16, without checkpoints, on the
+text that ships with Python: tokens a second as the run itself logs them, median after the first quarter of the
+steps, MFU, memory reserved, and the seconds from the start of the process to the first step, compilation
+included (the second run of a shape finds what the first compiled). The arm "softmax, SDPA" is the same model
+with torch's scaled_dot_product_attention in place of the kernels of this repository.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+import triton
+
+ROOT = Path(__file__).parent.parent
+# sequences in a micro-batch of 4096 tokens each
+BATCH_SIZE = {"1B": 4, "340M": 16}
+ARMS = {
+    "softpick": "softpick",
+    "softmax, same kernel": "softmax",
+    "softmax, SDPA": "softmax",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    tokens_per_s: float
+    mfu: float | None
+    memory_gib: float
+    seconds_to_first_step: float
+
+
+def sdpa(q, k, v, scale=None, *, window_size=None, **unused):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return o.transpose(1, 2)
+
+
+def child(arm: str, flags: list[str]) -> None:
+    """One run, in the process that the parent started for it."""
+    from flame.models import attention
+
+    if arm == "softmax, SDPA":
+        attention.OPERATORS["parallel_softmax_attn"] = sdpa
+        attention.register_operators()
+    from flame import train
+
+    torch.set_float32_matmul_precision("high")
+    sys.argv = ["flame.train", *flags]
+    train.main()
+
+
+def run(model: str, arm: str, steps: int, loss: str, extra: list[str]) -> Result:
+    """Runs one arm.
+
+    Raises:
+        RuntimeError: The run failed; the message is the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {
+            "job.dump_folder": f"{folder}/run",
+            "model.config": str(ROOT / f"configs/{ARMS[arm]}_transformer_{model}.json"),
+            "training.batch_size": str(BATCH_SIZE[model]),
+            "training.seq_len": "4096",
+            "training.steps": str(steps),
+            "training.loss": loss,
+            "optimizer.lr": "2e-4",
+            "validation.share": "0",
+            "sample.max_new_tokens": "0",
+            "metrics.log_freq": "4",
+        }
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+        words += ["--training.compile", "--checkpoint.no_enable_checkpoint", *extra]
+        start = time.time()
+        process = subprocess.run(
+            [sys.executable, __file__, "--child", arm, *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if process.returncode:
+            raise RuntimeError("\n".join(process.stdout.splitlines()[-20:]))
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if "tokens_per_s" in record]
+    steady = [record for record in records if record["step"] > steps // 4]
+    return Result(
+        tokens_per_s=median(record["tokens_per_s"] for record in steady),
+        mfu=median(record["mfu"] for record in steady) if "mfu" in steady[0] else None,
+        memory_gib=max(record["memory_GiB"] for record in records),
+        seconds_to_first_step=records[0]["time"] - start,
+    )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Further flags go to every run."
+    )
+    parser.add_argument("--models", nargs="+", default=list(BATCH_SIZE), choices=BATCH_SIZE)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--loss", nargs="+", default=["cross_entropy"], help="--training.loss")
+    args, extra = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_train.py needs a GPU")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    failed = False
+    for model in args.models:
+        print(f"\n{model}, {BATCH_SIZE[model]} x 4096 tokens a step {' '.join(extra)}")
+        print(f"{'':24} {'loss':26} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'first step, s':>14}")
+        for loss in args.loss:
+            for arm in args.arms:
+                try:
+                    r = run(model, arm, args.steps, loss, extra)
+                except RuntimeError as error:
+                    failed = True
+                    print(f"{arm:24} {loss:26} failed:\n{error}", flush=True)
+                    continue
+                mfu = f"{r.mfu:6.1%}" if r.mfu else "     -"
+                print(
+                    f"{arm:24} {loss:26} {r.tokens_per_s:9,.0f} {mfu} {r.memory_gib:6.2f} "
+                    f"{r.seconds_to_first_step:14.1f}",
+                    flush=True,
+                )
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
