@@ -38,6 +38,9 @@ class Job:
     dump_folder: str | None = None
     """Folder of this run: checkpoints, TensorBoard, the exported model. One run a folder; repeating the
     command continues the run. Default: exp/<name of the model config>."""
+    allow_cross_numa: bool = False
+    """Lets a run take GPUs of several NUMA groups and more than 4 of a machine; each process is still bound to
+    the group of its GPU. Where the groups cannot be read it runs unchecked and unbound."""
 
     def __post_init__(self) -> None:
         _require(self.dump_folder != "", "job.dump_folder", self.dump_folder, "a folder")

@@ -1,59 +1,98 @@
-"""``bash train.sh``: reads the flags, then starts NGPU processes of `flame.train` through torchrun."""
+"""``bash train.sh``: checks flags and machine, then starts NGPU processes of `flame.train` through torchrun."""
 
 import logging
 import os
-import socket
 import sys
 
+import torch
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from flame import placement, port
 from flame.config import parse_args
 from flame.errors import UsageError, exit_on_usage_error
+from flame.folder_lock import wait_until_free
+from flame.log import init_logger, logger
+
+# the machines of a run start at different times, on a busy cluster minutes apart
+RENDEZVOUS_TIMEOUT_S = 900
 
 
-def _positive_integer(name: str, default: str) -> int:
+def _integer(name: str, default: str, least: int) -> int:
     value = os.environ.get(name, default)
-    if not value.isdecimal() or int(value) < 1:
-        raise UsageError(f"{name} must be a positive integer, got {value!r}")
+    if not (value.isascii() and value.isdecimal() and int(value) >= least):
+        right = "a positive integer" if least else "an integer of at least 0"
+        raise UsageError(f"{name} must be {right}, got {value!r}")
     return int(value)
 
 
-def _require_free(port: int) -> None:
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            raise UsageError(
-                f"MASTER_PORT must be a free port, one for each run, got {port}: {error}"
-            ) from None
+def _require_set(name: str, why: str) -> str:
+    if not os.environ.get(name):
+        raise UsageError(f"{name} must be set {why}")
+    return os.environ[name]
 
 
-def torchrun_args(argv: list[str]) -> list[str]:
-    """torchrun's own command line for this machine.
+def rendezvous_args() -> list[str]:
+    """torchrun's arguments for where the processes meet.
 
     Raises:
-        UsageError: NGPU or MASTER_PORT is no number, or the port is taken.
+        UsageError: NNODE, NODE_RANK, MASTER_ADDR or MASTER_PORT is wrong or missing.
     """
-    args = [f"--nproc-per-node={_positive_integer('NGPU', '1')}"]
-    if "MASTER_PORT" in os.environ:
-        port = _positive_integer("MASTER_PORT", "")
-        _require_free(port)
-        args += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
-    else:
-        args += ["--standalone"]
-    return [*args, "-m", "flame.train", *argv]
+    num_nodes, rank = _integer("NNODE", "1", 1), _integer("NODE_RANK", "0", 0)
+    if rank >= num_nodes:
+        raise UsageError(f"NODE_RANK must be below NNODE={num_nodes}, got {rank}")
+    if num_nodes == 1 and "MASTER_PORT" not in os.environ:
+        # takes a free port and never lets go of it
+        return ["--standalone"]
+    address = "127.0.0.1"
+    if num_nodes > 1:
+        why = f"for NNODE={num_nodes}, the same on every machine"
+        address = _require_set("MASTER_ADDR", f"{why}: the address of the one with NODE_RANK=0")
+        _require_set("MASTER_PORT", f"{why}: a port that is free on the one with NODE_RANK=0")
+        _require_set("NODE_RANK", f"for NNODE={num_nodes}: 0 to {num_nodes - 1}, one each")
+    # static, since the other backend takes a port that is not free for the run's own and joins the stranger
+    return [
+        "--rdzv-backend=static",
+        f"--nnodes={num_nodes}",
+        f"--node-rank={rank}",
+        f"--master-addr={address}",
+        f"--master-port={_integer('MASTER_PORT', '', 1)}",
+        f"--rdzv-conf=timeout={RENDEZVOUS_TIMEOUT_S}",
+    ]
 
 
 def main() -> None:
+    init_logger()
+    argv = sys.argv[1:]
     with exit_on_usage_error():
         # a wrong flag is answered here, in a second, and not once for every process
-        parse_args(sys.argv[1:])
-        args = torchrun_args(sys.argv[1:])
-    # torchrun gives each of several processes one thread; a CPU run wants its share of the cores
-    threads = max(1, len(os.sched_getaffinity(0)) // _positive_integer("NGPU", "1"))
+        config = parse_args(argv)
+        num_processes = _integer("NGPU", "1", 1)
+        args = [f"--nproc-per-node={num_processes}", *rendezvous_args()]
+        places = placement.place(
+            ngpu=num_processes,
+            is_rocm=torch.version.hip is not None,
+            allow_cross_numa=config.job.allow_cross_numa,
+            allowed_cpus=frozenset(os.sched_getaffinity(0)),
+            env=os.environ,
+            argv=argv,
+        )
+        # one machine of a run hosts the port and writes the folder
+        if os.environ.get("NODE_RANK", "0") == "0":
+            if "MASTER_PORT" in os.environ:
+                claimed = port.claim(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
+            wait_until_free(config.dump_folder)
+    if places:
+        args += ["-m", "flame.bound", placement.to_json(places)]
+        threads = placement.threads(places)
+    else:
+        args += ["-m", "flame.train"]
+        threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+    for line in placement.describe(places):
+        logger.info(line)
+    # torchrun gives each of several processes one thread; a run wants its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # threads that spin while they wait make a CPU run ten times slower as soon as another program wants
     # one of its cores
@@ -61,13 +100,20 @@ def main() -> None:
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        torchrun.run(torchrun.parse_args(args))
+        torchrun.run(torchrun.parse_args([*args, *argv]))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as error:
         # torchrun has passed the signal on and waited for the processes to save
         sys.exit(128 + error.sigval)
+    except DistError as error:
+        with exit_on_usage_error():
+            raise UsageError(
+                f"the {os.environ.get('NNODE', '1')} machines (NNODE) did not meet at "
+                f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT')}: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
 
 
 if __name__ == "__main__":

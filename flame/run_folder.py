@@ -1,10 +1,6 @@
 """The dump folder belongs to one run: what makes a run, where that is written, and when it is refused."""
 
-import fcntl
 import json
-import os
-import socket
-import time
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -14,12 +10,11 @@ import numpy as np
 from flame.config import JobConfig
 from flame.convert import newest_checkpoint
 from flame.errors import UsageError
-from flame.log import logger
+from flame.folder_lock import LOCK_FILE, hold
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.toml"
-LOCK_FILE = "lock"
 _TEMPORARY = f"{RUN_FILE}.tmp"
 
 # Flags that may change when a run is continued: they alter how far, how often and where, not what.
@@ -27,6 +22,7 @@ _FREE_SECTIONS = ("metrics", "sample")
 _FREE_FLAGS = (
     "job.config_file",
     "job.dump_folder",
+    "job.allow_cross_numa",
     "model.config",
     "training.steps",
     "training.batch_size",
@@ -95,7 +91,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
         _check(folder, run)
         _check_checkpoints(config)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = hold(folder)
         # while this run waited for the lock, another may have written
         _check(folder, run)
         # in one move: with this file the folder counts as a run's
@@ -149,26 +145,3 @@ def _check_checkpoints(config: JobConfig) -> None:
             f"--checkpoint.load_step {step} must be the newest complete checkpoint in {folder}, which is "
             f"{newest.name if newest else 'none'}; to go back, copy the folder and delete newer ones"
         )
-
-
-def _lock(folder: Path) -> IO[str]:
-    # not closed here: the lock lives as long as the file is open, and dies with the process
-    lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
-    # a run that was killed may still be saving
-    for attempt in range(30):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt == 0:
-                logger.info(f"{folder} is in use by another run, waiting for it to end")
-            time.sleep(1)
-        else:
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-            return lock
-    lock.seek(0)
-    raise UsageError(
-        f"--job.dump_folder {folder} is in use by another run ({lock.read().strip()}); "
-        "wait for it, stop it, or name another folder"
-    )

@@ -141,7 +141,8 @@ def _twin_command(asked: dict[str, Any]) -> str | None:
     changed |= {"model.config": twin, "job.config_file": None}
     if asked["job.dump_folder"] is not None:
         changed["job.dump_folder"] = f"{asked['job.dump_folder'].rstrip('/')}-twin"
-    words = [] if world_size() == 1 else [f"NGPU={world_size()}"]
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    words = [] if local == "1" else [f"NGPU={local}"]
     words += ["bash", "train.sh"]
     for flag, value in changed.items():
         section, option = flag.split(".")

@@ -1,0 +1,72 @@
+"""The lock of a dump folder: a run holds it as long as it lives, the launcher asks for it before it starts one.
+
+It is flock(2) on a file that names the holder. It keeps processes of one machine apart, and machines wherever
+the shared file system passes flock on (NFS and GPFS do, Lustre if mounted with `flock`).
+"""
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from flame.errors import UsageError
+from flame.log import logger
+
+LOCK_FILE = "lock"
+# a run that was killed may still be saving
+WAIT_S = 30
+
+
+def hold(folder: Path) -> IO[str]:
+    """Locks ``folder`` for as long as the file that it returns stays open, waiting for a run that is about to end.
+
+    Raises:
+        UsageError: A run that lives on holds it.
+        OSError: The file cannot be written, or the file system has no locks.
+    """
+    # not closed here: the lock lives as long as the file is open, and dies with the process
+    lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+    _wait(folder, lock)
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def wait_until_free(folder: Path) -> None:
+    """Returns when no living run holds ``folder``, and writes nothing.
+
+    Raises:
+        UsageError: A run that lives on holds it, or the file system has no locks.
+    """
+    try:
+        # writable, which NFS asks for before it locks
+        with open(folder / LOCK_FILE, "r+", encoding="utf-8") as lock:
+            _wait(folder, lock)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UsageError(f"--job.dump_folder {folder} cannot be locked: {error}") from None
+
+
+def _wait(folder: Path, lock: IO[str]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    told = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = f"{folder} is in use by another run ({lock.read().strip()})"
+        else:
+            return
+        if not told:
+            logger.info(f"{holder}, waiting for it to end")
+            told = True
+        if time.monotonic() >= deadline:
+            raise UsageError(
+                f"--job.dump_folder {holder}; wait for it, stop it, or name another folder"
+            )
+        time.sleep(1)

@@ -1,0 +1,156 @@
+"""The rules of a launch on GPUs: one NUMA group a run, at most four GPUs, each process next to its GPU."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flame import gpus, topology
+from flame.errors import UsageError
+from flame.log import logger
+from flame.topology import Group, TopologyError, format_ranges
+
+# a run leaves the other half of an 8-GPU machine to another one (AGENTS.md, section 5)
+MAX_GPUS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one process of the run belongs."""
+
+    address: str
+    """PCI address of its GPU."""
+    group: Group
+    cpus: frozenset[int]
+    """CPUs of the group that the process may use."""
+
+
+def place(
+    *,
+    ngpu: int,
+    is_rocm: bool,
+    allow_cross_numa: bool,
+    allowed_cpus: frozenset[int],
+    env: Mapping[str, str],
+    argv: list[str],
+) -> list[Place]:
+    """The place of each of ``ngpu`` processes on this machine; none without a GPU, or if all is one group.
+
+    Args:
+        ngpu: Processes, which take the first visible GPUs.
+        is_rocm: Whether HIP counts the GPUs.
+        allow_cross_numa: Lift the rules, and where the topology cannot be read, do without.
+        allowed_cpus: CPUs that the processes may use.
+        env: Environment of the processes.
+        argv: Flags of the run, for the command that an error proposes.
+
+    Raises:
+        UsageError: A rule is broken, or the topology cannot be read.
+    """
+    visible = gpus.addresses(env)
+    if not visible:
+        return []
+    names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+    variable = names[1] if is_rocm else names[2]
+    given = ", ".join(f"{name}={env[name]}" for name in names if name in env) or f"no {variable}"
+    if ngpu > len(visible):
+        raise UsageError(
+            f"NGPU={ngpu} must be at most the number of visible GPUs, {len(visible)} ({given})"
+        )
+    used = visible[:ngpu]
+    try:
+        groups = topology.groups()
+        group_of = {} if len(groups) == 1 else {x: topology.group_of(x, groups) for x in used}
+    except TopologyError as error:
+        if allow_cross_numa:
+            logger.info(f"processes are not bound, since the NUMA groups are not known: {error}")
+            return []
+        raise UsageError(
+            f"the NUMA groups of the GPUs are not known: {error}; "
+            "--job.allow_cross_numa runs without this check and unbound"
+        ) from None
+    if not allow_cross_numa:
+        if len(set(group_of.values())) > 1:
+            raise UsageError(
+                f"NGPU={ngpu} with {given} mixes NUMA groups: "
+                f"{_proposal(used, groups, variable, env, argv)}; --job.allow_cross_numa allows the mixture"
+            )
+        if ngpu > MAX_GPUS:
+            raise UsageError(
+                f"NGPU={ngpu} must be at most {MAX_GPUS}, the GPUs of one machine that a run may take, "
+                "unless --job.allow_cross_numa is given"
+            )
+    return [_place(x, group_of[x], allowed_cpus) for x in used] if group_of else []
+
+
+def _place(address: str, group: Group, allowed_cpus: frozenset[int]) -> Place:
+    cpus = group.cpus & allowed_cpus
+    if not cpus:
+        raise UsageError(
+            f"the GPU at {address} is in group {group.name} with CPUs {format_ranges(group.cpus)}, but this "
+            f"process may only use CPUs {format_ranges(allowed_cpus)} (taskset, cgroup, Slurm): start it with "
+            "CPUs of the group"
+        )
+    return Place(address, group, cpus)
+
+
+def _proposal(
+    used: list[str],
+    groups: list[Group],
+    variable: str,
+    env: Mapping[str, str],
+    argv: list[str],
+) -> str:
+    """Which of the GPUs is where, and the commands that would be right, in the numbers of ``variable``."""
+    masks = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+    every = gpus.addresses({name: value for name, value in env.items() if name not in masks})
+    found, commands = [], []
+    for group in groups:
+        try:
+            numbers = [i for i, x in enumerate(every) if topology.group_of(x, groups) == group]
+        except TopologyError as error:
+            raise UsageError(f"the NUMA groups of the GPUs are not known: {error}") from None
+        own = [i for i in numbers if every[i] in used]
+        if own:
+            found.append(
+                f"GPU {_ranges(own)} in group {group.name} "
+                f"(GPU {_ranges(numbers)}, NUMA node {format_ranges(group.nodes)})"
+            )
+            numbers = numbers[: min(len(used), MAX_GPUS)]
+            words = [f"{variable}={','.join(map(str, numbers))}"]
+            words += [f"MASTER_PORT={env['MASTER_PORT']}"] if "MASTER_PORT" in env else []
+            words += [f"NGPU={len(numbers)}", "bash train.sh", *map(shlex.quote, argv)]
+            commands.append(" ".join(words))
+    return f"{', '.join(found)}. Right would be {' or '.join(commands)}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    return format_ranges(frozenset(numbers))
+
+
+def describe(places: list[Place]) -> list[str]:
+    """A line for each group that the run uses."""
+    lines = []
+    for group in dict.fromkeys(place.group for place in places):
+        own = [place for place in places if place.group == group]
+        lines.append(
+            f"group {group.name}: {' '.join(place.address for place in own)}, bound to NUMA node "
+            f"{format_ranges(group.nodes)}, CPUs {format_ranges(own[0].cpus)}"
+        )
+    return lines
+
+
+def threads(places: list[Place]) -> int:
+    """Threads for each process, so that all together fill the CPUs of their groups and no more."""
+    groups = [place.group for place in places]
+    return min(max(1, len(place.cpus) // groups.count(place.group)) for place in places)
+
+
+def to_json(places: list[Place]) -> str:
+    """The argument of `flame.bound`: CPUs and NUMA nodes for each local rank."""
+    return json.dumps(
+        [
+            {"cpus": format_ranges(place.cpus), "nodes": format_ranges(place.group.nodes)}
+            for place in places
+        ]
+    )
