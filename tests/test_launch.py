@@ -183,7 +183,7 @@ def test_two_runs_side_by_side(fake, small, tmp_path):
             assert next(iter(status(holder, "PPid"))) == str(run.pid)
             memory.append(f"bind:{half}" in Path(f"/proc/{holder}/numa_maps").read_text())
         # a third run gets neither the port nor the folder of a living one
-        third = {"HIP_VISIBLE_DEVICES": "4,5,6,7", "NGPU": "1"}
+        third = {"HIP_VISIBLE_DEVICES": "4,5,6,7", "NGPU": "1", "worker": fake / "bin" / "worker"}
         refused = [
             start(
                 fake, [*small, "--job.dump_folder", tmp_path / "2"], MASTER_PORT=ports[0], **third
@@ -390,13 +390,15 @@ def sbatch(tmp_path):
     env |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "4"}
 
     def sbatch(*flags, stop=False, **more):
-        with subprocess.Popen(
+        job = subprocess.Popen(
             ["bash", str(ROOT / "scripts" / "slurm.sh"), *flags],
             env={k: v for k, v in (env | more).items() if v},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        ) as job:
+            start_new_session=True,
+        )
+        try:
             if stop:
                 deadline = time.monotonic() + 30
                 while log(tmp_path).count("python") < 2:
@@ -406,6 +408,10 @@ def sbatch(tmp_path):
                 time.sleep(0.3)
                 job.send_signal(signal.SIGUSR1)
             output = job.communicate(timeout=30)[0]
+        finally:
+            # the tasks too, which a broken script leaves behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
         return job.returncode, output, log(tmp_path)
 
     return sbatch
