@@ -105,19 +105,53 @@ class LRScheduler:
         _require(0 <= self.lr_min <= 1, "lr_scheduler.lr_min", self.lr_min, "between 0 and 1")
 
 
+# data_probs counts in these, so that a share is exact in every run of this many sequences
+SHARE_UNITS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """One source of ``--training.dataset``; the fields are the flags' values for it."""
+
+    dataset: str
+    name: str | None
+    split: str
+    data_dir: str | None
+    data_files: str | None
+    share: int
+    """Of `SHARE_UNITS` sequences, how many are this source's."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Training:
     dataset: str = "python-docs"
-    """Text to train on: a file or folder (txt, md, jsonl, parquet), a Hugging Face dataset name, or the
-    built-in "python-docs", Python's language reference as it ships with every interpreter."""
+    """Text to train on, one source or several separated by commas: a file or folder (txt, md, jsonl,
+    parquet), a folder written by flame.data.prepare, a Hugging Face dataset name, or the built-in
+    "python-docs", Python's language reference as it ships with every interpreter."""
     dataset_name: str | None = None
-    """Configuration of a Hugging Face dataset."""
+    """Configuration of a Hugging Face dataset. With several sources one value each, separated by commas,
+    an empty one where a source takes none; so with the next three flags."""
     dataset_split: str = "train"
-    """Split of a Hugging Face dataset."""
+    """Split of a Hugging Face dataset; the default is that of every source."""
     data_dir: str | None = None
     """Folder within a Hugging Face dataset."""
     data_files: str | None = None
-    """Files within a Hugging Face dataset."""
+    """Files within a Hugging Face dataset, or a glob pattern within a local folder."""
+    data_probs: str | None = None
+    """Share of each source among the sequences, separated by commas, summing to 1, in steps of 0.0001.
+    Needed with several sources."""
+    streaming: bool = False
+    """Read documents in their order while training, without reading all of the data first and without
+    shuffling; needs --validation.share 0."""
+    num_workers: int = 0
+    """Processes, beside each training process, that tokenize (streaming) or read sequences; 0: none."""
+    prefetch_factor: int | None = None
+    """What each worker prepares ahead: batches, or with streaming pieces of 65,536 characters. Default: 2."""
+    varlen: bool = False
+    """Attention sees the own document alone: sequences are packed from documents whose positions start at
+    0, and their bounds reach the attention operator as cu_seqlens."""
+    context_len: int | None = None
+    """With varlen, the longest piece of a document that attends to itself. Default: seq_len."""
     batch_size: int = 16
     """Sequences in a micro-batch of one process."""
     seq_len: int = 128
@@ -141,6 +175,20 @@ class Training:
     """Processes that one copy of the model is sharded over (FSDP2); -1: those that are left."""
 
     def __post_init__(self) -> None:
+        self.sources()
+        _require(self.num_workers >= 0, "training.num_workers", self.num_workers, "at least 0")
+        _require(
+            self.prefetch_factor is None or (self.prefetch_factor >= 1 and self.num_workers >= 1),
+            "training.prefetch_factor",
+            self.prefetch_factor,
+            "at least 1 and goes with --training.num_workers",
+        )
+        _require(
+            self.context_len is None or (self.varlen and 1 <= self.context_len <= self.seq_len),
+            "training.context_len",
+            self.context_len,
+            f"between 1 and --training.seq_len {self.seq_len} and goes with --training.varlen",
+        )
         for name in ("batch_size", "seq_len", "gradient_accumulation_steps", "steps"):
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
@@ -152,16 +200,70 @@ class Training:
         name = "training.data_parallel_shard_degree"
         _require(shard == -1 or shard >= 1, name, shard, "-1 or at least 1")
 
+    def sources(self) -> list[DataSource]:
+        """The sources of ``dataset``, each with its own of the other flags.
+
+        Raises:
+            UsageError: A flag has another number of values than there are sources, or the shares are none.
+        """
+        datasets = self.dataset.split(",")
+        columns = {}
+        for name in ("dataset_name", "dataset_split", "data_dir", "data_files"):
+            value = getattr(self, name)
+            if value is None or name == "dataset_split" and value == "train":
+                columns[name] = [value] * len(datasets)
+                continue
+            # with one source a comma is part of the value
+            values = [value] if len(datasets) == 1 else value.split(",")
+            right = (
+                f"{len(datasets)} values separated by commas, one for each of --training.dataset"
+            )
+            _require(len(values) == len(datasets), f"training.{name}", value, right)
+            default = "train" if name == "dataset_split" else None
+            columns[name] = [entry or default for entry in values]
+        shares = self._shares(len(datasets))
+        return [
+            DataSource(dataset, *values)
+            for dataset, *values in zip(datasets, *columns.values(), shares, strict=True)
+        ]
+
+    def _shares(self, count: int) -> list[int]:
+        if self.data_probs is None and count == 1:
+            return [SHARE_UNITS]
+        right = (
+            f"{count} numbers, one for each of --training.dataset, separated by commas, each a positive "
+            "multiple of 0.0001, that sum to 1"
+        )
+        try:
+            exact = [float(share) * SHARE_UNITS for share in (self.data_probs or "").split(",")]
+            shares = [round(share) for share in exact]
+        except (ValueError, OverflowError):
+            exact = shares = []
+        _require(
+            len(shares) == count
+            and min(shares) >= 1
+            and sum(shares) == SHARE_UNITS
+            and all(abs(x - share) < 1e-6 for x, share in zip(exact, shares, strict=True)),
+            "training.data_probs",
+            self.data_probs,
+            right,
+        )
+        return shares
+
 
 @dataclass(kw_only=True, slots=True)
 class Validation:
     share: float = 0.05
     """Share of the tokens, the last ones, that is held out; 0: no validation."""
+    sequences: int = 0
+    """With training.streaming, in the place of share: sequences held out, as many of each source, whose
+    first documents they are."""
     freq: int = 100
     """Steps between two measurements of the validation loss; the last step is always measured."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.share < 1, "validation.share", self.share, "at least 0 and below 1")
+        _require(self.sequences >= 0, "validation.sequences", self.sequences, "at least 0")
         _require(self.freq >= 1, "validation.freq", self.freq, "at least 1")
 
 
@@ -234,6 +336,27 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     sample: Sample = field(default_factory=Sample)
+
+    def __post_init__(self) -> None:
+        streaming, share = self.training.streaming, self.validation.share
+        _require(
+            not streaming or share == 0,
+            "validation.share",
+            share,
+            "0 with --training.streaming, which does not know how many tokens there are: hold out "
+            "--validation.sequences instead",
+        )
+        _require(
+            streaming or self.validation.sequences == 0,
+            "validation.sequences",
+            self.validation.sequences,
+            "0 without --training.streaming, where --validation.share says what is held out",
+        )
+
+    @property
+    def validates(self) -> bool:
+        """Whether anything is held out."""
+        return self.validation.share > 0 or self.validation.sequences > 0
 
     @property
     def dump_folder(self) -> Path:

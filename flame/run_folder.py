@@ -1,11 +1,8 @@
 """The dump folder belongs to one run: what makes a run, where that is written, and when it is refused."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from flame.config import JobConfig
 from flame.convert import newest_checkpoint
@@ -28,6 +25,8 @@ _FREE_FLAGS = (
     "training.batch_size",
     "training.gradient_accumulation_steps",
     "training.compile",
+    "training.num_workers",
+    "training.prefetch_factor",
     "training.data_parallel_replicate_degree",
     "training.data_parallel_shard_degree",
     "validation.freq",
@@ -45,8 +44,7 @@ def identity(
     config: JobConfig,
     *,
     model: SoftpickTransformerConfig,
-    train_tokens: np.ndarray,
-    validation_tokens: np.ndarray,
+    data: dict[str, Any],
     global_batch_size: int,
 ) -> dict[str, Any]:
     """What must stay the same for a run to be continued, by flag."""
@@ -55,14 +53,6 @@ def identity(
         for flag, value in config.flags().items()
         if flag not in _FREE_FLAGS and flag.split(".")[0] not in _FREE_SECTIONS
     }
-    data = {
-        f"{what} (--training.dataset)": value
-        for what, value in {
-            "the number of tokens": len(train_tokens),
-            "the checksum of the tokens": _checksum(train_tokens),
-            "the checksum of the held-out tokens": _checksum(validation_tokens),
-        }.items()
-    }
     shape = {
         f"--model.config, {key}": value
         for key, value in model.to_diff_dict().items()
@@ -70,14 +60,6 @@ def identity(
     }
     batch = {"the number of sequences in a step (--training.batch_size x ...)": global_batch_size}
     return {**flags, **batch, **data, **shape}
-
-
-def _checksum(tokens: np.ndarray) -> int:
-    """CRC-32 of all token ids, read a piece at a time."""
-    crc = 0
-    for start in range(0, len(tokens), 1 << 20):
-        crc = zlib.crc32(tokens[start : start + (1 << 20)].astype("<u4").tobytes(), crc)
-    return crc
 
 
 def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:

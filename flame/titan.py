@@ -59,19 +59,35 @@ class TitanModel(ModelProtocol):
             x._is_hf_initialized = False
         self.hf.init_weights()
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]``.
+
+        With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the
+        rows are one packed row for the layers, and attention sees the own sequence alone.
 
         The decoder's loop stands here because Llama's own forward derives a mask from the positions,
         which makes the host wait for the GPU in every micro-batch.
         """
         decoder = self.model
+        B, T = input_ids.shape
+        packed = {}
+        if cu_seqlens is not None:
+            # the names that transformers has for flash attention
+            packed = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            input_ids, positions = input_ids.view(1, B * T), positions.view(1, B * T)
+        elif positions is None:
+            positions = torch.arange(T, device=input_ids.device)[None]
         hidden = decoder.embed_tokens(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         position_embeddings = decoder.rotary_emb(hidden, positions)
         for layer in decoder.layers:
-            hidden = layer(hidden, position_embeddings=position_embeddings)
-        return self.lm_head(decoder.norm(hidden))
+            hidden = layer(hidden, position_embeddings=position_embeddings, **packed)
+        logits = self.lm_head(decoder.norm(hidden))
+        return logits.view(B, T, -1) if packed else logits
 
 
 def titan_config(config: JobConfig) -> TitanConfig:
@@ -112,7 +128,7 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.metrics.log_freq = config.metrics.log_freq
     # its recorder would make a folder before rank 0 has checked that the dump folder is this run's
     c.comm.trace_buf_size = 0
-    c.validation.enable = config.validation.share > 0
+    c.validation.enable = config.validates
     c.validation.freq = config.validation.freq
     return c
 

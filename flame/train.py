@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from flame._compat import DEVICE_TYPE
 from flame.config import JobConfig, parse_args
 from flame.convert import dcp_to_hf, newest_checkpoint
-from flame.data import load_documents, load_tokenizer, split_tokens, tokenize
+from flame.data import load_tokenizer, open_data
 from flame.errors import UsageError, exit_on_usage_error
 from flame.generate import generate
 from flame.log import init_logger, logger
@@ -62,23 +62,10 @@ def read_inputs(config: JobConfig) -> RunInputs:
             f"vocab_size {model.vocab_size} of --model.config {config.model.config}"
         )
     try:
-        documents = load_documents(
-            t.dataset,
-            name=t.dataset_name,
-            split=t.dataset_split,
-            data_dir=t.data_dir,
-            data_files=t.data_files,
-        )
-        tokens = tokenize(documents, tokenizer)
-        train_tokens, validation_tokens = split_tokens(tokens, t.seq_len, config.validation.share)
+        data = open_data(config, tokenizer)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return RunInputs(
-        tokenizer=tokenizer,
-        train_tokens=train_tokens,
-        validation_tokens=validation_tokens,
-        model=model,
-    )
+    return RunInputs(tokenizer=tokenizer, data=data, model=model)
 
 
 def _join_launcher() -> None:
@@ -171,8 +158,7 @@ def main() -> None:
         run = identity(
             config,
             model=inputs.model,
-            train_tokens=inputs.train_tokens,
-            validation_tokens=inputs.validation_tokens,
+            data=inputs.data.identity,
             global_batch_size=global_batch_size(config),
         )
         # one process alone, which the others then wait for: they would find a folder half written
@@ -182,7 +168,7 @@ def main() -> None:
     try:
         describe(trainer)
         stopped = trainer.train()
-        if stopped is None and config.validation.share:
+        if stopped is None and config.validates:
             loss = trainer.validation_loss()
             trainer.metrics_processor.log_validation(loss, trainer.step)
         else:

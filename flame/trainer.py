@@ -9,7 +9,6 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
-from flame.data import IGNORE_INDEX, TokenLoader, validation_batches
+from flame.data import IGNORE_INDEX, RunData, StreamLoader, TokenLoader
 from flame.log import logger
 from flame.metrics import Metrics
 from flame.models import SoftpickTransformerConfig
@@ -41,10 +40,7 @@ class RunInputs:
     """What a run reads before it starts."""
 
     tokenizer: PreTrainedTokenizerFast
-    train_tokens: np.ndarray
-    """Token ids ``[N]``."""
-    validation_tokens: np.ndarray
-    """Token ids ``[M]``, the share held out; empty without validation."""
+    data: RunData
     model: SoftpickTransformerConfig
 
 
@@ -80,16 +76,10 @@ class FlameTrainer(Trainer):
         # a flag on the host, so that asking every step whether to stop does not wait for the GPU
         self.stop_group = dist.new_group(backend="gloo")
 
-    def _build_dataloader(self, *, dp_world_size: int, dp_rank: int, **_: Any) -> TokenLoader:
-        t = self.config.training
-        return TokenLoader(
-            self.inputs.train_tokens,
-            seq_len=t.seq_len,
-            batch_size=t.batch_size,
-            dp_rank=dp_rank,
-            dp_world_size=dp_world_size,
-            seed=t.seed,
-        )
+    def _build_dataloader(
+        self, *, dp_world_size: int, dp_rank: int, **_: Any
+    ) -> TokenLoader | StreamLoader:
+        return self.inputs.data.loader(dp_rank=dp_rank, dp_world_size=dp_world_size)
 
     def forward_backward_step(
         self,
@@ -100,7 +90,8 @@ class FlameTrainer(Trainer):
     ) -> torch.Tensor:
         """Summed loss of a micro-batch over the tokens of the step, with its gradients accumulated."""
         with self.train_context(), self.maybe_enable_amp:
-            logits = self.model_parts[0](input_dict["input"])
+            extra = {name: x for name, x in input_dict.items() if name != "input"}
+            logits = self.model_parts[0](input_dict["input"], **extra)
             loss = self.loss_fn(logits, labels) / global_valid_tokens
         del logits
         # DDP averages gradients over its copies, but the loss is a share of the sum over all of them
@@ -156,10 +147,7 @@ class FlameTrainer(Trainer):
         """Mean loss over the held-out tokens, in nats a token; the same on every rank."""
         model, dims = self.model_parts[0], self.parallel_dims
         mesh = dims.get_mesh("batch") if dims.dp_enabled else None
-        batches = validation_batches(
-            self.inputs.validation_tokens,
-            seq_len=self.config.training.seq_len,
-            batch_size=self.config.training.batch_size,
+        batches = self.inputs.data.validation(
             dp_rank=mesh.get_local_rank() if mesh else 0,
             dp_world_size=mesh.size() if mesh else 1,
         )
@@ -168,14 +156,19 @@ class FlameTrainer(Trainer):
         model.eval()
         with self.metrics_processor.pause():
             for input_dict, labels in batches:
-                inputs, labels = input_dict["input"].to(self.device), labels.to(self.device)
+                extra = {name: x.to(self.device) for name, x in input_dict.items()}
+                inputs, labels = extra.pop("input"), labels.to(self.device)
                 with self.maybe_enable_amp:
-                    total[0] += self.loss_fn(model(inputs), labels)
+                    total[0] += self.loss_fn(model(inputs, **extra), labels)
                 total[1] += (labels != IGNORE_INDEX).sum()
             dist.all_reduce(total)
             loss, num_tokens = total.tolist()
         model.train()
         return loss / num_tokens
+
+    def close(self) -> None:
+        self.dataloader.close()
+        super().close()
 
 
 class Validator(BaseValidator):
@@ -206,7 +199,6 @@ def describe(trainer: FlameTrainer) -> None:
     )
     logger.info(
         f"{t.steps:,} steps of {sequences} x {t.seq_len} = {sequences * t.seq_len:,} tokens; "
-        f"{len(trainer.inputs.train_tokens):,} to train on, "
-        f"{len(trainer.inputs.validation_tokens):,} held out"
+        f"{trainer.inputs.data.summary}"
     )
     logger.info(f"run folder {config.dump_folder}")

@@ -219,7 +219,8 @@ class TestLoadDocuments:
         table = datasets.Dataset.from_dict({"text": ["one"]})
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or table)
         load_documents("owner/name", name="n", split="s", data_dir="d", data_files="f")
-        assert calls == [(("owner/name", "n"), {"split": "s", "data_dir": "d", "data_files": "f"})]
+        options = {"split": "s", "data_dir": "d", "data_files": "f", "streaming": False}
+        assert calls == [(("owner/name", "n"), options)]
 
 
 class TestLoadDocumentsErrors:

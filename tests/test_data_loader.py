@@ -14,13 +14,14 @@ from word_tokenizer import word_tokenizer
 from flame.data import (
     IGNORE_INDEX,
     TokenLoader,
+    TokenSource,
     load_documents,
     load_tokenizer,
     split_tokens,
     tokenize,
     validation_batches,
 )
-from flame.data import loader as loader_module
+from flame.data import mixing
 from flame.data import tokens as tokens_module
 
 BYTE = load_tokenizer("byte")
@@ -112,9 +113,18 @@ class TestSplitTokens:
             split_tokens(np.arange(100), 10, share)
 
 
-def make_loader(tokens, *, seq_len=4, batch_size=2, dp_rank=0, dp_world_size=1, seed=0):
+def source_of(tokens, name="test"):
+    """A source of one document."""
+    return TokenSource(name, tokens, np.array([len(tokens)]), "")
+
+
+def make_loader(
+    tokens, *, seq_len=4, batch_size=2, dp_rank=0, dp_world_size=1, seed=0, num_workers=0
+):
     return TokenLoader(
-        tokens,
+        [source_of(tokens)],
+        shares=[1],
+        num_workers=num_workers,
         seq_len=seq_len,
         batch_size=batch_size,
         dp_rank=dp_rank,
@@ -177,8 +187,8 @@ class TestTokenLoader:
 
     def test_order_is_the_same_for_every_version(self):
         # written down: a change here breaks the exact resume of every older checkpoint
-        assert loader_module._permutation(10, 0, 0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
-        assert loader_module._permutation(10, 42, 3).tolist() == [0, 8, 6, 5, 1, 3, 7, 4, 2, 9]
+        assert mixing.permutation(10, 0, 0).tolist() == [3, 2, 1, 8, 6, 0, 7, 4, 5, 9]
+        assert mixing.permutation(10, 42, 3).tolist() == [0, 8, 6, 5, 1, 3, 7, 4, 2, 9]
 
     @quick
     @given(
@@ -251,7 +261,7 @@ class TestTokenLoader:
             inputs, _ = next(iter(loader))
             next(
                 validation_batches(
-                    validation, seq_len=1024, batch_size=2, dp_rank=0, dp_world_size=1
+                    [source_of(validation)], seq_len=1024, batch_size=2, dp_rank=0, dp_world_size=1
                 )
             )
             _, peak = tracemalloc.get_traced_memory()
@@ -289,7 +299,11 @@ class TestValidationBatches:
         per_rank = [
             list(
                 validation_batches(
-                    tokens, seq_len=4, batch_size=batch_size, dp_rank=rank, dp_world_size=world_size
+                    [source_of(tokens)],
+                    seq_len=4,
+                    batch_size=batch_size,
+                    dp_rank=rank,
+                    dp_world_size=world_size,
                 )
             )
             for rank in range(world_size)
@@ -311,7 +325,9 @@ class TestValidationBatches:
     def test_nothing_held_out(self):
         _, validation = split_tokens(np.arange(100), 10, 0.0)
         assert not list(
-            validation_batches(validation, seq_len=10, batch_size=1, dp_rank=0, dp_world_size=1)
+            validation_batches(
+                [source_of(validation)], seq_len=10, batch_size=1, dp_rank=0, dp_world_size=1
+            )
         )
 
 

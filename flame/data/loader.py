@@ -1,20 +1,19 @@
-"""Batches of sequences cut from one token stream, in an order that no number of ranks changes."""
+"""Batches from sources that can be read at any place, in an order that no number of ranks changes."""
 
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
-# the label that torch's cross-entropy leaves out
-IGNORE_INDEX = -100
+from flame.data.batches import IGNORE_INDEX, Batch, Rows, to_batch
+from flame.data.mixing import Mixture, permutation
+from flame.data.source import TokenSource
+from flame.data.workers import Workers
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-_CHECKSUM_SAMPLES = 1024
 # what must be equal for a saved position to mean the same, with the flag to look at where it is not
 _FINGERPRINT = {
     "seq_len": "--training.seq_len",
@@ -27,72 +26,90 @@ _FINGERPRINT = {
 class TokenLoader(Stateful):
     """Endless training batches for one data-parallel rank, with exact resume.
 
-    The stream is cut into ``(len(tokens) - 1) // seq_len`` sequences; sequence ``i`` has the inputs
-    ``tokens[i * seq_len : (i + 1) * seq_len]`` and the same shifted by one as labels. One global order
-    visits all of them in a fresh permutation each epoch, given by ``seed`` and the epoch alone. Every
-    step takes the next ``dp_world_size * batch_size`` places of that order, rank ``r`` the ``r``-th
-    ``batch_size`` of them; an epoch may end inside a batch.
+    Each source is cut into sequences; sequence ``i`` has the inputs ``tokens[i * seq_len : (i + 1) *
+    seq_len]`` and the same shifted by one as labels. One global order visits them: `Mixture` says which
+    source a place takes from, and a source gives all of its sequences in a fresh permutation each epoch
+    of its own, a function of ``seed``, source and epoch. Every step takes the next ``dp_world_size *
+    batch_size`` places of that order, rank ``r`` the ``r``-th ``batch_size`` of them; an epoch may end
+    inside a batch.
 
     The state is the place in the global order, the same on every rank, so a run goes on exactly where
-    it stopped, on any number of ranks and with any batch size.
+    it stopped, on any number of ranks and workers and with any batch size.
 
     Args:
-        tokens: Token ids ``[num_tokens]``, any integer dtype; may be a memory map, of which only the
-            sequences of a batch are read.
+        sources: What to read, each at least one sequence long.
+        shares: Places of each source among ``sum(shares)``.
         seq_len: Sequence length ``T`` in tokens.
         batch_size: Sequences ``B`` a batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
         seed: Seed of the order, at least 0.
+        context_len: See `to_batch`; None for plain causal attention.
+        num_workers: Processes that read ahead; 0: the batch is read when it is asked for.
+        prefetch_factor: Batches that each of them reads ahead.
 
-    Iterating yields ``({"input": ids}, labels)``, both int64 ``[B, T]``. Several iterators of one loader
-    share its place. The state counts a batch as soon as it is handed out.
+    Iterating yields what `to_batch` makes. Several iterators of one loader share its place. The state
+    counts a batch as soon as it is handed out, however far the workers are ahead.
 
     Raises:
-        ValueError: An argument is out of range, or the stream is shorter than one sequence.
+        ValueError: An argument is out of range, or a source is shorter than one sequence.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        sources: Sequence[TokenSource],
         *,
+        shares: Sequence[int],
         seq_len: int,
         batch_size: int,
         dp_rank: int,
         dp_world_size: int,
         seed: int,
+        context_len: int | None = None,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
     ) -> None:
         _check(seq_len, batch_size, dp_rank, dp_world_size)
         if seed < 0:
             raise ValueError(f"--training.seed {seed}: expected at least 0")
-        self.num_sequences = _count(tokens, seq_len)
-        if not self.num_sequences:
-            raise ValueError(
-                f"--training.seq_len {seq_len}: one sequence takes {seq_len + 1} tokens, but the "
-                f"training data has {len(tokens)}; use a shorter sequence or more text"
-            )
+        assert len(sources) == len(shares), (len(sources), shares)
+        self._counts = [source.num_sequences(seq_len) for source in sources]
+        for source, count in zip(sources, self._counts, strict=True):
+            if not count:
+                raise ValueError(
+                    f"--training.seq_len {seq_len}: one sequence takes {seq_len + 1} tokens, but the "
+                    f"training data of {source.name} has {len(source.tokens)}; use a shorter sequence "
+                    "or more text"
+                )
         # sequences handed out so far, over all ranks and epochs
         self.sequences_seen = 0
-        self._tokens = tokens
+        self._sources = sources
         self._seq_len = seq_len
         self._batch_size = batch_size
         self._dp_rank = dp_rank
         self._dp_world_size = dp_world_size
         self._seed = seed
-        self._checksum = _checksum(tokens)
+        self._context_len = context_len
+        self._mixture = Mixture(shares, seed)
+        self._checksum = _combined([source.sample_checksum() for source in sources], shares)
+        # by source, the last two epochs, for a batch that spans an epoch's end
+        self._orders: list[dict[int, np.ndarray]] = [{} for _ in sources]
+        self._workers = Workers(self._read, num_workers, prefetch_factor)
 
     def __iter__(self) -> Iterator[Batch]:
+        stride = self._dp_world_size * self._batch_size
+        # places where a step starts, with what is being read for it
+        ahead: deque[tuple[int, Future[Rows]]] = deque()
         while True:
-            start = self.sequences_seen + self._dp_rank * self._batch_size
-            self.sequences_seen += self._dp_world_size * self._batch_size
-            places = (
-                divmod(place, self.num_sequences)
-                for place in range(start, start + self._batch_size)
-            )
-            indices = [
-                int(_permutation(self.num_sequences, self._seed, epoch)[i]) for epoch, i in places
-            ]
-            yield _read(self._tokens, indices, self._seq_len)
+            if ahead and ahead[0][0] != self.sequences_seen:
+                # another iterator took batches, or a state was loaded
+                ahead.clear()
+            while len(ahead) < self._workers.num_ahead:
+                start = self.sequences_seen + len(ahead) * stride
+                ahead.append((start, self._workers.submit(start)))
+            rows = self._workers.result(ahead.popleft()[1])
+            self.sequences_seen += stride
+            yield to_batch(rows, self._context_len)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the global order, and a fingerprint of that order; plain ints."""
@@ -100,7 +117,7 @@ class TokenLoader(Stateful):
             "sequences_seen": self.sequences_seen,
             "seq_len": self._seq_len,
             "seed": self._seed,
-            "num_sequences": self.num_sequences,
+            "num_sequences": sum(self._counts),
             "checksum": self._checksum,
         }
 
@@ -110,21 +127,42 @@ class TokenLoader(Stateful):
         Raises:
             ValueError: The state belongs to other data, another sequence length or another seed.
         """
-        own = self.state_dict()
-        for field, flag in _FINGERPRINT.items():
-            if state_dict.get(field) != own[field]:
-                raise ValueError(
-                    f"{flag}: the checkpoint's data has {field} {state_dict.get(field)}, this run's "
-                    f"has {own[field]}; resume with the checkpoint's data, tokenizer, validation "
-                    "share, sequence length and seed, or start a new run in another folder"
-                )
+        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT)
         self.sequences_seen = state_dict["sequences_seen"]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._workers.close()
+
+    def _read(self, start: int) -> Rows:
+        """This rank's rows of the step whose places begin at ``start``."""
+        first = start + self._dp_rank * self._batch_size
+        pairs = []
+        for place in range(first, first + self._batch_size):
+            source, number = self._mixture.locate(place)
+            epoch, i = divmod(number, self._counts[source])
+            pairs.append((self._sources[source], int(self._order(source, epoch)[i])))
+        return _rows(pairs, self._seq_len)
+
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        orders = self._orders[source]
+        if epoch not in orders:
+            if len(orders) == 2:
+                del orders[min(orders)]
+            orders[epoch] = permutation(self._counts[source], self._seed, epoch, source)
+        return orders[epoch]
 
 
 def validation_batches(
-    tokens: np.ndarray, *, seq_len: int, batch_size: int, dp_rank: int, dp_world_size: int
+    sources: Sequence[TokenSource],
+    *,
+    seq_len: int,
+    batch_size: int,
+    dp_rank: int,
+    dp_world_size: int,
+    context_len: int | None = None,
 ) -> Iterator[Batch]:
-    """All sequences of the validation stream once, in order, dealt out to the ranks batch by batch.
+    """All sequences of the held-out sources once, in order, dealt out to the ranks batch by batch.
 
     Every rank yields the same number of batches, so that collectives match, all of them ``[B, T]``:
     what is left over is filled with rows of token 0 whose labels are all ``IGNORE_INDEX``. A batch, and
@@ -132,58 +170,57 @@ def validation_batches(
     over batches and ranks, and divide once.
 
     Args:
-        tokens: Token ids ``[num_tokens]``, any integer dtype; with no whole sequence, as for a
-            validation share of 0, there are no batches.
+        sources: What is held out; with no whole sequence, as for a validation share of 0, there are no
+            batches.
         seq_len: Sequence length ``T`` in tokens.
         batch_size: Sequences ``B`` a batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
+        context_len: See `to_batch`; None for plain causal attention.
 
     Yields:
-        ``({"input": ids}, labels)``, both int64 ``[B, T]``.
+        What `to_batch` makes.
     """
     _check(seq_len, batch_size, dp_rank, dp_world_size)
-    num_sequences = _count(tokens, seq_len)
-    for start in range(0, num_sequences, batch_size * dp_world_size):
+    pairs = [(source, i) for source in sources for i in range(source.num_sequences(seq_len))]
+    for start in range(0, len(pairs), batch_size * dp_world_size):
         first = start + dp_rank * batch_size
-        indices = range(first, min(first + batch_size, num_sequences))
-        inputs, labels = _read(tokens, indices, seq_len)
-        padding = (0, 0, 0, batch_size - len(indices))
-        yield (
-            {"input": torch.nn.functional.pad(inputs["input"], padding)},
-            torch.nn.functional.pad(labels, padding, value=IGNORE_INDEX),
+        rows = _rows(pairs[first : first + batch_size], seq_len)
+        missing = batch_size - len(rows.ends)
+        rows = Rows(
+            np.pad(rows.tokens, ((0, missing), (0, 0))), rows.ends + [np.empty(0, int)] * missing
         )
+        inputs, labels = to_batch(rows, context_len)
+        labels[batch_size - missing :] = IGNORE_INDEX
+        yield inputs, labels
 
 
-@lru_cache(maxsize=2)
-def _permutation(num_sequences: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch ``[num_sequences]``; two are kept, for a batch that spans an epoch's end.
-
-    The raw stream of a bit generator is fixed for all numpy versions; that of Generator.permutation is
-    not, and a resumed run may meet another numpy.
-    """
-    keys = np.random.PCG64([seed, epoch]).random_raw(num_sequences)
-    return np.argsort(keys, kind="stable")
-
-
-def _count(tokens: np.ndarray, seq_len: int) -> int:
-    # the last label needs one token beyond the last input
-    return max(0, (len(tokens) - 1) // seq_len)
+def check_fingerprint(saved: dict[str, Any], own: dict[str, Any], flags: dict[str, str]) -> None:
+    """Raises ValueError, naming the flag to look at, unless the fields in ``flags`` agree."""
+    for field, flag in flags.items():
+        if saved.get(field) != own[field]:
+            raise ValueError(
+                f"{flag}: the checkpoint's data has {field} {saved.get(field)}, this run's has "
+                f"{own[field]}; resume with the checkpoint's data, tokenizer, validation share, sequence "
+                "length and seed, or start a new run in another folder"
+            )
 
 
-def _read(tokens: np.ndarray, indices: Sequence[int], seq_len: int) -> Batch:
-    """Inputs and labels ``[len(indices), seq_len]`` of the given sequences."""
-    rows = np.empty((len(indices), seq_len + 1), np.int64)
-    for row, index in zip(rows, indices, strict=True):
-        row[:] = tokens[index * seq_len : (index + 1) * seq_len + 1]
-    batch = torch.from_numpy(rows)
-    return {"input": batch[:, :-1].contiguous()}, batch[:, 1:].contiguous()
+def _rows(pairs: Sequence[tuple[TokenSource, int]], seq_len: int) -> Rows:
+    read = [source.read(index, seq_len) for source, index in pairs]
+    # uint32 only where a source has it
+    dtype = np.result_type(*(row for row, _ in read)) if read else np.uint16
+    tokens = np.empty((len(read), seq_len + 1), dtype)
+    for i, (row, _) in enumerate(read):
+        tokens[i] = row
+    return Rows(tokens, [ends for _, ends in read])
 
 
-def _checksum(tokens: np.ndarray) -> int:
-    """CRC-32 of evenly spaced tokens: cheap on a memory map, and moved by any shift of the stream."""
-    places = np.linspace(0, len(tokens) - 1, _CHECKSUM_SAMPLES).astype(np.int64)
-    return zlib.crc32(tokens[places].astype("<u4").tobytes())
+def _combined(checksums: Sequence[int], shares: Sequence[int]) -> int:
+    """One number for all sources and their shares; of one source its own."""
+    if len(checksums) == 1:
+        return checksums[0]
+    return zlib.crc32(repr((list(checksums), list(shares))).encode())
 
 
 def _check(seq_len: int, batch_size: int, dp_rank: int, dp_world_size: int) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,8 +28,8 @@ TEXT = "text"
 _FLAG = "--training.dataset"
 _FILES_FLAG = "--training.data_files"
 _EXPECTED = (
-    f"{PYTHON_DOCS!r}, a file or folder of .txt, .md, .jsonl, .json or .parquet, "
-    "or a Hugging Face dataset name"
+    f"{PYTHON_DOCS!r}, a file or folder of .txt, .md, .jsonl, .json or .parquet, a folder written by "
+    "flame.data.prepare, or a Hugging Face dataset name"
 )
 
 
@@ -67,18 +68,18 @@ def load_documents(
             apply to this kind of dataset. One line that names flag, value and what would be right.
     """
     if dataset == PYTHON_DOCS:
-        _refuse(dataset, name=name, split=split, data_dir=data_dir, data_files=data_files)
+        refuse_hub_options(
+            dataset, name=name, split=split, data_dir=data_dir, data_files=data_files
+        )
         return python_docs()
-    path = local_path(_FLAG, dataset, _EXPECTED)
-    if path is None:
-        return _load_from_hub(dataset, name, split, data_dir, data_files)
-    if path.is_dir():
-        _refuse(dataset, name=name, split=split, data_dir=data_dir)
-        files = _list_folder(path) if data_files is None else _match(path, data_files)
-    else:
-        _refuse(dataset, name=name, split=split, data_dir=data_dir, data_files=data_files)
-        files = [path]
-    documents = [document for file in files for document in _read(file)]
+    files = local_files(dataset, name, split, data_dir, data_files)
+    if files is None:
+        table = load_from_hub(dataset, name, split, data_dir, data_files)
+        if not len(table):
+            raise ValueError(f"{_FLAG} {dataset!r}: split {split!r} is empty; choose another split")
+        _check_column(dataset, table.data.column(TEXT))
+        return table[TEXT]
+    documents = [document for file in files for document in read_file(file)]
     endings = Counter(file.suffix.lower() for file in files)
     logger.info(
         "%s: %d documents from %s",
@@ -87,6 +88,28 @@ def load_documents(
         ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items())),
     )
     return documents
+
+
+def local_files(
+    dataset: str,
+    name: str | None,
+    split: str,
+    data_dir: str | None,
+    data_files: str | Sequence[str] | None,
+) -> list[Path] | None:
+    """The files that a dataset is, or None where its name can only be one of the hub.
+
+    Raises:
+        ValueError: As `load_documents`, as far as names go.
+    """
+    path = local_path(_FLAG, dataset, _EXPECTED)
+    if path is None:
+        return None
+    if path.is_dir():
+        refuse_hub_options(dataset, name=name, split=split, data_dir=data_dir)
+        return _list_folder(path) if data_files is None else _match(path, data_files)
+    refuse_hub_options(dataset, name=name, split=split, data_dir=data_dir, data_files=data_files)
+    return [path]
 
 
 def python_docs() -> list[str]:
@@ -106,7 +129,7 @@ def python_docs() -> list[str]:
     return [topics[key] for key in sorted(topics)]
 
 
-def _refuse(dataset: str, **options: str | Sequence[str] | None) -> None:
+def refuse_hub_options(dataset: str, **options: str | Sequence[str] | None) -> None:
     """Reject hub options given with a source that would ignore them."""
     flags = {"name": "--training.dataset_name", "split": "--training.dataset_split"}
     unused = {"name": None, "split": "train", "data_dir": None, "data_files": None}
@@ -165,59 +188,72 @@ def _match(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
     return sorted(files)
 
 
-def _read(file: Path) -> list[str]:
-    """The documents of one file."""
+def read_file(file: Path, start: int = 0) -> Iterator[str]:
+    """The documents of one file one by one, from the ``start``-th on.
+
+    Raises:
+        ValueError: As `load_documents`; that the file holds no text is known at its end.
+    """
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         _fail(file, f"its name does not end in {_endings()}", "convert or rename it")
+    is_empty = start == 0
     try:
-        documents = list(reader(file))
+        for document in reader(file, start):
+            is_empty = is_empty and not document
+            yield document
     except OSError as error:
         _fail(file, error.strerror or first_line(error), "give a file that can be read")
-    if not any(documents):
+    if is_empty:
         _fail(file, "holds no text", "remove it or give a file with text")
-    return documents
 
 
-def _read_text(file: Path) -> Iterator[str]:
-    yield _decode(file, file.read_bytes(), "")
+def _read_text(file: Path, start: int) -> Iterator[str]:
+    if start == 0:
+        yield _decode(file, file.read_bytes(), "")
 
 
-def _read_jsonl(file: Path) -> Iterator[str]:
+def _read_jsonl(file: Path, start: int) -> Iterator[str]:
     # split on the newline byte alone: str.splitlines also breaks at characters that JSON allows
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"line {number} "
-                yield _text_of(file, _parse(file, _decode(file, line, where), where), where)
+        filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for number, line in islice(filled, start, None):
+            where = f"line {number} "
+            yield _text_of(file, _parse(file, _decode(file, line, where), where), where)
 
 
-def _read_json(file: Path) -> Iterator[str]:
+def _read_json(file: Path, start: int) -> Iterator[str]:
     with file.open("rb") as opened:
         is_array = opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     if not is_array:
-        yield from _read_jsonl(file)
+        yield from _read_jsonl(file, start)
         return
     records = _parse(file, _decode(file, file.read_bytes(), ""), "")
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(records[start:], start + 1):
         yield _text_of(file, record, f"record {number} ")
 
 
-def _read_parquet(file: Path) -> Iterator[str]:
+def _read_parquet(file: Path, start: int) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    first = 0
     try:
         # ParquetFile, not read_table, which would take columns from folder names such as year=2024
         with pq.ParquetFile(file) as parquet:
             _check_columns(str(file), parquet.schema_arrow.names)
-            column = parquet.read(columns=[TEXT]).column(TEXT)
-            # the values too: text that is not UTF-8 would fail later, without the file's name
-            column.validate(full=True)
+            # a file without rows may have no group either
+            for group in range(parquet.num_row_groups):
+                rows = parquet.metadata.row_group(group).num_rows
+                if first + rows > start:
+                    column = parquet.read_row_group(group, columns=[TEXT]).column(TEXT)
+                    # the values too: text that is not UTF-8 would fail later, without the file's name
+                    column.validate(full=True)
+                    _check_column(str(file), column, first)
+                    yield from column.slice(max(0, start - first)).to_pylist()
+                first += rows
     except (pa.ArrowException, OSError) as error:
         _fail(file, f"not a sound parquet file ({first_line(error)})", "write or fetch it again")
-    _check_column(str(file), column)
-    yield from column.to_pylist()
 
 
 _READERS = {
@@ -276,8 +312,8 @@ def _check_columns(source: str, columns: list[str], where: str = "") -> None:
         )
 
 
-def _check_column(source: str, column: "pa.ChunkedArray") -> None:
-    """An Arrow column must be strings without a null."""
+def _check_column(source: str, column: "pa.ChunkedArray", first: int = 0) -> None:
+    """An Arrow column, which begins with row ``first``, must be strings without a null."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -286,26 +322,37 @@ def _check_column(source: str, column: "pa.ChunkedArray") -> None:
             f"{_FLAG} {source!r}: column {TEXT!r} holds {column.type}; it must hold strings"
         )
     if column.null_count:
-        row = pc.index(column.is_null(), True).as_py()
+        row = first + pc.index(column.is_null(), True).as_py()
         raise ValueError(
             f"{_FLAG} {source!r}: column {TEXT!r} is null in {column.null_count} rows, row {row} the "
             "first; remove them or put an empty string"
         )
 
 
-def _load_from_hub(
+def load_from_hub(
     dataset: str,
     name: str | None,
     split: str,
     data_dir: str | None,
     data_files: str | Sequence[str] | None,
-) -> Sequence[str]:
+    streaming: bool = False,
+) -> Any:
+    """The ``Dataset``, or with streaming ``IterableDataset``, of a hub name, with a column ``text``.
+
+    Raises:
+        ValueError: As `load_documents`.
+    """
     # seconds to import, and needed here alone
     import datasets
 
     try:
         table = datasets.load_dataset(
-            dataset, name, split=split, data_dir=data_dir, data_files=data_files
+            dataset,
+            name,
+            split=split,
+            data_dir=data_dir,
+            data_files=data_files,
+            streaming=streaming,
         )
     # builders raise whatever they like, StopIteration included
     except Exception as error:
@@ -313,8 +360,7 @@ def _load_from_hub(
             f"{_FLAG} {dataset!r}: no local path, and Hugging Face datasets could not load it "
             f"({first_line(error)}); expected {_EXPECTED}"
         ) from error
-    _check_columns(dataset, table.column_names)
-    if not len(table):
-        raise ValueError(f"{_FLAG} {dataset!r}: split {split!r} is empty; choose another split")
-    _check_column(dataset, table.data.column(TEXT))
-    return table[TEXT]
+    # a stream may not know its columns before its first row, which is checked when it is read
+    if table.column_names is not None:
+        _check_columns(dataset, table.column_names)
+    return table

@@ -14,40 +14,51 @@ _PIECE = 1 << 18
 _BATCH = 1 << 21
 
 
-def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """Encode documents into one stream, each followed by the eos token.
+class Encoder:
+    """Documents to token ids, each document followed by the eos token.
 
-    Text that spells a special token is encoded as plain text, whatever the tokenizer's own setting, so
-    the eos tokens of the stream are exactly the ends of documents. A document longer than 262,144
-    characters is encoded in pieces cut at line ends, which a byte tokenizer does not notice and others
-    at most at the cuts.
+    Text that spells a special token is encoded as plain text, whatever the tokenizer's own setting. A
+    document longer than 262,144 characters is encoded in pieces cut at line ends, which a byte tokenizer
+    does not notice and others at most at the cuts.
 
     Args:
-        documents: Any iterable of str, read once.
         tokenizer: A fast tokenizer with an eos token. Not changed.
-
-    Returns:
-        Token ids ``[num_tokens]``: uint16 where every id of the vocabulary fits, else uint32.
     """
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.encode_special_tokens = True
-    # a tokenizer.json may ask for either
-    backend.no_truncation()
-    backend.no_padding()
-    # the largest id and not the count: vocabularies may have gaps
-    largest = max(tokenizer.get_vocab().values())
-    dtype = np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
-    eos = tokenizer.eos_token_id
-    chunks = [np.empty(0, dtype)]
-    for batch in _batches(_pieces(documents)):
-        # the fast variant computes no offsets, and takes a sixth of the time on long documents
-        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        ids = (
-            encoding.ids + [eos] if ends else encoding.ids
-            for encoding, (_, ends) in zip(encodings, batch, strict=True)
-        )
-        chunks.append(np.fromiter(chain.from_iterable(ids), dtype))
-    return np.concatenate(chunks)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.encode_special_tokens = True
+        # a tokenizer.json may ask for either
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._eos = tokenizer.eos_token_id
+        # the largest id and not the count: vocabularies may have gaps
+        largest = max(tokenizer.get_vocab().values())
+        # uint16 where every id of the vocabulary fits, else uint32
+        self.dtype = np.dtype("<u2" if largest <= np.iinfo(np.uint16).max else "<u4")
+
+    def __call__(self, documents: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids ``[num_tokens]`` and the tokens of each document, eos included, ``[num_documents]``."""
+        chunks, lengths, length = [np.empty(0, self.dtype)], [], 0
+        for batch in _batches(_pieces(documents)):
+            # the fast variant computes no offsets, and takes a sixth of the time on long documents
+            encodings = self._backend.encode_batch_fast(
+                [text for text, _ in batch], add_special_tokens=False
+            )
+            pieces = []
+            for encoding, (_, ends) in zip(encodings, batch, strict=True):
+                pieces.append([*encoding.ids, self._eos] if ends else encoding.ids)
+                length += len(pieces[-1])
+                if ends:
+                    lengths.append(length)
+                    length = 0
+            chunks.append(np.fromiter(chain.from_iterable(pieces), self.dtype))
+        return np.concatenate(chunks), np.asarray(lengths, np.int64)
+
+
+def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """One stream of all documents, ``[num_tokens]``, as `Encoder` makes it."""
+    return Encoder(tokenizer)(documents)[0]
 
 
 def split_tokens(

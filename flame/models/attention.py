@@ -81,11 +81,19 @@ def _attention_forward(operator: Callable[..., Any]) -> Callable[..., Any]:
         for name in ("softcap", "s_aux"):
             if kwargs.get(name) is not None:
                 raise NotImplementedError(f"{operator.__name__} does not support {name}")
+        # of packed sequences, as transformers passes them to flash attention
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not kwargs.get("cu_seq_lens_k"):
+            raise NotImplementedError(
+                f"{operator.__name__} packs queries and keys alike: cu_seq_lens_q and cu_seq_lens_k must be "
+                "one tensor"
+            )
         o = operator(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             scaling,
+            cu_seqlens,
             window_size=sliding_window,
         )
         return o, None

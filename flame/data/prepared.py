@@ -1,0 +1,123 @@
+"""The folder of token files that `flame.data.prepare` writes: its format, reading and checking it.
+
+``tokens.bin`` holds the ids, little-endian uint16 or uint32, nothing else; ``ends.bin``, int64, one past
+the last token of each document; ``flame-tokens.json``, written last, says what they are.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from flame.data.locate import first_line
+from flame.data.source import TokenSource, sample_crc32
+
+INDEX, TOKENS, ENDS = "flame-tokens.json", "tokens.bin", "ends.bin"
+FORMAT = 1
+ENDS_DTYPE = np.dtype("<i8")
+
+_FLAG = "--training.dataset"
+_FIELDS = {
+    "format": int,
+    "dtype": str,
+    "num_tokens": int,
+    "num_documents": int,
+    "tokens_sha256": str,
+    "ends_sha256": str,
+    "sample_crc32": int,
+    "tokenizer": dict,
+}
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a path is a folder of token files, finished or damaged."""
+    return (path / INDEX).is_file()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What must be equal for two tokenizers to give ids the same meaning."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a prepared folder, with the sizes of its files checked.
+
+    Raises:
+        ValueError: The index or a file is damaged, missing, or of another size.
+    """
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _fail(file, f"cannot be read ({first_line(error)})")
+    if not isinstance(index, dict) or any(
+        not isinstance(index.get(field), kind) for field, kind in _FIELDS.items()
+    ):
+        _fail(file, f"lacks one of {', '.join(_FIELDS)}")
+    if index["format"] != FORMAT or index["dtype"] not in ("<u2", "<u4"):
+        _fail(file, f"has format {index['format']} and dtype {index['dtype']!r}, not {FORMAT}")
+    for name, count, dtype in (
+        (TOKENS, index["num_tokens"], np.dtype(index["dtype"])),
+        (ENDS, index["num_documents"], ENDS_DTYPE),
+    ):
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            _fail(folder / name, error.strerror)
+        if size != count * dtype.itemsize or not count:
+            _fail(folder / name, f"has {size} bytes, its index says {count * dtype.itemsize}")
+    return index
+
+
+def read_prepared(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> TokenSource:
+    """Maps the token files of a folder; only what is asked for is ever read.
+
+    A sample of the tokens is compared with its checksum; `verify` compares all of them.
+
+    Raises:
+        ValueError: A file is damaged, or the tokens are another tokenizer's.
+    """
+    index = read_index(folder)
+    theirs, own = index["tokenizer"], tokenizer_identity(tokenizer)
+    for field, value in own.items():
+        if theirs.get(field) != value:
+            raise ValueError(
+                f"{_FLAG} {name!r}: was written with --model.tokenizer_path {theirs.get('path')!r}, whose "
+                f"{field} is {theirs.get(field)!r}, but this run's has {value!r}; give that tokenizer, or "
+                "prepare the data again"
+            )
+    tokens = np.memmap(folder / TOKENS, index["dtype"], "r")
+    ends = np.memmap(folder / ENDS, ENDS_DTYPE, "r")
+    if sample_crc32(tokens) != index["sample_crc32"] or ends[-1] != len(tokens):
+        _fail(folder / TOKENS, "does not match its checksum")
+    # plain views: a memmap's own slices are slow
+    return TokenSource(
+        name, np.asarray(tokens), np.asarray(ends), f"sha256 {index['tokens_sha256']}"
+    )
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Reads every file of a prepared folder and compares it with its checksum; returns the index.
+
+    Raises:
+        ValueError: A file is damaged, missing, or not what its index says.
+    """
+    if not is_prepared(folder):
+        _fail(folder, f"holds no {INDEX}")
+    index = read_index(folder)
+    for name, field in ((TOKENS, "tokens_sha256"), (ENDS, "ends_sha256")):
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != index[field]:
+                _fail(folder / name, "does not match its checksum")
+    return index
+
+
+def _fail(file: Path, problem: object) -> NoReturn:
+    raise ValueError(f"{_FLAG} {str(file)!r}: {problem}; prepare the data again, or copy it again")

@@ -1,0 +1,151 @@
+"""The data of a run as its flags describe it: what to train on, what is held out, what identifies it."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerFast
+
+from flame.config import DataSource, JobConfig
+from flame.data.batches import Batch
+from flame.data.loader import TokenLoader, validation_batches
+from flame.data.locate import local_path
+from flame.data.prepared import is_prepared, read_prepared
+from flame.data.shards import open_shards
+from flame.data.source import TokenSource
+from flame.data.stream import StreamLoader, hold_out
+from flame.data.text import PYTHON_DOCS, load_documents, refuse_hub_options
+from flame.data.tokens import Encoder
+
+
+class RunData(Protocol):
+    """What the trainer asks of the data."""
+
+    identity: dict[str, Any]
+    """What must stay the same for a run to be continued; cheap, nothing is read for it."""
+    summary: str
+    """Sizes, for people."""
+
+    def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader | StreamLoader:
+        """Endless training batches of one data-parallel rank."""
+
+    def validation(self, *, dp_rank: int, dp_world_size: int) -> Iterator[Batch]:
+        """The held-out sequences once, see `validation_batches`."""
+
+
+class _Held:
+    """What both kinds have alike."""
+
+    def __init__(self, config: JobConfig) -> None:
+        t = config.training
+        self._shares = [source.share for source in t.sources()]
+        self._seed = t.seed
+        self._workers = {
+            "num_workers": t.num_workers,
+            "prefetch_factor": t.prefetch_factor or 2,
+        }
+        self._shape = {
+            "seq_len": t.seq_len,
+            "batch_size": t.batch_size,
+            "context_len": (t.context_len or t.seq_len) if t.varlen else None,
+        }
+        self._held_out: list[TokenSource] = []
+
+    def validation(self, *, dp_rank: int, dp_world_size: int) -> Iterator[Batch]:
+        return validation_batches(
+            self._held_out, **self._shape, dp_rank=dp_rank, dp_world_size=dp_world_size
+        )
+
+
+class _MapData(_Held):
+    def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(config)
+        encoder = Encoder(tokenizer)
+        sources = [_read_source(s, tokenizer, encoder) for s in config.training.sources()]
+        parts = [s.split(config.training.seq_len, config.validation.share) for s in sources]
+        self._train = [train for train, _ in parts]
+        self._held_out = [held_out for _, held_out in parts]
+        self.identity = {
+            what + _of(sources, source): value
+            for source in sources
+            for what, value in (
+                ("the number of tokens", len(source.tokens)),
+                ("the checksum of the tokens", source.checksum),
+            )
+        }
+        self.summary = (
+            f"{sum(len(s.tokens) for s in self._train):,} to train on, "
+            f"{sum(len(s.tokens) for s in self._held_out):,} held out"
+        )
+
+    def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader:
+        return TokenLoader(
+            self._train,
+            shares=self._shares,
+            seed=self._seed,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            **self._shape,
+            **self._workers,
+        )
+
+
+class _StreamData(_Held):
+    def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(config)
+        self._encoder = Encoder(tokenizer)
+        sources = [open_shards(source, streaming=True) for source in config.training.sources()]
+        self._train = []
+        for shards in sources:
+            held_out, begin = hold_out(
+                shards, self._encoder, config.validation.sequences, config.training.seq_len
+            )
+            self._held_out.append(held_out)
+            self._train.append((shards, begin))
+        self.identity = {f"the files{_of(sources, shards)}": shards.identity for shards in sources}
+        self.summary = (
+            f"a stream of {sum(shards.count for shards in sources):,} files or shards to train on, "
+            f"{sum(len(s.tokens) for s in self._held_out):,} held out"
+        )
+
+    def loader(self, *, dp_rank: int, dp_world_size: int) -> StreamLoader:
+        return StreamLoader(
+            self._train,
+            shares=self._shares,
+            encoder=self._encoder,
+            seed=self._seed,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            **self._shape,
+            **self._workers,
+        )
+
+
+def open_data(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
+    """Reads, maps or opens everything under ``--training.dataset``.
+
+    Raises:
+        ValueError: There is no such data, it is damaged, empty or too short, or an option does not apply;
+            one line that names flag or file.
+    """
+    kind = _StreamData if config.training.streaming else _MapData
+    return kind(config, tokenizer)
+
+
+def _of(sources: list[Any], source: Any) -> str:
+    number = f" of source {sources.index(source) + 1}" if len(sources) > 1 else ""
+    return f"{number} (--training.dataset)"
+
+
+def _read_source(
+    source: DataSource, tokenizer: PreTrainedTokenizerFast, encoder: Encoder
+) -> TokenSource:
+    options = {"name": source.name, "split": source.split}
+    options |= {"data_dir": source.data_dir, "data_files": source.data_files}
+    if source.dataset != PYTHON_DOCS:
+        path = local_path("--training.dataset", source.dataset, "a file, a folder or a name")
+        if path is not None and is_prepared(path):
+            refuse_hub_options(source.dataset, **options)
+            return read_prepared(source.dataset, path, tokenizer)
+    return TokenSource.of_documents(
+        source.dataset, load_documents(source.dataset, **options), encoder
+    )

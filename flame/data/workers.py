@@ -1,0 +1,118 @@
+"""Processes that work ahead of the training process, on items whose results are taken in order."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+# what a worker was forked with
+_function: Callable[[Any], Any] | None = None
+
+
+def _start(function: Callable[[Any], Any], parent: int) -> None:
+    global _function
+    _function = function
+    # Ctrl-C and schedulers signal all processes of a job: the parent decides, and it still needs data
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Source: prctl(2), PR_SET_PDEATHSIG = 1: a worker does not outlive its parent
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _call(item: object) -> object:
+    return _function(item)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """tokenizers neither warns of the fork nor starts threads in the children."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _Process(multiprocessing.context.ForkProcess):
+    def terminate(self) -> None:
+        # how a pool ends the others when one has died; they ignore SIGTERM
+        self.kill()
+
+
+class _Context(multiprocessing.context.ForkContext):
+    # by fork the function is inherited, and nothing is imported anew
+    Process = _Process
+
+
+class Workers:
+    """Calls ``function`` in ``num_workers`` forked processes, or with 0 right here.
+
+    Args:
+        function: What is done with an item. It is inherited and not pickled, so it may hold memory maps
+            and arrays, which are not copied; items and results are pickled.
+        num_workers: Number of processes; 0: none.
+        prefetch_factor: Items that a worker gets ahead of those whose results are taken.
+    """
+
+    def __init__(
+        self, function: Callable[[Any], Any], num_workers: int, prefetch_factor: int
+    ) -> None:
+        self.num_ahead = max(1, num_workers * prefetch_factor)
+        self._function = function
+        self._num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def submit(self, item: object) -> "Future[Any]":
+        """Starts on an item; the workers are forked by the first."""
+        if not self._num_workers:
+            future: Future[Any] = Future()
+            future.set_result(self._function(item))
+            return future
+        with self._broken_is_told():
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    self._num_workers,
+                    mp_context=_Context(),
+                    initializer=_start,
+                    initargs=(self._function, os.getpid()),
+                )
+                with _one_thread_each():
+                    return self._pool.submit(_call, item)
+            return self._pool.submit(_call, item)
+
+    def result(self, future: "Future[Any]") -> Any:
+        """The function's result, or what it raised.
+
+        Raises:
+            RuntimeError: A worker was killed.
+        """
+        with self._broken_is_told():
+            return future.result()
+
+    def close(self) -> None:
+        """Ends the workers; what they have not begun is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    @contextlib.contextmanager
+    def _broken_is_told(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"one of the {self._num_workers} data workers (--training.num_workers) was killed; memory "
+                "may have run out"
+            ) from None
