@@ -17,11 +17,11 @@ from flame.data import (
     TokenSource,
     load_documents,
     load_tokenizer,
+    mixing,
     split_tokens,
     tokenize,
     validation_batches,
 )
-from flame.data import mixing
 from flame.data import tokens as tokens_module
 
 BYTE = load_tokenizer("byte")
