@@ -80,6 +80,8 @@ class TitanModel(ModelProtocol):
             # the names that transformers has for flash attention
             packed = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             input_ids, positions = input_ids.view(1, B * T), positions.view(1, B * T)
+            # each batch has another number of sequences, and layers are not to be compiled for each
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)[None]
         hidden = decoder.embed_tokens(input_ids)
