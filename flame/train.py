@@ -50,6 +50,11 @@ def read_inputs(config: JobConfig) -> RunInputs:
             f"--training.seq_len {t.seq_len} must be at most max_position_embeddings "
             f"{model.max_position_embeddings} of --model.config {config.model.config}"
         )
+    if t.varlen and t.compile and model.attn_impl.startswith("naive_"):
+        raise UsageError(
+            f'--training.varlen with --training.compile needs a Triton attn_impl, got "{model.attn_impl}", '
+            "which reads cu_seqlens on the host; leave out --training.compile"
+        )
     try:
         tokenizer = load_tokenizer(config.model.tokenizer_path)
     except ValueError as error:

@@ -17,7 +17,12 @@ OPERATORS = ["naive_softpick_attn", "naive_softmax_attn", "parallel_softpick_att
 
 def model_of(attn_impl, device, layers=2):
     config = read_config(CONFIGS / "softpick_transformer_tiny.json")
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "head_dim": 16}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "head_dim": 16,
+    }
     for name, value in {**shape, "num_attention_heads": 2, "num_key_value_heads": 1}.items():
         setattr(config, name, value)
     config.attn_impl = attn_impl
