@@ -1,7 +1,6 @@
 """flame.data.prepare: token files that are complete or absent, and training's view of them."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -173,7 +172,7 @@ def test_stopped_command_line_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_command_line(text, tmp_path, monkeypatch, caplog, capsys):
+def test_command_line(text, tmp_path, monkeypatch, capsys):
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["prepare", *map(str, argv)])
         prepare.main()
@@ -185,6 +184,7 @@ def test_command_line(text, tmp_path, monkeypatch, caplog, capsys):
         return capsys.readouterr().err
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(prepare, "init_logger", lambda: None)
     out = tmp_path / "out"
     data = ["--training.dataset", text, "--training.data_files", "a.*"]
     run("--out", out, *data)
@@ -201,7 +201,6 @@ def test_command_line(text, tmp_path, monkeypatch, caplog, capsys):
     raw[101] ^= 1
     (out / "tokens.bin").write_bytes(raw)
     assert "tokens.bin': does not match its checksum" in refused("--verify", out)
-    logging.getLogger("flame").handlers.clear()
 
 
 class TestDamage:
