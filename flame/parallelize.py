@@ -120,5 +120,8 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
     }
     for layer in model.model.layers:
         parallelize_module(layer, mesh, layer_plan)
+    # the embedding's result is on its way still (AsyncCollectiveTensor); as the input of a compiled layer it
+    # would get no gradient, without an error (torch 2.13)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, hidden: hidden.clone())
     # embedding and head have been given separate shards where they were one parameter
     model.hf.tie_weights(recompute_mapping=False)

@@ -1,5 +1,6 @@
 """Our model and configuration in the form that torchtitan's trainer expects."""
 
+import copy
 import os
 from typing import Any
 
@@ -50,7 +51,8 @@ class TitanModel(ModelProtocol):
     def __init__(self, model_args: ModelArgs) -> None:
         super().__init__(model_args)
         self.seed = model_args.seed
-        hf = SoftpickTransformerForCausalLM(model_args.config)
+        # a copy, since a model marks its configuration with the attention it runs
+        hf = SoftpickTransformerForCausalLM(copy.deepcopy(model_args.config))
         self.model, self.lm_head = hf.model, hf.lm_head
         # outside the module tree, where it would give every parameter a second name
         self.__dict__["hf"] = hf

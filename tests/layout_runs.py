@@ -1,7 +1,7 @@
-"""Short runs of the trainer in many layouts, in one group of processes: ``python layout_runs.py OUT < runs.json``.
+"""Short runs of the trainer in many layouts, in one group of processes: ``layout_runs.py RUNS CURVES``.
 
-Started by torchrun. Reads a list of ``[name, flags]`` from a file and writes ``{name: [[loss, grad_norm], ...,
-[validation loss, 0]]}``. Starting a process costs ten seconds, a run one.
+Started by torchrun. RUNS is a JSON list of ``[name, flags]``; CURVES becomes ``{name: [[loss, gradient norm] of
+every step, [validation loss, 0]]}``. To start processes takes ten seconds, a run one.
 """
 
 import gc
@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from flame.config import JobConfig, parse_args
@@ -22,10 +23,13 @@ STEPS = 10
 def run(config: JobConfig) -> list[list[float]]:
     """Loss and gradient norm of every step, then the validation loss."""
     curve = []
+    torch.use_deterministic_algorithms(False)
     trainer = FlameTrainer(config, read_inputs(config))
     trainer.metrics_processor.log = lambda step, loss, max_loss, norm, **_: curve.append(
         [loss, norm]
     )
+    assert torch.are_deterministic_algorithms_enabled() == config.training.deterministic
+    assert trainer.gc_handler.gc_freq == config.training.gc_freq
     batches = trainer.batch_generator(trainer.dataloader)
     for _ in range(STEPS):
         trainer.step += 1
