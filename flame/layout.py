@@ -63,13 +63,6 @@ def check_layout(
                 f"--training.tensor_parallel_degree {tensor} must divide {name} {size} of "
                 f"--model.config {config.model.config}"
             )
-    if t.compile and not t.disable_loss_parallel and model.vocab_size % tensor:
-        # torch 2.13 takes another process's compiled loss from its cache, for a vocabulary of another size
-        raise UsageError(
-            f"--training.tensor_parallel_degree {tensor} with --training.compile must divide vocab_size "
-            f"{model.vocab_size} of --model.config {config.model.config}; or add "
-            "--training.disable_loss_parallel"
-        )
     # every process of a sequence holds two pieces of it, which tensor parallelism divides further
     pieces = tensor * (2 * context if context > 1 else 1)
     if t.seq_len % pieces:

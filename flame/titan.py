@@ -116,6 +116,10 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.debug.seed = t.seed
     c.debug.deterministic = t.deterministic
     c.compile.enable = t.compile
+    if t.tensor_parallel_degree > 1:
+        # torch 2.13 caches a compiled loss over sharded logits with the first word of the shard in it: the
+        # next run would take another process's, and twice the loss, without an error
+        c.compile.components = ["model"]
     c.parallelism.data_parallel_replicate_degree = t.data_parallel_replicate_degree
     c.parallelism.data_parallel_shard_degree = t.data_parallel_shard_degree
     c.parallelism.tensor_parallel_degree = t.tensor_parallel_degree

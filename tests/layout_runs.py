@@ -24,6 +24,7 @@ def run(config: JobConfig) -> list[list[float]]:
     """Loss and gradient norm of every step, then the validation loss."""
     curve = []
     torch.use_deterministic_algorithms(False)
+    torch.compiler.reset()
     trainer = FlameTrainer(config, read_inputs(config))
     trainer.metrics_processor.log = lambda step, loss, max_loss, norm, **_: curve.append(
         [loss, norm]
