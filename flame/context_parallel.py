@@ -47,6 +47,8 @@ def shard_batch(
 
 def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     """Whole sequences ``[..., T, D]`` of the parts ``[..., T / N, D]``; backward sums over processes."""
+    # NOTE(numerics): the sum over processes is in the dtype of x; each process's share of dk, dv is summed over
+    # its queries in float32 by the kernel, and rounded once
     parts = all_gather_tensor_autograd(x.contiguous()[None], gather_dim=0, group=mesh)
     c = x.shape[-2] // 2
     halves = [part[..., :c, :] for part in parts] + [part[..., c:, :] for part in reversed(parts)]

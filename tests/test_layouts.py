@@ -14,12 +14,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from flame.config import parse_args
 from flame.errors import UsageError
-from flame.layout import check_layout
+from flame.layout import Layout, check_layout
 from flame.models import read_config
+from flame.parallelize import parallelize
+from flame.titan import ModelArgs, TitanModel
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES = 4
@@ -28,12 +31,13 @@ DDP = "--training.data_parallel_replicate_degree 2"
 TP = "--training.tensor_parallel_degree 2"
 CP = "--experimental.context_parallel_degree 2"
 OP = "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op"
+FULL = "--activation_checkpoint.mode full"
 BF16 = "--training.mixed_precision_param bfloat16"
 
 # name -> processes that see different sequences, micro-batches in a step, flags
 ONE = {
     "one process": (1, 1, ""),
-    "one process, full, accumulated": (1, 4, "--activation_checkpoint.mode full"),
+    "one process, full, accumulated": (1, 4, FULL),
     "one process, op, deterministic": (1, 1, f"{OP} --training.deterministic --training.gc_freq 3"),
     "one process, bf16": (1, 1, BF16),
 }
@@ -41,7 +45,7 @@ TWO = {
     "FSDP, always, full, accumulated": (
         2,
         2,
-        "--training.fsdp_reshard_after_forward always --activation_checkpoint.mode full",
+        f"--training.fsdp_reshard_after_forward always {FULL}",
     ),
     "FSDP, never, op": (2, 1, f"--training.fsdp_reshard_after_forward never {OP}"),
     "DDP": (2, 1, DDP),
@@ -219,6 +223,34 @@ def dcp_to_hf_state(checkpoint):
     }
     dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
     return state
+
+
+@pytest.mark.parametrize(
+    ("argv", "calls"), [("", 1), (OP, 1), (FULL, 2)], ids=["none", "op", "full"]
+)
+def test_attention_kernel_is_not_run_again_under_op(device, argv, calls):
+    config = parse_args(f"--training.seq_len 16 {argv}".split())
+    model_config = read_config("configs/softpick_transformer_tiny.json")
+    model_config.attn_impl = "parallel_softpick_attn"
+    model_config.num_hidden_layers = model_config.num_attention_heads = 1
+    model_config.num_key_value_heads, model_config.head_dim = 1, 16
+    with torch.device("meta"):
+        model = TitanModel(ModelArgs(model_config, seed=1))
+    degrees = dict.fromkeys(("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "etp"), 1)
+    parallelize(model, Layout(**degrees, world_size=1), config)
+    model.to_empty(device=device)
+    model.init_weights()
+    seen = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    with Count():
+        model(torch.arange(16, device=device)[None]).sum().backward()
+    assert seen.count(torch.ops.softpick.normalized_attn_fwd.default) == calls
+    assert seen.count(torch.ops.softpick.normalized_attn_bwd.default) == 1
 
 
 def check(argv, *, processes, device_type="cpu", **changes):
