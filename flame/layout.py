@@ -2,6 +2,8 @@
 
 from dataclasses import fields
 
+from torch.distributed.device_mesh import DeviceMesh
+
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
 from flame.errors import UsageError
@@ -25,6 +27,14 @@ class Layout(ParallelDims):
     def _mesh_exist(self, name: str, degree: int) -> bool:
         # the others get a fake process group where they have one process
         return name == "fsdp" or super()._mesh_exist(name, degree)
+
+    def get_all_one_dimensional_meshes(self) -> dict[str, DeviceMesh]:
+        """Meshes of more than one process, without the experts' one.
+
+        Nothing has experts, and torch warns that the timeout of its fake process group cannot be set.
+        """
+        meshes = super().get_all_one_dimensional_meshes()
+        return {name: mesh for name, mesh in meshes.items() if name != "efsdp"}
 
     @property
     def fsdp_enabled(self) -> bool:

@@ -253,6 +253,16 @@ def test_attention_kernel_is_not_run_again_under_op(device, argv, calls):
     assert seen.count(torch.ops.softpick.normalized_attn_bwd.default) == 1
 
 
+def test_buffers_of_offloaded_weights_are_on_the_device():
+    model_config = read_config("configs/softpick_transformer_tiny.json")
+    with torch.device("meta"):
+        model = TitanModel(ModelArgs(model_config, seed=1))
+    model.to_empty(device="cpu")
+    model.init_weights(buffer_device=torch.device("meta"))
+    assert {x.device.type for x in model.buffers()} == {"meta"}
+    assert {x.device.type for x in model.parameters()} == {"cpu"}
+
+
 def check(argv, *, processes, device_type="cpu", **changes):
     config = parse_args(argv.split())
     model = read_config("configs/softpick_transformer_tiny.json")
