@@ -169,10 +169,26 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and activations in forward and backward; masters, gradients' reduction and the
     optimizer stay in float32. Default: bfloat16 on a GPU, float32 on a CPU."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Dtype in which gradients are summed over processes."""
     data_parallel_replicate_degree: int = 1
     """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
     data_parallel_shard_degree: int = -1
     """Processes that one copy of the model is sharded over (FSDP2); -1: those that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether gathered weights are freed between forward and backward. Default: those of the layers are,
+    those of embedding, last norm and head are not."""
+    enable_cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory (several processes, on GPUs)."""
+    tensor_parallel_degree: int = 1
+    """Processes that share the heads and the width of every layer, the vocabulary, and between layers the
+    sequence."""
+    disable_loss_parallel: bool = False
+    """Under tensor parallelism gather the logits of the whole vocabulary before the loss."""
+    deterministic: bool = False
+    """Allow only deterministic algorithms of torch, which are slower."""
+    gc_freq: int = 50
+    """Steps between two runs of Python's garbage collector."""
 
     def __post_init__(self) -> None:
         self.sources()
@@ -189,7 +205,14 @@ class Training:
             self.context_len,
             f"between 1 and --training.seq_len {self.seq_len} and goes with --training.varlen",
         )
-        for name in ("batch_size", "seq_len", "gradient_accumulation_steps", "steps"):
+        for name in (
+            "batch_size",
+            "seq_len",
+            "gradient_accumulation_steps",
+            "steps",
+            "tensor_parallel_degree",
+            "gc_freq",
+        ):
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
         _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
@@ -249,6 +272,72 @@ class Training:
             right,
         )
         return shares
+
+
+@dataclass(kw_only=True, slots=True)
+class ActivationCheckpoint:
+    mode: Literal["none", "selective", "full"] = "none"
+    """Activations to compute again in the backward pass instead of keeping them: of every layer (full), or
+    those that selective_ac_option picks."""
+    selective_ac_option: str = "2"
+    """A number n: of every n-th layer; "op": of every layer all but attention, every second matrix product
+    and what was reduced over processes."""
+
+    def __post_init__(self) -> None:
+        option, name = self.selective_ac_option, "activation_checkpoint.selective_ac_option"
+        is_number = option.isdecimal() and int(option) >= 1
+        _require(
+            is_number or option == "op", name, option, 'a number of layers, at least 1, or "op"'
+        )
+        _require(
+            self.mode == "selective" or option == "2",
+            name,
+            option,
+            f"left out under --activation_checkpoint.mode {self.mode}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Experimental:
+    context_parallel_degree: int = 1
+    """Processes that share each sequence; every one needs the keys and values of all of it."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values reach the other processes; only allgather exists for softpick."""
+    pipeline_parallel_degree: int = 1
+    """Only 1: there is no pipeline parallelism."""
+    enable_async_tensor_parallel: bool = False
+    """Refused: tensor parallelism does not overlap its communication."""
+    enable_compiled_autograd: bool = False
+    """Refused: torchtitan 0.2.2 has dropped it."""
+
+    def __post_init__(self) -> None:
+        degree = self.context_parallel_degree
+        _require(degree >= 1, "experimental.context_parallel_degree", degree, "at least 1")
+        _require(
+            self.context_parallel_rotate_method == "allgather",
+            "experimental.context_parallel_rotate_method",
+            self.context_parallel_rotate_method,
+            "allgather, the only way that softpick attention takes its keys",
+        )
+        _require(
+            self.pipeline_parallel_degree == 1,
+            "experimental.pipeline_parallel_degree",
+            self.pipeline_parallel_degree,
+            "1: there is no pipeline parallelism; shard with --training.data_parallel_shard_degree or "
+            "--training.tensor_parallel_degree instead",
+        )
+        _require(
+            not self.enable_async_tensor_parallel,
+            "experimental.enable_async_tensor_parallel",
+            self.enable_async_tensor_parallel,
+            "left out: --training.tensor_parallel_degree works without it",
+        )
+        _require(
+            not self.enable_compiled_autograd,
+            "experimental.enable_compiled_autograd",
+            self.enable_compiled_autograd,
+            "left out: --training.compile compiles forward and backward of each layer without it",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -332,6 +421,8 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    experimental: Experimental = field(default_factory=Experimental)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)

@@ -41,7 +41,9 @@ class Metrics(MetricsProcessor):
     ) -> None:
         now = time.perf_counter()
         seconds = now - self.time_last_log
-        local_tokens_per_s = self.ntokens_since_last_log / seconds
+        # tensor and context parallelism give several processes the same tokens
+        shared = self.parallel_dims.non_data_parallel_size
+        local_tokens_per_s = self.ntokens_since_last_log / shared / seconds
         tokens_per_s = local_tokens_per_s * dist.get_world_size()
         mfu = self.num_flops_per_token * local_tokens_per_s / self.gpu_peak_flops
         memory = self.device_memory_monitor.get_peak_stats().max_reserved_gib

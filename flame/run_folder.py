@@ -15,7 +15,7 @@ CONFIG_FILE = "config.toml"
 _TEMPORARY = f"{RUN_FILE}.tmp"
 
 # Flags that may change when a run is continued: they alter how far, how often and where, not what.
-_FREE_SECTIONS = ("metrics", "sample")
+_FREE_SECTIONS = ("metrics", "sample", "activation_checkpoint", "experimental")
 _FREE_FLAGS = (
     "job.config_file",
     "job.dump_folder",
@@ -29,6 +29,12 @@ _FREE_FLAGS = (
     "training.prefetch_factor",
     "training.data_parallel_replicate_degree",
     "training.data_parallel_shard_degree",
+    "training.fsdp_reshard_after_forward",
+    "training.enable_cpu_offload",
+    "training.tensor_parallel_degree",
+    "training.disable_loss_parallel",
+    "training.deterministic",
+    "training.gc_freq",
     "validation.freq",
     "checkpoint.interval",
     "checkpoint.keep_latest_k",

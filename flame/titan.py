@@ -1,5 +1,6 @@
 """Our model and configuration in the form that torchtitan's trainer expects."""
 
+import copy
 import os
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
+from flame.initial_weights import initialize_weights
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
 
 # isort: split
@@ -16,11 +18,11 @@ from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
 
 class ModelArgs(BaseModelArgs):
-    """Carries the model's configuration through torchtitan."""
+    """Carries the model's configuration, and the seed of its weights, through torchtitan."""
 
-    def __init__(self, config: SoftpickTransformerConfig) -> None:
+    def __init__(self, config: SoftpickTransformerConfig, seed: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.seed = config, seed
 
     def update_from_config(self, job_config: TitanConfig, **kwargs: Any) -> None:
         """The configuration is complete already."""
@@ -48,16 +50,20 @@ class TitanModel(ModelProtocol):
 
     def __init__(self, model_args: ModelArgs) -> None:
         super().__init__(model_args)
-        hf = SoftpickTransformerForCausalLM(model_args.config)
+        self.seed = model_args.seed
+        # a copy, since a model marks its configuration with the attention it runs
+        hf = SoftpickTransformerForCausalLM(copy.deepcopy(model_args.config))
         self.model, self.lm_head = hf.model, hf.lm_head
         # outside the module tree, where it would give every parameter a second name
         self.__dict__["hf"] = hf
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        # materialising a meta model leaves the marks of the initialisation done on meta
-        for x in (*self.hf.modules(), *self.hf.parameters()):
-            x._is_hf_initialized = False
-        self.hf.init_weights()
+        initialize_weights(self.hf, self.seed)
+        if buffer_device is not None:
+            # offloaded weights stay on the host, but what is computed with is on the device
+            for module in self.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(buffer_device))
 
     def forward(
         self,
@@ -68,7 +74,8 @@ class TitanModel(ModelProtocol):
         """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]``.
 
         With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the
-        rows are one packed row for the layers, and attention sees the own sequence alone.
+        rows are one packed row for the layers, and attention sees the own sequence alone. ``positions`` ``[1, T]``
+        without are the places of the tokens in their sequence, 0 to ``T - 1`` by default.
 
         The decoder's loop stands here because Llama's own forward derives a mask from the positions,
         which makes the host wait for the GPU in every micro-batch.
@@ -116,10 +123,26 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.training.steps = t.steps
     # what torchtitan's autocast is given; `FlameTrainer` takes it away for float32
     c.training.mixed_precision_param = "bfloat16"
+    c.training.mixed_precision_reduce = t.mixed_precision_reduce
+    c.training.enable_cpu_offload = t.enable_cpu_offload
+    c.training.gc_freq = t.gc_freq
     c.debug.seed = t.seed
+    c.debug.deterministic = t.deterministic
     c.compile.enable = t.compile
+    if t.tensor_parallel_degree > 1:
+        # torch 2.13 caches a compiled loss over sharded logits with the first word of the shard in it: the
+        # next run would take another process's, and twice the loss, without an error
+        c.compile.components = ["model"]
     c.parallelism.data_parallel_replicate_degree = t.data_parallel_replicate_degree
     c.parallelism.data_parallel_shard_degree = t.data_parallel_shard_degree
+    c.parallelism.tensor_parallel_degree = t.tensor_parallel_degree
+    c.parallelism.disable_loss_parallel = t.disable_loss_parallel
+    c.parallelism.fsdp_reshard_after_forward = t.fsdp_reshard_after_forward
+    c.parallelism.context_parallel_degree = config.experimental.context_parallel_degree
+    c.activation_checkpoint.mode = config.activation_checkpoint.mode
+    c.activation_checkpoint.selective_ac_option = config.activation_checkpoint.selective_ac_option
+    # nothing in the model draws random numbers
+    c.activation_checkpoint.preserve_rng_state = False
     c.checkpoint.enable = config.checkpoint.enable_checkpoint
     c.checkpoint.folder = config.checkpoint.folder
     c.checkpoint.interval = config.checkpoint.interval
@@ -143,4 +166,6 @@ def world_size() -> int:
 def global_batch_size(config: JobConfig) -> int:
     """Sequences in an optimizer step."""
     t = config.training
-    return t.batch_size * t.gradient_accumulation_steps * world_size()
+    # processes that see the same sequences
+    shared = t.tensor_parallel_degree * config.experimental.context_parallel_degree
+    return t.batch_size * t.gradient_accumulation_steps * (world_size() // shared)

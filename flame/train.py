@@ -19,6 +19,7 @@ from flame.convert import dcp_to_hf, newest_checkpoint
 from flame.data import load_tokenizer, open_data
 from flame.errors import UsageError, exit_on_usage_error
 from flame.generate import generate
+from flame.layout import check_layout
 from flame.log import init_logger, logger
 from flame.models import read_config, require_device
 from flame.run_folder import claim, identity
@@ -38,13 +39,7 @@ def read_inputs(config: JobConfig) -> RunInputs:
         raise UsageError(f"--model.config: {error}") from None
     require_device(model.attn_impl, DEVICE_TYPE)
     t = config.training
-    replicas, shards = t.data_parallel_replicate_degree, t.data_parallel_shard_degree
-    if world_size() % replicas or shards != -1 and replicas * shards != world_size():
-        raise UsageError(
-            f"--training.data_parallel_replicate_degree {replicas} and "
-            f"--training.data_parallel_shard_degree {shards} must multiply to the number of processes, "
-            f"{world_size()} (NGPU)"
-        )
+    check_layout(config, model, num_processes=world_size(), device_type=DEVICE_TYPE)
     if t.seq_len > model.max_position_embeddings:
         raise UsageError(
             f"--training.seq_len {t.seq_len} must be at most max_position_embeddings "

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
+from flame.context_parallel import shard_batch
 from flame.data import IGNORE_INDEX, RunData, StreamLoader, TokenLoader
+from flame.layout import Layout
 from flame.log import logger
 from flame.metrics import Metrics
 from flame.models import SoftpickTransformerConfig
@@ -56,7 +59,7 @@ class FlameTrainer(Trainer):
         self.start_step: int | None = None
         titan_specs._extra_train_specs["flame"] = TrainSpec(
             model_cls=TitanModel,
-            model_args={"flame": ModelArgs(inputs.model)},
+            model_args={"flame": ModelArgs(inputs.model, config.training.seed)},
             parallelize_fn=lambda model, parallel_dims, _: parallelize(
                 model, parallel_dims, config
             ),
@@ -76,6 +79,9 @@ class FlameTrainer(Trainer):
         # a flag on the host, so that asking every step whether to stop does not wait for the GPU
         self.stop_group = dist.new_group(backend="gloo")
 
+    def init_distributed(self) -> Layout:
+        return Layout.of(super().init_distributed())
+
     def _build_dataloader(
         self, *, dp_world_size: int, dp_rank: int, **_: Any
     ) -> TokenLoader | StreamLoader:
@@ -89,16 +95,20 @@ class FlameTrainer(Trainer):
         global_valid_tokens: torch.Tensor,
     ) -> torch.Tensor:
         """Summed loss of a micro-batch over the tokens of the step, with its gradients accumulated."""
-        with self.train_context(), self.maybe_enable_amp:
-            extra = {name: x for name, x in input_dict.items() if name != "input"}
-            logits = self.model_parts[0](input_dict["input"], **extra)
-            loss = self.loss_fn(logits, labels) / global_valid_tokens
-        del logits
-        # DDP averages gradients over its copies, but the loss is a share of the sum over all of them
-        dims = self.parallel_dims
-        is_ddp = dims.dp_replicate_enabled and not dims.fsdp_enabled
-        (loss * dims.dp_replicate if is_ddp else loss).backward()
-        return loss
+        with self.train_context():
+            with self.maybe_enable_amp:
+                loss = self._summed_loss(input_dict, labels) / global_valid_tokens
+            loss.backward()
+        return _local(loss)
+
+    def _summed_loss(
+        self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of the losses of the labels ``[B, T]``, of this process's share under context parallelism."""
+        if (mesh := self.parallel_dims.get_optional_mesh("cp")) is not None:
+            input_dict, labels = shard_batch(input_dict, labels, mesh)
+        rest = {name: x for name, x in input_dict.items() if name != "input"}
+        return self.loss_fn(self.model_parts[0](input_dict["input"], **rest), labels)
 
     def train(self) -> signal.Signals | None:
         """Trains; returns the signal that ended it before the last step, the same on every rank."""
@@ -156,11 +166,12 @@ class FlameTrainer(Trainer):
         model.eval()
         with self.metrics_processor.pause():
             for input_dict, labels in batches:
-                extra = {name: x.to(self.device) for name, x in input_dict.items()}
-                inputs, labels = extra.pop("input"), labels.to(self.device)
-                with self.maybe_enable_amp:
-                    total[0] += self.loss_fn(model(inputs, **extra), labels)
-                total[1] += (labels != IGNORE_INDEX).sum()
+                input_dict = {name: x.to(self.device) for name, x in input_dict.items()}
+                labels = labels.to(self.device)
+                with self.train_context(), self.maybe_enable_amp:
+                    total[0] += _local(self._summed_loss(input_dict, labels))
+                # processes that share a sequence count its labels each, and its loss in parts
+                total[1] += (labels != IGNORE_INDEX).sum() / dims.cp
             dist.all_reduce(total)
             loss, num_tokens = total.tolist()
         model.train()
@@ -169,6 +180,11 @@ class FlameTrainer(Trainer):
     def close(self) -> None:
         self.dataloader.close()
         super().close()
+
+
+def _local(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that tensor parallelism left on a mesh, where every process has all of it, as a plain tensor."""
+    return loss.to_local() if isinstance(loss, DTensor) else loss
 
 
 class Validator(BaseValidator):
@@ -195,7 +211,8 @@ def describe(trainer: FlameTrainer) -> None:
     logger.info(
         f"{num_parameters:,} parameters, {trainer.inputs.model.attn_impl}, "
         f"{trainer.device.type} x {dims.world_size} "
-        f"(replicate {dims.dp_replicate}, shard {dims.dp_shard}), {t.mixed_precision_param}"
+        f"(replicate {dims.dp_replicate}, shard {dims.dp_shard}, tensor {dims.tp}, "
+        f"context {dims.cp}), {t.mixed_precision_param}"
     )
     logger.info(
         f"{t.steps:,} steps of {sequences} x {t.seq_len} = {sequences * t.seq_len:,} tokens; "

@@ -1,0 +1,109 @@
+"""Context parallelism: the processes of a group share every sequence.
+
+Each process holds its queries and gathers the keys and values of all. A query needs the keys before it,
+and the operators take queries as the last rows of their keys, so attention over ``keys[:end]`` of the
+queries that end there is what one process computes: nothing has to be merged.
+
+Later queries see more keys, so the sequence is cut into 2N chunks and process ``r`` of N holds the chunks
+``r`` and ``2N - 1 - r``: ``r + 1`` and ``2N - r`` chunks of keys, in sum the same for every ``r``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_NAME = "context_parallel"
+
+
+def local_rows(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """The part ``[B, T / size]`` of ``[B, T]`` that process ``rank`` of ``size`` holds."""
+    chunks = x.chunk(2 * size, dim=1)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=1)
+
+
+def shard_batch(
+    input_dict: dict[str, torch.Tensor], labels: torch.Tensor, mesh: DeviceMesh
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """This process's part of a batch, with ``positions`` ``[1, T / N]`` added.
+
+    Args:
+        input_dict: ``input``, token ids ``[B, T]``, the same on every process of ``mesh``.
+        labels: ``[B, T]``.
+        mesh: The N processes that share each sequence; ``T`` is a multiple of ``2 N``.
+    """
+    rank, size = mesh.get_local_rank(), mesh.size()
+    input_ids = input_dict["input"]
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    sharded = {"input": local_rows(input_ids, rank, size)}
+    sharded["positions"] = local_rows(positions, rank, size)
+    return sharded, local_rows(labels, rank, size)
+
+
+def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Whole sequences ``[..., T, D]`` of the parts ``[..., T / N, D]``; backward sums over processes."""
+    # NOTE(numerics): the sum over processes is in the dtype of x; each process's share of dk, dv is summed over
+    # its queries in float32 by the kernel, and rounded once
+    parts = all_gather_tensor_autograd(x.contiguous()[None], gather_dim=0, group=mesh)
+    c = x.shape[-2] // 2
+    halves = [part[..., :c, :] for part in parts] + [part[..., c:, :] for part in reversed(parts)]
+    return torch.cat(halves, dim=-2)
+
+
+def attend(
+    attention: Callable[..., tuple[torch.Tensor, None]],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    rank: int,
+    size: int,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Causal attention of the queries that process ``rank`` of ``size`` holds.
+
+    Args:
+        attention: Attention as transformers calls it; queries are the last rows of the keys.
+        query: ``[B, HQ, T / size, K]``, the rows that `local_rows` picks.
+        key: ``[B, H, T, K]``, in order.
+        value: ``[B, H, T, V]``, in order.
+        args, kwargs: Further arguments of ``attention``.
+
+    Returns:
+        ``[B, T / size, HQ, V]``.
+    """
+    c = query.shape[2] // 2
+    outputs = []
+    for chunk, rows in ((rank, query[:, :, :c]), (2 * size - 1 - rank, query[:, :, c:])):
+        end = (chunk + 1) * c
+        o, _ = attention(module, rows, key[:, :, :end], value[:, :, :end], *args, **kwargs)
+        outputs.append(o)
+    return torch.cat(outputs, dim=1)
+
+
+def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Makes the attention of ``model`` take its keys and values from all processes of ``mesh``."""
+    attention = ALL_ATTENTION_FUNCTIONS[model.config.attn_impl]
+    rank, size = mesh.get_local_rank(), mesh.size()
+
+    def forward(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        # one collective for both, which have one shape in every model here
+        key, value = gather(torch.stack((key, value)), mesh)
+        o = attend(attention, module, query, key, value, *args, rank=rank, size=size, **kwargs)
+        return o, None
+
+    AttentionInterface.register(_NAME, forward)
+    model.config._attn_implementation = _NAME
