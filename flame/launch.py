@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from flame.config import parse_args
@@ -44,7 +46,19 @@ def torchrun_args(argv: list[str]) -> list[str]:
         args += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     else:
         args += ["--standalone"]
+    # the others are passed on below, without torchrun's knowing: it would kill after 30 s what still saves
+    args += ["--signals-to-handle=SIGQUIT"]
     return [*args, "-m", "flame.train", *argv]
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Sends a signal to the processes of the run, which save, end and so end torchrun."""
+    processes = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    if not processes:
+        # torchrun has not started them yet
+        sys.exit(128 + number)
+    for process in processes:
+        os.kill(int(process), number)
 
 
 def main() -> None:
@@ -60,14 +74,13 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, _pass_on)
     try:
         torchrun.run(torchrun.parse_args(args))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except SignalException as error:
-        # torchrun has passed the signal on and waited for the processes to save
-        sys.exit(128 + error.sigval)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from flame.checkpoint_folder import newest_checkpoint
 from flame.config import JobConfig
-from flame.convert import newest_checkpoint
 from flame.errors import UsageError
 from flame.log import logger
 from flame.models import SoftpickTransformerConfig
@@ -38,6 +38,11 @@ _FREE_FLAGS = (
     "checkpoint.interval",
     "checkpoint.keep_latest_k",
     "checkpoint.load_step",
+    "checkpoint.async_mode",
+    "checkpoint.last_save_model_weights_only",
+    "checkpoint.export_dtype",
+    "checkpoint.convert_to_hf_on_save",
+    "checkpoint.create_seed_checkpoint",
 )
 
 
