@@ -163,8 +163,11 @@ class Checkpointer:
         weights = self.model.state_dict()
         try:
             dcp.load(weights | states, checkpoint_id=str(path), process_group=self.group)
-        except (CheckpointException, ValueError) as error:
-            raise UsageError(f"{path} cannot be loaded: {_cause(error)}") from error
+        except CheckpointException as error:
+            raise UsageError(f"{path} cannot be loaded: {_line(_first(error))}") from error
+        except ValueError as error:
+            # of the data's state, whose message names the flag
+            raise UsageError(str(error)) from error
         self.model.load_state_dict(weights)
         if path.parent == self.folder:
             self.saved_step = step_of(path)
@@ -248,15 +251,17 @@ class Checkpointer:
             and self._pending[1].exception() is not None
         )
 
-    def _failure(self, step: int, error: CheckpointException) -> UsageError:
+    def _failure(self, step: int, error: CheckpointException) -> Exception:
         # all ranks have stopped writing when one is told
         if dist.get_rank() == 0:
             remove_unfinished(self.folder, step)
         newest = newest_checkpoint(self.folder)
-        return UsageError(
-            f"checkpoint step-{step} in {self.folder} could not be written: {_cause(error)}; "
+        message = (
+            f"checkpoint step-{step} in {self.folder} could not be written: {_line(_first(error))}; "
             f"{newest.name if newest else 'no checkpoint'} is kept, from which the same command continues"
         )
+        # a full disk is the user's to mend; anything else is an error of ours, and shows where
+        return (UsageError if isinstance(_first(error), OSError) else RuntimeError)(message)
 
     def maybe_wait_for_staging(self) -> None:
         """Nothing to wait for: `save` returns when the state is copied."""
@@ -265,8 +270,10 @@ class Checkpointer:
         """Nothing to close: the thread of a save under way is waited for when the process ends."""
 
 
-def _cause(error: BaseException) -> str:
-    """The first rank's error, in one line."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+def _first(error: CheckpointException) -> BaseException:
+    """What went wrong on the first rank on which something did."""
+    return next(iter(error.failures.values()))[0]
+
+
+def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
