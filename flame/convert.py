@@ -79,8 +79,8 @@ def dcp_to_hf(
 ) -> None:
     """Writes the model of a checkpoint with its tokenizer, one file of weights after the other.
 
-    The folder appears under its name when it is whole, and replaces one that is there. At most one file's
-    weights are in memory, twice.
+    The folder appears under its name when it is whole, and replaces one that is there. The weights of two
+    files at most are in memory.
 
     Args:
         checkpoint: Folder ``step-N``.

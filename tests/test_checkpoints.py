@@ -181,14 +181,17 @@ def _slow_writes(seconds):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(flags, whole, tmp_path):
-    with Run(
-        flags | {"job.dump_folder": tmp_path / "run"}, tamper=partial(_slow_writes, 1.5)
-    ) as run:
-        run.wait_for_step(2 * INTERVAL)
-        assert steps(tmp_path / "run") == []
-        assert (tmp_path / "run" / "checkpoint" / "step-3.saving").exists()
-        assert run.wait() == 0
-    assert_same_curve(run, whole)
+    folder, slow = tmp_path / "run", partial(_slow_writes, 1.5)
+    with Run(flags | {"job.dump_folder": folder}, tamper=slow, pace=0.1) as run:
+        run.wait_for_step(INTERVAL + 1)
+        assert steps(folder) == []
+        assert (folder / "checkpoint" / "step-3.saving").exists()
+        run.wait_for(lambda: steps(folder))
+        run.send(signal.SIGKILL)
+    # what was trained in the meantime is not in it
+    assert max(run.drawn()) > INTERVAL
+    assert steps(folder) == [INTERVAL]
+    assert_same_curve(train(flags, folder), whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
@@ -253,7 +256,7 @@ def test_a_failed_save_ends_the_run_and_keeps_the_earlier(flags, whole, tmp_path
     folder = tmp_path / "run"
     flags = flags | {"checkpoint.async_mode": mode, "training.batch_size": 4 // processes}
     failed = train(
-        flags, folder, code=2, processes=processes, tamper=partial(_limit_files, 60_000), pace=0.05
+        flags, folder, code=2, processes=processes, tamper=partial(_limit_files, 60_000), pace=0.3
     )
     errors = [line for line in failed.output().splitlines() if "error" in line]
     assert len(errors) == 1, failed.output()
@@ -261,6 +264,8 @@ def test_a_failed_save_ends_the_run_and_keeps_the_earlier(flags, whole, tmp_path
     assert os.strerror(errno.EFBIG) in errors[0]
     assert "step-3 is kept" in errors[0]
     assert os.listdir(folder / "checkpoint") == ["step-3"]
+    # the next save does not need to come to find out
+    assert max(failed.drawn()) < 9
     before = failed.drawn(processes - 1)
     run = train(flags, folder, processes=processes)
     # every rank goes on with its own random state
