@@ -182,27 +182,28 @@ class Checkpointer:
         """Saves if it is time; returns when the state is copied, or written if it is the last step's."""
         if self.config.enable_checkpoint and (last_step or step % self.config.interval == 0):
             weights_only = last_step and self.config.last_save_model_weights_only
-            self._save(step, weights_only=weights_only, wait=last_step)
+            dtype = getattr(torch, self.config.export_dtype) if weights_only else None
+            self._save(step, weights_only_in=dtype, wait=last_step)
 
     def save_before_stop(self, step: int) -> None:
         """Makes sure that all of ``step`` is on the disk when this returns."""
         self.wait()
         if self.config.enable_checkpoint and step != self.saved_step:
-            self._save(step, weights_only=False, wait=True)
+            self._save(step, wait=True)
 
     def save_seed(self) -> None:
         """Saves the initial weights as ``step-0``."""
-        self._save(0, weights_only=True, wait=True)
+        self._save(0, weights_only_in=torch.float32, wait=True)
 
     @torch.no_grad()
-    def _save(self, step: int, *, weights_only: bool, wait: bool) -> None:
+    def _save(self, step: int, *, wait: bool, weights_only_in: torch.dtype | None = None) -> None:
         self.wait()
         weights = self.model.state_dict()
-        if weights_only:
-            dtype = getattr(torch, self.config.export_dtype)
-            state: dict[str, Any] = {name: x.to(dtype) for name, x in weights.items()}
-        else:
-            state = weights | self.states
+        state: dict[str, Any] = (
+            weights | self.states
+            if weights_only_in is None
+            else {name: x.to(weights_only_in) for name, x in weights.items()}
+        )
         wait = wait or self.config.async_mode == "disabled"
         writer = AtomicWriter(self.folder / f"step-{step}", staged=not wait, then=self._saved)
         self.saved_step = step

@@ -194,7 +194,7 @@ class Checkpoint:
     last_save_model_weights_only: bool = False
     """Save the weights alone after the last step, in export_dtype; such a run cannot be prolonged."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of exported models, and of a last or a seed checkpoint that holds weights alone."""
+    """Dtype of exported models, and of a last checkpoint that holds the weights alone."""
     convert_to_hf_on_save: bool = False
     """Export every checkpoint, to the folder hf in it; without, the last one to hf in the dump folder."""
     create_seed_checkpoint: bool = False

@@ -239,17 +239,22 @@ def _config_of(folder: Path, target: str | None) -> SoftpickTransformerConfig:
         folder: Folder with a ``config.json``, of a softpick_transformer or a Llama.
         target: Model configuration to train, which a Llama needs: it names no operator.
     """
-    if target is None or not (folder / "config.json").is_file():
-        file = folder / "config.json"
-        try:
-            return _read_config(str(folder), "--model")
-        except UsageError as error:
-            if file.is_file() and json.loads(file.read_text()).get("model_type") == "llama":
-                raise UsageError(
-                    f"--model {folder} is a Llama, which names no attn_impl: add --model.config, the model "
-                    "JSON to train it with"
-                ) from None
-            raise error
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--model {folder} has no usable config.json: {error}") from None
+    if model_type not in ("llama", SoftpickTransformerConfig.model_type):
+        raise UsageError(
+            f"--model {folder} must be a softpick_transformer or a llama, got {model_type!r}"
+        )
+    if target is None:
+        if model_type == "llama":
+            raise UsageError(
+                f"--model {folder} is a Llama, which names no attn_impl: add --model.config, the model "
+                "JSON to train it with"
+            )
+        return _read_config(str(folder), "--model")
     config = _read_config(target, "--model.config")
     try:
         source = AutoConfig.from_pretrained(str(folder))
@@ -257,10 +262,6 @@ def _config_of(folder: Path, target: str | None) -> SoftpickTransformerConfig:
         raise UsageError(
             f"--model {folder} cannot be read: {' '.join(str(error).split())}"
         ) from None
-    if source.model_type not in ("llama", config.model_type):
-        raise UsageError(
-            f"--model {folder} must be a softpick_transformer or a llama, got {source.model_type!r}"
-        )
     for key in _MEANING:
         if getattr(source, key) != getattr(config, key):
             raise UsageError(

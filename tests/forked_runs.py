@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 import types
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["flame.train", "torch.utils.tensorboard"])
@@ -34,6 +36,9 @@ class Run:
             )
             for rank in range(processes)
         ]
+        # the processes are the server's children: no GPU, as in the other tests of whole runs
+        with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
+            forkserver.ensure_running()
         for process in self.processes:
             process.start()
 

@@ -131,7 +131,7 @@ def _die(where, step):
     """SIGKILL while step-`step` is saved: before torch's metadata, before the rename, or while deleting."""
     import flame.checkpoint_folder as folder
 
-    finish, rmtree = folder.FileSystemWriter.finish, folder.shutil.rmtree
+    finish = folder.FileSystemWriter.finish
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -146,7 +146,6 @@ def _die(where, step):
                 folder.shutil.rmtree = die
         finish(self, *args, **kwargs)
 
-    del rmtree
     folder.FileSystemWriter.finish = finish_or_die
 
 
