@@ -356,6 +356,10 @@ class Validation:
         _require(self.freq >= 1, "validation.freq", self.freq, "at least 1")
 
 
+# what a checkpoint holds besides the weights
+_LOADED = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
+
+
 @dataclass(kw_only=True, slots=True)
 class Checkpoint:
     enable_checkpoint: bool = True
@@ -364,20 +368,76 @@ class Checkpoint:
     """Folder of the checkpoints, within the dump folder."""
     interval: int = 100
     """Steps between two checkpoints; the last step is always saved."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "async"
+    """How the checkpoints before the last are saved: "async" copies the state to the host and writes it
+    while the training goes on; "async_with_pinned_mem" keeps the copy, in pinned memory, which makes
+    copying from a GPU faster; "disabled" writes while the training waits."""
+    keep_latest_k: int = 2
+    """Checkpoints to keep, the last one included; 0: all."""
     load_step: int = -1
     """Step to continue from, which must be the newest; -1: the newest."""
-    keep_latest_k: int = 2
-    """Checkpoints to keep, at least 2; 0: all."""
+    initial_load_path: str | None = None
+    """Checkpoint to start from, a folder step-N of any run or what flame.convert hf-to-dcp wrote. A run
+    that has a checkpoint of its own continues from that."""
+    initial_load_model_weights_only: bool = True
+    """Take the weights of initial_load_path alone; otherwise optimizer, schedule, step, place in the data
+    and random state too."""
+    exclude_from_loading: str = ""
+    """What not to take from initial_load_path, with no_initial_load_model_weights_only: some of
+    optimizer, lr_scheduler, dataloader, train_state, rng, separated by commas."""
+    last_save_model_weights_only: bool = False
+    """Save the weights alone after the last step, in export_dtype; such a run cannot be prolonged."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of exported models, and of a last checkpoint that holds the weights alone."""
+    convert_to_hf_on_save: bool = False
+    """Export every checkpoint, to the folder hf in it; without, the last one to hf in the dump folder."""
+    create_seed_checkpoint: bool = False
+    """Save the initial weights as step-0 and end: a checkpoint that several runs start from with
+    initial_load_path. Takes one process."""
+
+    def excluded(self) -> list[str]:
+        """`exclude_from_loading` as a list."""
+        return [name.strip() for name in self.exclude_from_loading.split(",") if name.strip()]
 
     def __post_init__(self) -> None:
         _require_name("checkpoint.folder", self.folder)
         _require(self.interval >= 1, "checkpoint.interval", self.interval, "at least 1")
         _require(self.load_step >= -1, "checkpoint.load_step", self.load_step, "-1 or a step")
         _require(
-            self.keep_latest_k == 0 or self.keep_latest_k >= 2,
-            "checkpoint.keep_latest_k",
-            self.keep_latest_k,
-            "0 or at least 2, since the newest may be in the making",
+            self.keep_latest_k >= 0, "checkpoint.keep_latest_k", self.keep_latest_k, "at least 0"
+        )
+        name = "checkpoint.initial_load_path"
+        _require(self.initial_load_path != "", name, self.initial_load_path, "a folder")
+        _require(
+            set(self.excluded()) <= set(_LOADED),
+            "checkpoint.exclude_from_loading",
+            self.exclude_from_loading,
+            f"some of {', '.join(_LOADED)}, separated by commas",
+        )
+        _require(
+            not self.excluded()
+            or (self.initial_load_path is not None and not self.initial_load_model_weights_only),
+            "checkpoint.exclude_from_loading",
+            self.exclude_from_loading,
+            "used with --checkpoint.initial_load_path and "
+            "--checkpoint.no_initial_load_model_weights_only",
+        )
+        for name in (
+            "create_seed_checkpoint",
+            "convert_to_hf_on_save",
+            "last_save_model_weights_only",
+        ):
+            _require(
+                self.enable_checkpoint or not getattr(self, name),
+                f"checkpoint.{name}",
+                True,
+                "left out with --checkpoint.no_enable_checkpoint",
+            )
+        _require(
+            self.enable_checkpoint or self.initial_load_path is None,
+            "checkpoint.initial_load_path",
+            self.initial_load_path,
+            "left out with --checkpoint.no_enable_checkpoint",
         )
 
 

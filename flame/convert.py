@@ -1,90 +1,379 @@
-"""``python -m flame.convert dcp-to-hf``: a checkpoint of a run as a Hugging Face model folder."""
+"""Between checkpoints of a run and Hugging Face folders, on a CPU and without a process group."""
 
 import argparse
+import contextlib
+import copy
+import json
+import re
+import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from flame.checkpoint_folder import AtomicWriter, fsync, is_complete, read_contents
 from flame.data import load_tokenizer
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_SHARD_SIZE = "2GB"
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder ``step-N`` was saved to the end; torch writes the metadata last."""
-    return (checkpoint / ".metadata").is_file()
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# what the weights of a Llama mean, besides their shapes
+_MEANING = (
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint ``step-N`` with the largest ``N``."""
-    steps = [
-        path
-        for path in folder.glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and is_complete(path)
-    ]
-    return max(steps, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+def check_weights(
+    contents: dict[str, torch.Size | None],
+    config: SoftpickTransformerConfig,
+    *,
+    what: str,
+    wanted: str,
+) -> None:
+    """Raises UsageError unless ``contents`` has every weight of the model, in its shape.
+
+    Args:
+        contents: Name -> shape of what there is.
+        config: The model.
+        what: What ``contents`` was read from, for the message.
+        wanted: What ``config`` was read from, for the message.
+    """
+    for name, tensor in _meta_model(config).state_dict().items():
+        if name not in contents:
+            raise UsageError(f"{what} is not of {wanted}: it has no {name}")
+        if contents[name] != tensor.shape:
+            raise UsageError(
+                f"{what} is not of {wanted}: {name} is {list(contents[name] or [])}, the model's is "
+                f"{list(tensor.shape)}"
+            )
 
 
 def dcp_to_hf(
     checkpoint: Path,
+    *,
     config: SoftpickTransformerConfig,
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes the model of a distributed checkpoint, float32, with its tokenizer.
+    """Writes the model of a checkpoint with its tokenizer, one file of weights after the other.
+
+    The folder appears under its name when it is whole, and replaces one that is there. The weights of two
+    files at most are in memory.
 
     Args:
         checkpoint: Folder ``step-N``.
         config: Configuration the model was trained with.
         tokenizer: Tokenizer it was trained with; names the special tokens of the export.
         out: Folder for ``AutoModelForCausalLM.from_pretrained``.
+        dtype: Floating-point type of the weights.
+        max_shard_size: Largest file of weights, such as ``"2GB"`` (10^9 bytes each).
+
+    Raises:
+        UsageError: The checkpoint has other weights than the configuration asks for.
     """
-    model = SoftpickTransformerForCausalLM(config)
-    state = model.state_dict()
-    # every weight comes from the checkpoint: one that is missing there fails here
-    with warnings.catch_warnings():
-        # it warns that it takes no_dist=True at its word
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
-    model.load_state_dict(state)
+    check_weights(
+        read_contents(checkpoint), config, what=f"checkpoint {checkpoint}", wanted="the model"
+    )
+    model = _meta_model(config)
     for x in (model.config, model.generation_config):
         x.bos_token_id = tokenizer.bos_token_id
         x.eos_token_id = tokenizer.eos_token_id
         x.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.float32).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    weights = {name: x.to(dtype) for name, x in model.state_dict().items()}
+    for name, origin in _tied(config).items():
+        # the files have them once
+        if not torch.equal(*_load(checkpoint, {x: weights[x] for x in (name, origin)}).values()):
+            raise UsageError(
+                f"checkpoint {checkpoint} has tied weights {name} that differ from {origin}"
+            )
+        del weights[name]
+    temporary = _temporary(out)
+    model.config.save_pretrained(temporary)
+    model.generation_config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shards = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
+    for file, names in shards.filename_to_tensors.items():
+        tensors = _load(checkpoint, {name: weights[name] for name in names})
+        save_file(tensors, temporary / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _publish(temporary, out)
+
+
+def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> None:
+    """Writes the weights of a Hugging Face folder as a checkpoint that a run can start from.
+
+    They keep their dtype; the run reads them into its own. Files are mapped and not read whole.
+
+    Args:
+        model: Folder with ``model.safetensors``, or its index and files.
+        config: Configuration of the model that the run will train.
+        out: Folder to write, for ``--checkpoint.initial_load_path``; must not be there.
+
+    Raises:
+        UsageError: Files are missing or damaged, or the weights are not those of ``config``.
+    """
+    weights = _read_safetensors(model)
+    for name, origin in _tied(config).items():
+        if origin in weights:
+            weights.setdefault(name, weights[origin])
+    # Llamas of old carry a buffer that is computed now
+    weights = {name: x for name, x in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    what = f"--model {model}"
+    check_weights(
+        {name: x.shape for name, x in weights.items()}, config, what=what, wanted="the model"
+    )
+    if unknown := weights.keys() - _meta_model(config).state_dict().keys():
+        raise UsageError(f"{what} is not of the model: {min(unknown)} has no place in it")
+    with _no_process_group():
+        dcp.save(weights, storage_writer=AtomicWriter(out), no_dist=True)
+
+
+def _meta_model(config: SoftpickTransformerConfig) -> SoftpickTransformerForCausalLM:
+    with torch.device("meta"):
+        # a copy, since a model marks its configuration with the operator it runs
+        return SoftpickTransformerForCausalLM(copy.deepcopy(config))
+
+
+def _tied(config: SoftpickTransformerConfig) -> dict[str, str]:
+    """Name -> name of the weight that it shares."""
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+@contextlib.contextmanager
+def _no_process_group() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch warns that it takes no_dist=True at its word
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _load(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of that name, in the dtype of ``wanted``, which may be on the meta device."""
+    tensors = {name: torch.empty_like(x, device="cpu") for name, x in wanted.items()}
+    with _no_process_group():
+        dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
+    return tensors
+
+
+def _temporary(out: Path) -> Path:
+    """An empty folder beside ``out``."""
+    temporary = out.with_name(out.name + ".saving")
+    if temporary.exists():
+        # of an export that was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    """Gives a finished folder its name, in the place of one that has it."""
+    for path in (*temporary.iterdir(), temporary):
+        fsync(path)
+    old = out.with_name(out.name + ".deleting")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    temporary.rename(out)
+    fsync(out.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor, mapped from the files."""
+    try:
+        if (folder / _INDEX).is_file():
+            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            files = sorted(set(index["weight_map"].values()))
+        elif (folder / _WEIGHTS).is_file():
+            files = [_WEIGHTS]
+        else:
+            raise UsageError(
+                f"--model {folder} has no {_WEIGHTS} and no {_INDEX}; other formats are not read: save "
+                "the model with transformers' save_pretrained first"
+            )
+        weights: dict[str, torch.Tensor] = {}
+        for name in files:
+            with safe_open(folder / name, framework="pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"--model {folder} cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    return weights
+
+
+def _config_of(folder: Path, target: str | None) -> SoftpickTransformerConfig:
+    """The model that a Hugging Face folder's weights are for.
+
+    Args:
+        folder: Folder with a ``config.json``, of a softpick_transformer or a Llama.
+        target: Model configuration to train, which a Llama needs: it names no operator.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--model {folder} has no usable config.json: {error}") from None
+    if model_type not in ("llama", SoftpickTransformerConfig.model_type):
+        raise UsageError(
+            f"--model {folder} must be a softpick_transformer or a llama, got {model_type!r}"
+        )
+    if target is None:
+        if model_type == "llama":
+            raise UsageError(
+                f"--model {folder} is a Llama, which names no attn_impl: add --model.config, the model "
+                "JSON to train it with"
+            )
+        return _read_config(str(folder), "--model")
+    config = _read_config(target, "--model.config")
+    try:
+        source = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--model {folder} cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    for key in _MEANING:
+        if getattr(source, key) != getattr(config, key):
+            raise UsageError(
+                f"--model {folder} is not of --model.config {target}: {key} is {getattr(source, key)!r} "
+                f"there, {getattr(config, key)!r} here"
+            )
+    return config
+
+
+def _read_config(path: str, flag: str) -> SoftpickTransformerConfig:
+    try:
+        return read_config(path)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"--out {out} is there already; name a new folder")
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(KB|MB|GB)", text):
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}")
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} -h lists the flags)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m flame.convert", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser(
+        "dcp-to-hf", help="checkpoint of a run -> Hugging Face folder", allow_abbrev=False
+    )
+    export.add_argument("--checkpoint", type=Path, required=True, help="folder step-N of a run")
+    export.add_argument(
+        "--model.config", dest="config", required=True, help="model JSON of the run"
+    )
+    export.add_argument(
+        "--model.tokenizer_path",
+        dest="tokenizer",
+        default="byte",
+        help="tokenizer of the run (default: byte)",
+    )
+    export.add_argument("--out", type=Path, required=True, help="folder to write, a new one")
+    export.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+    )
+    export.add_argument(
+        "--max_shard_size",
+        type=_size,
+        default=MAX_SHARD_SIZE,
+        help=f"largest file of weights (default: {MAX_SHARD_SIZE})",
+    )
+    start = commands.add_parser(
+        "hf-to-dcp",
+        help="Hugging Face folder -> checkpoint for --checkpoint.initial_load_path",
+        allow_abbrev=False,
+    )
+    start.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="folder of a softpick_transformer or a LlamaForCausalLM, with safetensors",
+    )
+    start.add_argument(
+        "--model.config",
+        dest="config",
+        help="model JSON to train with; a Llama needs it (default: the folder's own)",
+    )
+    start.add_argument("--out", type=Path, required=True, help="folder to write, a new one")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flame.convert", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("dcp-to-hf", help="checkpoint of a run -> Hugging Face folder")
-    export.add_argument("--checkpoint", type=Path, required=True, help="folder step-N of a run")
-    export.add_argument("--model.config", dest="config", required=True, help="model JSON")
-    export.add_argument("--model.tokenizer_path", dest="tokenizer", default="byte")
-    export.add_argument("--out", type=Path, required=True, help="folder to write")
-    args = parser.parse_args()
     init_logger()
     with exit_on_usage_error():
-        if not is_complete(args.checkpoint):
-            raise UsageError(f"--checkpoint {args.checkpoint} is not a complete checkpoint step-N")
+        args = _parser().parse_args()
+        _require_new(args.out)
         try:
-            config, tokenizer = read_config(args.config), load_tokenizer(args.tokenizer)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        try:
-            dcp_to_hf(args.checkpoint, config, tokenizer, args.out)
+            if args.command == "dcp-to-hf":
+                _dcp_to_hf_command(args)
+            else:
+                config = _config_of(args.model, args.config)
+                hf_to_dcp(args.model, config=config, out=args.out)
+        except OSError as error:
+            raise UsageError(f"--out {args.out} cannot be written: {error}") from None
         except CheckpointException as error:
-            problem = " ".join(str(error).split())[-200:]
-            raise UsageError(
-                f"--checkpoint {args.checkpoint} is not of --model.config {args.config}: {problem}"
-            ) from None
-    logger.info(f"model {args.out}")
+            raise UsageError(" ".join(str(error).split())[-200:]) from None
+    logger.info(f"written to {args.out}")
+
+
+def _dcp_to_hf_command(args: argparse.Namespace) -> None:
+    if not is_complete(args.checkpoint):
+        raise UsageError(f"--checkpoint {args.checkpoint} is not a complete checkpoint step-N")
+    config = _read_config(args.config, "--model.config")
+    try:
+        tokenizer = load_tokenizer(args.tokenizer)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    dcp_to_hf(
+        args.checkpoint,
+        config=config,
+        tokenizer=tokenizer,
+        out=args.out,
+        dtype=getattr(torch, args.dtype),
+        max_shard_size=args.max_shard_size,
+    )
 
 
 if __name__ == "__main__":

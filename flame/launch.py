@@ -2,12 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
+from pathlib import Path
+from types import FrameType
 
 import torch
 from torch.distributed import DistError
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from flame import placement, port
@@ -63,6 +65,16 @@ def rendezvous_args() -> list[str]:
     ]
 
 
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Sends a signal to the processes of the run, which save, end and so end torchrun."""
+    processes = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    if not processes:
+        # torchrun has not started them yet
+        sys.exit(128 + number)
+    for process in processes:
+        os.kill(int(process), number)
+
+
 def main() -> None:
     init_logger()
     argv = sys.argv[1:]
@@ -84,6 +96,8 @@ def main() -> None:
             if "MASTER_PORT" in os.environ:
                 claimed = port.claim(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
             wait_until_free(config.dump_folder)
+    # signals are passed on below, without torchrun's knowing: it would kill after 30 s what still saves
+    args += ["--signals-to-handle=SIGQUIT"]
     if places:
         args += ["-m", "flame.bound", placement.to_json(places)]
         threads = placement.threads(places)
@@ -99,14 +113,13 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, _pass_on)
     try:
         torchrun.run(torchrun.parse_args([*args, *argv]))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except SignalException as error:
-        # torchrun has passed the signal on and waited for the processes to save
-        sys.exit(128 + error.sigval)
     except DistError as error:
         with exit_on_usage_error():
             raise UsageError(

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from flame.checkpoint_folder import newest_checkpoint
 from flame.config import JobConfig
-from flame.convert import newest_checkpoint
 from flame.errors import UsageError
 from flame.folder_lock import LOCK_FILE, hold
 from flame.models import SoftpickTransformerConfig
@@ -39,6 +39,11 @@ _FREE_FLAGS = (
     "checkpoint.interval",
     "checkpoint.keep_latest_k",
     "checkpoint.load_step",
+    "checkpoint.async_mode",
+    "checkpoint.last_save_model_weights_only",
+    "checkpoint.export_dtype",
+    "checkpoint.convert_to_hf_on_save",
+    "checkpoint.create_seed_checkpoint",
 )
 
 

@@ -143,13 +143,10 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.activation_checkpoint.selective_ac_option = config.activation_checkpoint.selective_ac_option
     # nothing in the model draws random numbers
     c.activation_checkpoint.preserve_rng_state = False
-    c.checkpoint.enable = config.checkpoint.enable_checkpoint
-    c.checkpoint.folder = config.checkpoint.folder
-    c.checkpoint.interval = config.checkpoint.interval
-    c.checkpoint.keep_latest_k = config.checkpoint.keep_latest_k
+    # `Checkpointer` takes the place of torchtitan's, which is built before it
+    c.checkpoint.enable = False
+    # what torchtitan's loop passes to it
     c.checkpoint.load_step = config.checkpoint.load_step
-    # the last checkpoint is one to continue from, like the others
-    c.checkpoint.last_save_model_only = False
     c.metrics.log_freq = config.metrics.log_freq
     # its recorder would make a folder before rank 0 has checked that the dump folder is this run's
     c.comm.trace_buf_size = 0

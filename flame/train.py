@@ -14,8 +14,10 @@ from huggingface_hub.utils import logging as huggingface_hub_logging
 from transformers.utils import logging as transformers_logging
 
 from flame._compat import DEVICE_TYPE
+from flame.checkpoint import check_start
+from flame.checkpoint_folder import newest_checkpoint
 from flame.config import JobConfig, parse_args
-from flame.convert import dcp_to_hf, newest_checkpoint
+from flame.convert import dcp_to_hf
 from flame.data import load_tokenizer, open_data
 from flame.errors import UsageError, exit_on_usage_error
 from flame.generate import generate
@@ -92,7 +94,13 @@ def finish(
         logger.info("no checkpoint (--checkpoint.no_enable_checkpoint), so no exported model")
         return
     out = config.dump_folder / "hf"
-    dcp_to_hf(checkpoint, inputs.model, inputs.tokenizer, out)
+    dcp_to_hf(
+        checkpoint,
+        config=inputs.model,
+        tokenizer=inputs.tokenizer,
+        out=out,
+        dtype=getattr(torch, config.checkpoint.export_dtype),
+    )
     if config.sample.max_new_tokens:
         text = generate(
             str(out),
@@ -155,6 +163,7 @@ def main() -> None:
                 "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
             )
         inputs = read_inputs(config)
+        check_start(config, inputs.model, DEVICE_TYPE)
         run = identity(
             config,
             model=inputs.model,
@@ -165,9 +174,18 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             lock = claim(config, run)  # noqa: F841  # held to the end of the process
     trainer = FlameTrainer(config, inputs)
+    if config.checkpoint.create_seed_checkpoint:
+        with exit_on_usage_error():
+            trainer.checkpointer.save_seed()
+        seed = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
+        logger.info(f"seed checkpoint: --checkpoint.initial_load_path {seed}")
+        trainer.close()
+        dist.destroy_process_group()
+        return
     try:
         describe(trainer)
-        stopped = trainer.train()
+        with exit_on_usage_error():
+            stopped = trainer.train()
         if stopped is None and config.validates:
             loss = trainer.validation_loss()
             trainer.metrics_processor.log_validation(loss, trainer.step)

@@ -2,11 +2,8 @@
 
 import contextlib
 import signal
-import sys
-import time
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,14 +13,18 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 import flame._compat  # noqa: F401  # before torchtitan
+from flame.checkpoint import Checkpointer
 from flame.config import JobConfig
 from flame.context_parallel import shard_batch
+from flame.convert import dcp_to_hf
 from flame.data import IGNORE_INDEX, RunData, StreamLoader, TokenLoader
 from flame.layout import Layout
 from flame.log import logger
 from flame.metrics import Metrics
 from flame.models import SoftpickTransformerConfig
 from flame.parallelize import parallelize
+from flame.rng import RandomState, seed_host
+from flame.stop import StopRequest
 from flame.titan import ModelArgs, TitanModel, global_batch_size, titan_config
 
 # isort: split
@@ -34,8 +35,6 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec
 from torchtitan.train import Trainer
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,9 +51,6 @@ class FlameTrainer(Trainer):
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
         self.config, self.inputs = config, inputs
-        # what this process has heard
-        self.stop_signal: signal.Signals | None = None
-        self.stop_time = 0.0
         # step of the checkpoint that the run continues from, known when it is loaded
         self.start_step: int | None = None
         titan_specs._extra_train_specs["flame"] = TrainSpec(
@@ -72,12 +68,29 @@ class FlameTrainer(Trainer):
             build_validator_fn=partial(Validator, trainer=self),
             build_metrics_processor_fn=lambda titan, dims, _: Metrics(titan, dims, config),
         )
+        seed_host(config.training.seed)
         super().__init__(titan_config(config))
         if config.training.mixed_precision_param == "float32":
             # torchtitan would turn autocast on with float32, which torch refuses with a warning
             self.maybe_enable_amp = contextlib.nullcontext()
-        # a flag on the host, so that asking every step whether to stop does not wait for the GPU
-        self.stop_group = dist.new_group(backend="gloo")
+        self.stop = StopRequest()
+        self.checkpointer = Checkpointer(
+            config,
+            model=self.model_parts[0],
+            states={
+                "optimizer": self.optimizers,
+                "lr_scheduler": self.lr_schedulers,
+                "dataloader": self.dataloader,
+                "train_state": self,
+                "rng": RandomState(self.stop.group, self.device, config.training.seed),
+            },
+            export=partial(
+                dcp_to_hf,
+                config=inputs.model,
+                tokenizer=inputs.tokenizer,
+                dtype=getattr(torch, config.checkpoint.export_dtype),
+            ),
+        )
 
     def init_distributed(self) -> Layout:
         return Layout.of(super().init_distributed())
@@ -112,45 +125,36 @@ class FlameTrainer(Trainer):
 
     def train(self) -> signal.Signals | None:
         """Trains; returns the signal that ended it before the last step, the same on every rank."""
-        handlers = {s: signal.signal(s, self._stop) for s in STOP_SIGNALS}
-        try:
+        with self.stop.listening():
             super().train()
-            stopped = self._agreed_signal()
-            config = self.config.checkpoint
-            is_saved = self.step % config.interval == 0 or self.step in (
-                self.start_step,
-                self.config.training.steps,
-            )
-            if stopped is not None and not is_saved:
-                self.checkpointer.save(self.step, last_step=True)
-            if config.enable_checkpoint:
-                # torchtitan's last save does not count the checkpoints to keep
-                self.checkpointer._purge_stale_checkpoints()
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
+            stopped, _ = self.stop.agree(failed=False)
+            if stopped is None:
+                self.checkpointer.wait()
+            else:
+                self.checkpointer.save_before_stop(self.step)
         return stopped
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.stop_signal is None:
-            self.stop_signal, self.stop_time = signal.Signals(number), now
-        elif now - self.stop_time > 5:
-            # asked again, and not the same request passed on once more by torchrun: at once
-            sys.exit(128 + number)
-
-    def _agreed_signal(self) -> signal.Signals | None:
-        # one process may hear the signal a step before another
-        number = torch.tensor(self.stop_signal or 0)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.stop_group)
-        return signal.Signals(number.item()) if number.item() else None
 
     def should_continue_training(self) -> bool:
         if self.start_step is None:
             self.start_step = self.metrics_processor.start_step = self.step
             if self.step >= self.config.training.steps:
                 logger.info(f"step {self.step} of {self.config.training.steps} is done already")
-        return super().should_continue_training() and self._agreed_signal() is None
+        stopped, failed = self.stop.agree(self.checkpointer.has_failed())
+        if failed:
+            # on all ranks after the same step, since one that goes on alone would wait for the others
+            self.checkpointer.wait()
+        return super().should_continue_training() and stopped is None
+
+    def state_dict(self) -> dict[str, Any]:
+        # of all data-parallel ranks, so that another number of them can go on counting
+        return {"step": self.step, "ntokens_seen": self.ntokens_seen * self._data_ranks()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.ntokens_seen = state_dict["ntokens_seen"] // self._data_ranks()
+
+    def _data_ranks(self) -> int:
+        return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
 
     @torch.no_grad()
     def validation_loss(self) -> float:

@@ -53,8 +53,8 @@ def test_dump_folder_is_named_after_the_model_config():
         (["--optimizer.lr", "inf"], r"--optimizer\.lr must be finite, got inf"),
         (["--validation.share", "1"], r"--validation\.share must be at least 0 and below 1, got 1"),
         (
-            ["--checkpoint.keep_latest_k", "1"],
-            r"--checkpoint\.keep_latest_k must be 0 or at least 2",
+            ["--checkpoint.keep_latest_k", "-1"],
+            r"--checkpoint\.keep_latest_k must be at least 0, got -1",
         ),
         (["--lr_scheduler.decay_ratio", "2"], r"--lr_scheduler\.decay_ratio must be above 0"),
         (["--checkpoint.folder", "../other"], r"--checkpoint\.folder must be the name of a folder"),

@@ -52,7 +52,7 @@ def test_flags_reach_torchtitan(monkeypatch):
     assert config.training.global_batch_size == 30
     assert config.optimizer.eps == 1e-9
     assert config.debug.seed == 7
-    assert not config.checkpoint.last_save_model_only
+    assert not config.checkpoint.enable
 
 
 def test_no_mfu_where_the_peak_is_unknown(monkeypatch):

@@ -27,7 +27,7 @@ def model_of(attn_impl, device, layers=2):
         setattr(config, name, value)
     config.attn_impl = attn_impl
     torch.manual_seed(0)
-    model = TitanModel(ModelArgs(config))
+    model = TitanModel(ModelArgs(config, seed=0))
     for parameter in model.parameters():
         # large enough that attention matters
         torch.nn.init.normal_(parameter, std=0.3)

@@ -1,0 +1,235 @@
+"""Checkpoints to Hugging Face folders and back, on the command line and bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from flame import convert
+from flame.checkpoint_folder import is_complete, read_contents
+from flame.data import load_tokenizer
+from flame.models import SoftpickTransformerForCausalLM, read_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def source(request, tmp_path):
+    """Model configuration, its JSON file, a checkpoint of random weights, and these weights."""
+    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
+    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    raw |= {"num_key_value_heads": 2, "tie_word_embeddings": request.param}
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(raw))
+    config = read_config(file)
+    weights = SoftpickTransformerForCausalLM(config).state_dict()
+    # bfloat16's values, so that every dtype here can hold them; no two are swapped unseen
+    weights = {name: (x + torch.randn_like(x)).bfloat16().float() for name, x in weights.items()}
+    if request.param:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    dcp.save(dict(weights), checkpoint_id=tmp_path / "step-5", no_dist=True)
+    return config, file, tmp_path / "step-5", weights
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["flame.convert", *map(str, words)])
+    convert.main()
+
+
+def refused(monkeypatch, capfd, *words):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *words)
+    assert end.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def loaded(checkpoint):
+    tensors = {name: torch.empty(shape) for name, shape in read_contents(checkpoint).items()}
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_there_and_back_and_there(source, tmp_path, monkeypatch, dtype):
+    config, file, checkpoint, weights = source
+    first, back, second = tmp_path / "hf", tmp_path / "init" / "step-0", tmp_path / "hf2"
+    flags = ["--model.config", file, "--dtype", dtype, "--max_shard_size", "20KB"]
+    run(monkeypatch, "dcp-to-hf", "--checkpoint", checkpoint, "--out", first, *flags)
+    run(monkeypatch, "hf-to-dcp", "--model", first, "--out", back)
+    run(monkeypatch, "dcp-to-hf", "--checkpoint", back, "--out", second, *flags)
+    assert_equal(loaded(back), weights)
+    files = sorted(path.name for path in first.glob("*.safetensors"))
+    assert len(files) > 2
+    # a matrix that is larger has a file of its own
+    largest = max(x.numel() * (4 if dtype == "float32" else 2) for x in weights.values())
+    assert all((first / name).stat().st_size < max(20_000, largest) + 2000 for name in files)
+    for name in (*files, "model.safetensors.index.json", "config.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    model = AutoModelForCausalLM.from_pretrained(first)
+    assert model.dtype == getattr(torch, dtype)
+    assert_equal({name: x.float() for name, x in model.state_dict().items()}, weights)
+    assert model.config.attn_impl == config.attn_impl
+    assert model.config.pad_token_id == AutoTokenizer.from_pretrained(first).pad_token_id == 258
+    assert sorted(os.listdir(tmp_path)) == ["hf", "hf2", "init", "model.json", "step-5"]
+
+
+def test_the_folder_is_what_transformers_writes(source, tmp_path):
+    config, _, checkpoint, weights = source
+    tokenizer = load_tokenizer("byte")
+    convert.dcp_to_hf(checkpoint, config=config, tokenizer=tokenizer, out=tmp_path / "ours")
+    model = SoftpickTransformerForCausalLM(config)
+    model.load_state_dict(weights)
+    for x in (model.config, model.generation_config):
+        x.bos_token_id, x.eos_token_id, x.pad_token_id = 256, 257, 258
+    model.save_pretrained(tmp_path / "theirs")
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = (json.loads((tmp_path / x / name).read_text()) for x in ("ours", "theirs"))
+        assert ours == theirs
+    assert_equal(*(load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs")))
+
+
+@pytest.fixture
+def llama(source, tmp_path):
+    config, file, _, _ = source
+    wanted = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        *convert._MEANING,
+    )
+    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in wanted}))
+    llama.save_pretrained(tmp_path / "llama", max_shard_size="20KB")
+    raw = json.loads(file.read_text()) | {"attn_impl": "naive_softmax_attn"}
+    (tmp_path / "softmax.json").write_text(json.dumps(raw))
+    return llama.eval(), tmp_path / "llama", tmp_path / "softmax.json"
+
+
+def test_a_llama_is_the_softmax_arm(llama, tmp_path, monkeypatch):
+    model, folder, file = llama
+    run(
+        monkeypatch, "hf-to-dcp", "--model", folder, "--model.config", file, "--out", tmp_path / "s"
+    )
+    run(monkeypatch, "dcp-to-hf", "--checkpoint", tmp_path / "s", "--model.config", file, "--out", tmp_path / "hf")  # fmt: skip
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits
+        torch.testing.assert_close(got, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_source_is_refused(llama, source, tmp_path, monkeypatch, capfd):
+    config, file, checkpoint, _ = source
+    _, folder, softmax = llama
+    out = tmp_path / "out"
+
+    def hf(*words):
+        return refused(monkeypatch, capfd, "hf-to-dcp", "--out", out, *words)
+
+    def dcp_(*words):
+        return refused(monkeypatch, capfd, "dcp-to-hf", "--out", out, *words)
+
+    assert "is a Llama, which names no attn_impl: add --model.config" in hf("--model", folder)
+    raw = json.loads(softmax.read_text())
+    for key, value in (("num_attention_heads", 8), ("rms_norm_eps", 1e-5)):
+        (tmp_path / "other.json").write_text(json.dumps(raw | {key: value}))
+        line = hf("--model", folder, "--model.config", tmp_path / "other.json")
+        assert f"{key} is {raw[key]} there, {value} here" in line
+    (tmp_path / "other.json").write_text(json.dumps(raw | {"intermediate_size": 48}))
+    line = hf("--model", folder, "--model.config", tmp_path / "other.json")
+    assert "gate_proj.weight is [64, 32], the model's is [48, 32]" in line
+    line = dcp_("--checkpoint", checkpoint, "--model.config", tmp_path / "other.json")
+    assert "gate_proj.weight is [64, 32], the model's is [48, 32]" in line
+    assert "has no usable config.json" in hf("--model", tmp_path / "nowhere")
+    assert "is not a complete checkpoint" in dcp_("--checkpoint", tmp_path, "--model.config", file)
+    small = ["--checkpoint", checkpoint, "--model.config", file]
+    assert "--max_shard_size: expected a size such as 500MB or 2GB, got '2'" in dcp_(*small, "--max_shard_size", "2")  # fmt: skip
+    assert "--dtype: invalid choice: 'int8'" in dcp_(*small, "--dtype", "int8")
+    assert "the following arguments are required: --model" in hf()
+    (tmp_path / "there").mkdir()
+    line = refused(monkeypatch, capfd, "hf-to-dcp", "--model", folder, "--out", tmp_path / "there")
+    assert "is there already; name a new folder" in line
+    blocked = refused(monkeypatch, capfd, "dcp-to-hf", *small, "--out", file / "out")
+    assert f"--out {file / 'out'} cannot be written" in blocked
+    part = next(folder.glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:100])
+    line = hf("--model", folder, "--model.config", softmax)
+    assert f"--model {folder} cannot be read: SafetensorError" in line
+    part.unlink()
+    assert f"No such file or directory: {folder}" in hf("--model", folder, "--model.config", softmax).replace('"', "")  # fmt: skip
+    (folder / "model.safetensors.index.json").unlink()
+    assert "has no model.safetensors" in hf("--model", folder, "--model.config", softmax)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "must be a softpick_transformer or a llama, got 'gpt2'" in hf("--model", folder, "--model.config", softmax)  # fmt: skip
+    assert not out.exists()
+
+
+def test_a_killed_export_leaves_the_earlier_one(source, tmp_path, monkeypatch):
+    config, _, checkpoint, _ = source
+    arguments = {"config": config, "tokenizer": load_tokenizer("byte"), "out": tmp_path / "hf"}
+    convert.dcp_to_hf(checkpoint, **arguments)
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "save_file", die)
+        with pytest.raises(KeyboardInterrupt):
+            convert.dcp_to_hf(checkpoint, dtype=torch.bfloat16, **arguments)
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    convert.dcp_to_hf(checkpoint, dtype=torch.bfloat16, **arguments)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert sorted(path.name for path in tmp_path.glob("hf*")) == ["hf"]
+
+
+@pytest.mark.parametrize("source", [True], ids=["tied"], indirect=True)
+def test_tied_weights_that_differ_are_refused(source, tmp_path):
+    config, _, _, weights = source
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    dcp.save(dict(weights), checkpoint_id=tmp_path / "step-6", no_dist=True)
+    with pytest.raises(convert.UsageError, match=r"tied weights lm_head\.weight that differ"):
+        convert.dcp_to_hf(
+            tmp_path / "step-6",
+            config=config,
+            tokenizer=load_tokenizer("byte"),
+            out=tmp_path / "hf",
+        )
+    assert not (tmp_path / "hf").exists()
+
+
+def test_help_names_every_flag():
+    for command, names in (
+        (
+            "dcp-to-hf",
+            ["--checkpoint", "--model.config", "--model.tokenizer_path", "--out", "--dtype"],
+        ),
+        ("hf-to-dcp", ["--model ", "--model.config", "--out"]),
+    ):
+        words = [sys.executable, "-m", "flame.convert", command, "-h"]
+        text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert all(name in text for name in names)
+
+
+def test_the_checkpoint_is_complete(source, tmp_path):
+    config, _, checkpoint, _ = source
+    convert.dcp_to_hf(
+        checkpoint, config=config, tokenizer=load_tokenizer("byte"), out=tmp_path / "hf"
+    )
+    convert.hf_to_dcp(tmp_path / "hf", config=config, out=tmp_path / "a" / "b")
+    assert is_complete(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a") == ["b"]
