@@ -164,6 +164,9 @@ class Training:
     """Gradients are scaled down to this global norm."""
     seed: int = 42
     """Seed of weights and data order."""
+    loss: Literal["cross_entropy", "fla_linear_cross_entropy"] = "cross_entropy"
+    """Cross-entropy from the logits of a micro-batch, or a piece of them at a time (a kernel of
+    flash-linear-attention, on a GPU): the same function, less memory, a little slower."""
     compile: bool = False
     """Compile every layer and the loss with torch.compile."""
     mixed_precision_param: Literal["bfloat16", "float32"] | None = None

@@ -61,6 +61,11 @@ def check_layout(
             f"--experimental.context_parallel_degree {context} must multiply to the number of processes, "
             f"{num_processes} (NGPU)"
         )
+    if t.loss != "cross_entropy" and tensor > 1:
+        raise UsageError(
+            f"--training.loss {t.loss} does not go with --training.tensor_parallel_degree {tensor}, which "
+            "shards the vocabulary; take cross_entropy"
+        )
     if t.varlen and context > 1:
         raise UsageError(
             f"--training.varlen does not go with --experimental.context_parallel_degree {context}: packed "

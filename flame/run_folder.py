@@ -25,6 +25,7 @@ _FREE_FLAGS = (
     "training.batch_size",
     "training.gradient_accumulation_steps",
     "training.compile",
+    "training.loss",
     "training.num_workers",
     "training.prefetch_factor",
     "training.data_parallel_replicate_degree",

@@ -10,6 +10,7 @@ from torch import nn
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
 from flame.initial_weights import initialize_weights
+from flame.loss import LinearLoss
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
 
 # isort: split
@@ -70,8 +71,10 @@ class TitanModel(ModelProtocol):
         input_ids: torch.Tensor,
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        linear_loss: LinearLoss | None = None,
     ) -> torch.Tensor:
-        """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]``.
+        """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]``, or with ``labels`` ``[B, T]`` their ``linear_loss``.
 
         With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the
         rows are one packed row for the layers, and attention sees the own sequence alone. ``positions`` ``[1, T]``
@@ -95,7 +98,15 @@ class TitanModel(ModelProtocol):
         position_embeddings = decoder.rotary_emb(hidden, positions)
         for layer in decoder.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, **packed)
-        logits = self.lm_head(decoder.norm(hidden))
+        hidden = decoder.norm(hidden)
+        if linear_loss is not None:
+            # here, where FSDP has the weights of the head whole
+            dtype = hidden.dtype
+            if torch.is_autocast_enabled(hidden.device.type):
+                dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
+            return linear_loss(hidden, weight, labels.flatten())
+        logits = self.lm_head(hidden)
         return logits.view(B, T, -1) if packed else logits
 
 

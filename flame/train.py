@@ -23,6 +23,7 @@ from flame.errors import UsageError, exit_on_usage_error
 from flame.generate import generate
 from flame.layout import check_layout
 from flame.log import init_logger, logger
+from flame.loss import linear_loss
 from flame.models import read_config, require_device
 from flame.run_folder import claim, identity
 from flame.titan import global_batch_size, world_size
@@ -40,6 +41,8 @@ def read_inputs(config: JobConfig) -> RunInputs:
     except ValueError as error:
         raise UsageError(f"--model.config: {error}") from None
     require_device(model.attn_impl, DEVICE_TYPE)
+    # refuses what this machine does not have
+    linear_loss(config.training.loss, DEVICE_TYPE)
     t = config.training
     check_layout(config, model, num_processes=world_size(), device_type=DEVICE_TYPE)
     if t.seq_len > model.max_position_embeddings:

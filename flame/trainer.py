@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
-import flame._compat  # noqa: F401  # before torchtitan
+from flame._compat import DEVICE_TYPE  # before torchtitan
 from flame.checkpoint import Checkpointer
 from flame.config import JobConfig
 from flame.context_parallel import shard_batch
@@ -20,6 +20,7 @@ from flame.convert import dcp_to_hf
 from flame.data import IGNORE_INDEX, RunData, StreamLoader, TokenLoader
 from flame.layout import Layout
 from flame.log import logger
+from flame.loss import linear_loss
 from flame.metrics import Metrics
 from flame.models import SoftpickTransformerConfig
 from flame.parallelize import parallelize
@@ -51,6 +52,7 @@ class FlameTrainer(Trainer):
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
         self.config, self.inputs = config, inputs
+        self.linear_loss = linear_loss(config.training.loss, DEVICE_TYPE)
         # step of the checkpoint that the run continues from, known when it is loaded
         self.start_step: int | None = None
         titan_specs._extra_train_specs["flame"] = TrainSpec(
@@ -121,7 +123,11 @@ class FlameTrainer(Trainer):
         if (mesh := self.parallel_dims.get_optional_mesh("cp")) is not None:
             input_dict, labels = shard_batch(input_dict, labels, mesh)
         rest = {name: x for name, x in input_dict.items() if name != "input"}
-        return self.loss_fn(self.model_parts[0](input_dict["input"], **rest), labels)
+        model, inputs = self.model_parts[0], input_dict["input"]
+        # a linear loss computes its gradients along with it
+        if self.linear_loss is None or not torch.is_grad_enabled():
+            return self.loss_fn(model(inputs, **rest), labels)
+        return model(inputs, **rest, labels=labels, linear_loss=self.linear_loss)
 
     def train(self) -> signal.Signals | None:
         """Trains; returns the signal that ended it before the last step, the same on every rank."""
