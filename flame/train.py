@@ -17,13 +17,17 @@ from flame._compat import DEVICE_TYPE
 from flame.config import JobConfig, parse_args
 from flame.convert import dcp_to_hf, newest_checkpoint
 from flame.data import load_documents, load_tokenizer, split_tokens, tokenize
-from flame.errors import UsageError, exit_on_usage_error
+from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
 from flame.generate import generate
 from flame.log import init_logger, logger
+from flame.memory_estimation import estimate_memory
 from flame.models import read_config, require_device
 from flame.run_folder import claim, identity
+from flame.run_record import write_record
 from flame.titan import global_batch_size, world_size
+from flame.train_step import explain_lost_processes
 from flame.trainer import FlameTrainer, RunInputs, describe
+from flame.writers import require_wandb
 
 
 def read_inputs(config: JobConfig) -> RunInputs:
@@ -37,6 +41,12 @@ def read_inputs(config: JobConfig) -> RunInputs:
     except ValueError as error:
         raise UsageError(f"--model.config: {error}") from None
     require_device(model.attn_impl, DEVICE_TYPE)
+    if config.metrics.enable_wandb:
+        require_wandb()
+    if config.profiling.enable_memory_snapshot and DEVICE_TYPE == "cpu":
+        raise UsageError(
+            "--profiling.enable_memory_snapshot records a GPU's allocator, and this machine has none"
+        )
     t = config.training
     replicas, shards = t.data_parallel_replicate_degree, t.data_parallel_shard_degree
     if world_size() % replicas or shards != -1 and replicas * shards != world_size():
@@ -168,6 +178,9 @@ def main() -> None:
                 "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
             )
         inputs = read_inputs(config)
+        if config.memory_estimation.enabled:
+            estimate_memory(config, inputs)
+            return
         run = identity(
             config,
             model=inputs.model,
@@ -178,15 +191,17 @@ def main() -> None:
         # one process alone, which the others then wait for: they would find a folder half written
         if os.environ["RANK"] == "0":
             lock = claim(config, run)  # noqa: F841  # held to the end of the process
-    trainer = FlameTrainer(config, inputs)
+            write_record(config, sys.argv[1:])
+        trainer = FlameTrainer(config, inputs)
     try:
-        describe(trainer)
-        stopped = trainer.train()
-        if stopped is None and config.validation.share:
-            loss = trainer.validation_loss()
-            trainer.metrics_processor.log_validation(loss, trainer.step)
-        else:
-            loss = None
+        with exit_on_training_error(), explain_lost_processes(trainer):
+            describe(trainer)
+            stopped = trainer.train()
+            if stopped is None and config.validation.share:
+                loss = trainer.validation_loss()
+                trainer.metrics_processor.log_validation(loss, trainer.step)
+            else:
+                loss = None
     finally:
         trainer.close()
     if stopped is not None:

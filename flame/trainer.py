@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from flame.metrics import Metrics
 from flame.models import SoftpickTransformerConfig
 from flame.parallelize import parallelize
 from flame.titan import ModelArgs, TitanModel, global_batch_size, titan_config
+from flame.train_step import CheckedTrainer
 
 # isort: split
 import torchtitan.protocols.train_spec as titan_specs
@@ -31,7 +33,6 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec
-from torchtitan.train import Trainer
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -48,7 +49,7 @@ class RunInputs:
     model: SoftpickTransformerConfig
 
 
-class FlameTrainer(Trainer):
+class FlameTrainer(CheckedTrainer):
     """One run: trains to ``training.steps`` or to a signal, from the newest checkpoint if there is one."""
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
@@ -78,7 +79,9 @@ class FlameTrainer(Trainer):
             # torchtitan would turn autocast on with float32, which torch refuses with a warning
             self.maybe_enable_amp = contextlib.nullcontext()
         # a flag on the host, so that asking every step whether to stop does not wait for the GPU
-        self.stop_group = dist.new_group(backend="gloo")
+        self.stop_group = dist.new_group(
+            backend="gloo", timeout=timedelta(seconds=config.comm.init_timeout_seconds)
+        )
 
     def _build_dataloader(self, *, dp_world_size: int, dp_rank: int, **_: Any) -> TokenLoader:
         t = self.config.training
@@ -210,3 +213,7 @@ def describe(trainer: FlameTrainer) -> None:
         f"{len(trainer.inputs.validation_tokens):,} held out"
     )
     logger.info(f"run folder {config.dump_folder}")
+    if config.job.description:
+        logger.info(config.job.description)
+    if config.job.print_args:
+        logger.info(f"flags\n{config.to_toml()}")
