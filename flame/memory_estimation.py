@@ -34,7 +34,7 @@ STEPS = 2
 
 
 def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
-    """Prints the estimate and returns it: GiB by kind, and their ``Total``, at the peak of one process.
+    """Prints the estimate and returns it: MiB by kind, and their ``Total``, at the peak of one process.
 
     Raises:
         UsageError: The layout cannot be simulated.
@@ -67,28 +67,32 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
             etp=1,
             world_size=world_size(),
         )
+        # its ranks are numbers, which fake tensors do not have
+        dims.build_mesh()
         is_fake = not config.memory_estimation.disable_fake_mode
         with FakeTensorMode() if is_fake else contextlib.nullcontext():
-            peak = _simulate(config, inputs, dims)
+            # a run goes by meta to the device; fake parameters cost nothing and cannot be moved
+            with torch.device(DEVICE_TYPE if is_fake else "meta"):
+                model = TitanModel(ModelArgs(inputs.model))
+            model = parallelize(model, dims, config)
+            if not is_fake:
+                model.to_empty(device=DEVICE_TYPE)
+            peak = _peak(model, config, dims)
     finally:
         dist.destroy_process_group()
     logger.info(
         f"estimate for one of {world_size()} processes, batch_size {config.training.batch_size}, "
-        f"seq_len {config.training.seq_len}: {peak['Total']:.2f} GiB at the peak, without the "
+        f"seq_len {config.training.seq_len}: {peak['Total']:,.1f} MiB at the peak, without the "
         "allocator's gaps and what torch.compile saves"
     )
-    for kind, gib in sorted(peak.items(), key=lambda item: -item[1]):
-        if kind != "Total" and gib:
-            logger.info(f"  {kind:16} {gib:8.2f} GiB")
+    for kind, mib in sorted(peak.items(), key=lambda item: -item[1]):
+        if kind != "Total" and mib:
+            logger.info(f"  {kind:16} {mib:12,.1f} MiB")
     return peak
 
 
-def _simulate(config: JobConfig, inputs: RunInputs, dims: ParallelDims) -> dict[str, float]:
+def _peak(model: TitanModel, config: JobConfig, dims: ParallelDims) -> dict[str, float]:
     titan, device = titan_config(config), torch.device(DEVICE_TYPE)
-    with torch.device("meta"):
-        model = TitanModel(ModelArgs(inputs.model))
-    model = parallelize(model, dims, config)
-    model.to_empty(device=device)
     optimizers = build_optimizers([model], titan.optimizer, dims)
     loss_fn = build_cross_entropy_loss(titan)
     t = config.training
@@ -107,6 +111,8 @@ def _simulate(config: JobConfig, inputs: RunInputs, dims: ParallelDims) -> dict[
         for _ in range(STEPS):
             optimizers.zero_grad()
             for _ in range(t.gradient_accumulation_steps):
+                # it keeps statistics of one forward pass of a module, not of several
+                tracker.reset_mod_stats()
                 with amp:
                     loss = loss_fn(model(tokens), tokens)
                 loss.backward()
@@ -115,4 +121,4 @@ def _simulate(config: JobConfig, inputs: RunInputs, dims: ParallelDims) -> dict[
     peak = tracker.get_tracker_snapshot("peak")
     # on a CPU the device has no index
     (snapshot,) = (s for where, s in peak.items() if where.type == DEVICE_TYPE)
-    return {getattr(kind, "value", kind): size / 2**30 for kind, size in snapshot.items()}
+    return {getattr(kind, "value", kind): size / 2**20 for kind, size in snapshot.items()}

@@ -1,6 +1,8 @@
 """The trace of a training step, on a GPU and on a CPU; torchtitan's own takes a GPU for granted."""
 
 import contextlib
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,9 @@ def trace_steps(folder: Path, every: int, first_step: int) -> Iterator[torch.pro
         profiler.export_chrome_trace(str(file))
         logger.info(f"trace of step {step} in {file}")
 
+    # lines of the profiler's own and a warning, about what is wanted: one step a file
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    warnings.filterwarnings("ignore", message=".*Profiler clears events")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

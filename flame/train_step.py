@@ -6,6 +6,7 @@ while it runs, which leaves the GPU with work in the meantime.
 """
 
 import contextlib
+import json
 import math
 import re
 import statistics
@@ -185,7 +186,7 @@ class CheckedTrainer(Trainer):
             threshold = self.watch.threshold()
             if loss > threshold:
                 place = self._dump(seen | {"threshold": threshold}, "spike", microbatches)
-                logger.warning(
+                logger.info(
                     f"step {self.step}: loss {loss:.4f} is a spike, above {threshold:.4f}{place}"
                 )
             self.watch.losses.append(loss)
@@ -203,7 +204,7 @@ class CheckedTrainer(Trainer):
                 f"{what}{place}; {self.skipped_in_a_row} steps in a row were skipped "
                 f"(--training.max_skipped_steps {training.max_skipped_steps})"
             )
-        logger.warning(f"{what}: no update{place}")
+        logger.info(f"{what}: no update{place}")
 
     def _dump(self, seen: dict[str, float], reason: str, microbatches: list[Microbatch]) -> str:
         """Writes what the step saw to ``spikes/step-N``; returns where, for the end of a message."""
@@ -290,24 +291,35 @@ def _trace_folder(config: JobConfig) -> Path:
 
 @contextlib.contextmanager
 def explain_lost_processes(trainer: CheckedTrainer) -> Iterator[None]:
-    """Turns gloo's words for a collective that was not joined into a `TrainingError`, with a trace of this process.
+    """Turns gloo's words for a collective that was not joined into a `TrainingError`, with what led up to it.
 
-    NCCL ends the process itself and writes the trace itself.
+    Where NCCL is what waits, it writes its trace and ends the process itself.
     """
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, TrainingError) or not _LOST.search(str(error)):
             raise
-        comm = trainer.config.comm
-        where = ""
-        dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
-        folder = _trace_folder(trainer.config)
-        if comm.trace_buf_size and dump is not None and folder.is_dir():
-            file = folder / f"rank_{dist.get_rank()}"
-            file.write_bytes(dump())
-            where = f"; its last collectives are in {file}, to be read with torchfrtrace"
+        file = _write_trace(trainer.config)
+        where = f"; its last collectives are in {file}" if file else ""
         raise TrainingError(
             f"step {trainer.step}: another process ended, or did not answer within "
-            f"--comm.train_timeout_seconds {comm.train_timeout_seconds}{where} ({error})"
+            f"--comm.train_timeout_seconds {trainer.config.comm.train_timeout_seconds}{where} ({error})"
         ) from error
+
+
+def _write_trace(config: JobConfig) -> Path | None:
+    """Writes this process's flight recorder as NCCL would, or for gloo alone, which torchfrtrace does not
+    read, as JSON."""
+    folder = _trace_folder(config)
+    if not config.comm.trace_buf_size or not folder.is_dir():
+        return None
+    file = folder / f"rank_{dist.get_rank()}"
+    c10d = torch._C._distributed_c10d
+    if torch.cuda.is_available():
+        file.write_bytes(c10d._dump_nccl_trace())
+        return file
+    entries = json.loads(c10d._dump_fr_trace_json())["entries"]
+    file = file.with_suffix(".json")
+    file.write_text(strict_json(entries, indent=1) + "\n", encoding="utf-8")
+    return file

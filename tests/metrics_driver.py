@@ -1,0 +1,156 @@
+"""Trains several small runs in one process, each with its own trouble, and notes what it saw: for `test_metrics.py`.
+
+``python metrics_driver.py OUT FLAGS``, or the same under torchrun: FLAGS is a JSON object of the flags that all
+runs share, OUT a folder. Each run of `RUNS` trains into ``OUT/<its name>`` and writes ``OUT/<its name>.rankN.json``.
+"""
+
+import io
+import json
+import os
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import flame.train
+import torchtitan.distributed.utils as titan_distributed
+import torchtitan.train
+from flame.trainer import FlameTrainer
+
+RANK = int(os.environ.get("RANK", "0"))
+STEPS = 12
+
+
+def local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def fingerprint(trainer):
+    """This process's share of the weights and of the optimizer's state, as one float64 and all steps it counts."""
+    model = trainer.model_parts[0]
+    state = trainer.optimizers.optimizers[0].state
+    tensors = [local(p) for p in model.parameters()]
+    tensors += [local(v) for s in state.values() for v in s.values()]
+    return [x.detach().double().sum().item() for x in tensors]
+
+
+def trouble(at, rank, *, factor=1.0, layer=None):
+    """A forward_backward_step whose loss, or one layer's gradient, goes wrong in some steps on one rank."""
+    original = FlameTrainer.forward_backward_step
+
+    def step(self, **batch):
+        loss = original(self, **batch)
+        if self.step in at and rank in (None, RANK):
+            if layer is None:
+                for p in self.model_parts[0].parameters():
+                    p.grad = p.grad * factor if p.grad is not None else None
+                return loss * factor
+            with torch.no_grad():
+                local(self.model_parts[0].model.layers[layer].mlp.up_proj.weight.grad).fill_(factor)
+        return loss
+
+    return step
+
+
+def sleep_in(at, rank, seconds):
+    original = FlameTrainer.forward_backward_step
+
+    def step(self, **batch):
+        if self.step in at and rank == RANK:
+            time.sleep(seconds)
+        return original(self, **batch)
+
+    return step
+
+
+NAN, INF = float("nan"), float("inf")
+RUNS = {
+    "plain": ({}, None),
+    # the gradients of one rank alone
+    "skipped": (
+        {"training.skip_nan_inf": True, "metrics.max_dumps": 1},
+        trouble({3, 4}, 1 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0, factor=NAN),
+    ),
+    "one_layer": ({"training.skip_nan_inf": True}, trouble({3}, None, factor=INF, layer=1)),
+    "row": (
+        {"training.skip_nan_inf": True, "training.max_skipped_steps": 2},
+        trouble({3, 5, 6, 7}, None, factor=NAN),
+    ),
+    "stopped": ({}, trouble({5}, None, factor=NAN)),
+    "spike": (
+        {"metrics.spike_window": 5, "metrics.spike_deviations": 4},
+        trouble({8}, None, factor=10.0),
+    ),
+    "young_spike": (
+        {"metrics.spike_window": 20, "metrics.spike_deviations": 4},
+        trouble({8}, None, factor=10.0),
+    ),
+    "hang": (
+        {"comm.train_timeout_seconds": 4, "training.steps": 4},
+        sleep_in({3}, 1, 600),
+    ),
+}
+
+
+def run(name, out, flags):
+    own, step = RUNS[name]
+    flags = flags | own | {"job.dump_folder": str(out / name)}
+    seen, original = {}, FlameTrainer.forward_backward_step
+    original_step = FlameTrainer.train_step
+
+    def train_step(self, data_iterator):
+        before = fingerprint(self)
+        try:
+            original_step(self, data_iterator)
+        finally:
+            seen[self.step] = fingerprint(self) == before
+
+    words = [f"--{flag}" if x is True else f"--{flag}={x}" for flag, x in flags.items()]
+    sys.argv = ["train.py", *words]
+    FlameTrainer.train_step = train_step
+    if step is not None:
+        FlameTrainer.forward_backward_step = step
+    text, code = io.StringIO(), 0
+    try:
+        with redirect_stdout(text), redirect_stderr(text):
+            flame.train.main()
+    except SystemExit as exit_:
+        code = exit_.code
+    finally:
+        FlameTrainer.train_step = original_step
+        FlameTrainer.forward_backward_step = original
+    note = {"code": code, "unchanged": seen, "output": text.getvalue()}
+    (out / f"{name}.rank{RANK}.json").write_text(json.dumps(note))
+
+
+def keep_process_group():
+    """Lets all runs share the first one's group: under torchrun another would meet the first one's addresses."""
+    first, distributed = flame._compat._init_distributed, titan_distributed
+
+    def init(*args, **kwargs):
+        return dist.get_world_size() if dist.is_initialized() else first(*args, **kwargs)
+
+    distributed.init_distributed = init
+    dist.destroy_process_group = lambda: None
+
+
+def main():
+    out, flags, names = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    torch.set_num_threads(1)
+    # the trainer sleeps for two seconds at the end of a run
+    torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
+    keep_process_group()
+    for name in names:
+        run(name, out, flags)
+    if "hang" in names:
+        # the process that sleeps is not waited for
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
