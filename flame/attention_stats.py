@@ -22,10 +22,11 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from fla.ops.attn.softpick import NORMALIZERS
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fla.ops.attn.softpick import NORMALIZERS
 
 SINK_EPS = (0.2, 0.3)
 """Mean weights on the first key above which a head counts as a sink."""
@@ -59,7 +60,9 @@ class AttentionCounts:
     def ratios(self) -> dict[str, float]:
         """The statistics by name; NaN where nothing was counted."""
         weights, zeros, small, pairs, *sinks = self.sums.tolist()
-        named = {f"sink_rate_{eps}": _ratio(n, pairs) for eps, n in zip(SINK_EPS, sinks, strict=True)}
+        named = {
+            f"sink_rate_{eps}": _ratio(n, pairs) for eps, n in zip(SINK_EPS, sinks, strict=True)
+        }
         return named | {
             "zeros": _ratio(zeros, weights),
             f"at_most_{SMALL:.0e}": _ratio(small, weights),

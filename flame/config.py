@@ -277,9 +277,7 @@ class Comm:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):
             value = getattr(self, name)
             _require(value >= 1, f"comm.{name}", value, "at least 1")
-        _require(
-            self.trace_buf_size >= 0, "comm.trace_buf_size", self.trace_buf_size, "at least 0"
-        )
+        _require(self.trace_buf_size >= 0, "comm.trace_buf_size", self.trace_buf_size, "at least 0")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.testing._internal.distributed.fake_pg  # noqa: F401  # registers the backend "fake"
+import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker

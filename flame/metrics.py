@@ -38,9 +38,7 @@ class Metrics(MetricsProcessor):
         self.start_step = 0
         # at once: who has no account is to hear of it before the model is built
         is_first = dist.get_rank() == 0
-        self.wandb = (
-            WeightsAndBiases(config) if config.metrics.enable_wandb and is_first else None
-        )
+        self.wandb = WeightsAndBiases(config) if config.metrics.enable_wandb and is_first else None
 
     def log(
         self,

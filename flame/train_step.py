@@ -6,8 +6,8 @@ while it runs, which leaves the GPU with work in the meantime.
 """
 
 import contextlib
-import json
 import math
+import pickle
 import re
 import statistics
 from collections import deque
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -39,7 +40,9 @@ Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 SPIKE_FOLDER = "spikes"
 TRACE_FOLDER = "comm_traces"
 # what gloo says of a collective that the other processes did not join
-_LOST = re.compile(r"[Tt]imed out|[Tt]imeout|Connection closed by peer|Connection reset|Broken pipe")
+_LOST = re.compile(
+    r"[Tt]imed out|[Tt]imeout|Connection closed by peer|Connection reset|Broken pipe"
+)
 
 
 class LossWatch:
@@ -94,10 +97,10 @@ class CheckedTrainer(Trainer):
                 ``training.max_skipped_steps`` were skipped in a row. The same on every process.
         """
         training, dims = self.config.training, self.parallel_dims
-        if self.start_step is not None and self.step == self.start_step + 1:
+        is_first = self.start_step is not None and self.step == self.start_step + 1
+        if is_first and self.config.comm.trace_buf_size:
             # by now rank 0 has made sure that the dump folder is this run's
-            if self.config.comm.trace_buf_size:
-                _trace_folder(self.config).mkdir(exist_ok=True)
+            _trace_folder(self.config).mkdir(exist_ok=True)
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
         microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
@@ -139,7 +142,7 @@ class CheckedTrainer(Trainer):
             with self.metrics_processor.pause():
                 scalars = self.attention_scalars()
             self.metrics_processor.log_attention(scalars, self.step)
-        if self.start_step is not None and self.step == self.start_step + 1:
+        if is_first:
             self._end_of_first_step()
 
     def clip_gradients(self) -> torch.Tensor:
@@ -177,9 +180,7 @@ class CheckedTrainer(Trainer):
     ) -> None:
         metrics, training = self.config.metrics, self.config.training
         if self.watch is None:
-            self.watch = LossWatch(
-                window=metrics.spike_window, deviations=metrics.spike_deviations
-            )
+            self.watch = LossWatch(window=metrics.spike_window, deviations=metrics.spike_deviations)
         seen = {"loss": loss, "gradient_norm": grad_norm, "lr": lr}
         if is_finite:
             self.skipped_in_a_row = 0
@@ -281,6 +282,10 @@ class CheckedTrainer(Trainer):
                 observer.is_counting = is_asked and bool((labels != IGNORE_INDEX).any())
                 model(input_dict["input"].to(self.device))
         model.train()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # without a backward pass the outermost weights would stay gathered
+                module.reshard()
         observer.reduce()
         return observer.scalars()
 
@@ -319,7 +324,8 @@ def _write_trace(config: JobConfig) -> Path | None:
     if torch.cuda.is_available():
         file.write_bytes(c10d._dump_nccl_trace())
         return file
-    entries = json.loads(c10d._dump_fr_trace_json())["entries"]
+    # made by this very process; its own form as JSON leaves the stacks out
+    entries = pickle.loads(c10d._dump_fr_trace())["entries"]
     file = file.with_suffix(".json")
     file.write_text(strict_json(entries, indent=1) + "\n", encoding="utf-8")
     return file

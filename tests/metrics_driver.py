@@ -18,9 +18,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import flame.train
+from flame.attention_stats import Observer, observe
+from flame.titan import ModelArgs, TitanModel
+from flame.trainer import FlameTrainer
+
+# isort: split
 import torchtitan.distributed.utils as titan_distributed
 import torchtitan.train
-from flame.trainer import FlameTrainer
 
 RANK = int(os.environ.get("RANK", "0"))
 STEPS = 12
@@ -57,6 +61,23 @@ def trouble(at, rank, *, factor=1.0, layer=None):
     return step
 
 
+def by_one_process(trainer):
+    """What `attention_scalars` gives on the gathered weights, with all sequences in one batch."""
+    model = TitanModel(ModelArgs(trainer.inputs.model))
+    full = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p
+        for name, p in trainer.model_parts[0].named_parameters()
+    }
+    model.load_state_dict({name: p.detach() for name, p in full.items()})
+    config = trainer.config
+    number, length = config.metrics.attention_sequences, config.training.seq_len
+    tokens = trainer.inputs.validation_tokens[: number * length].astype("int64")
+    observer = Observer(len(model.model.layers), "softpick", torch.device("cpu"))
+    with torch.no_grad(), observe(model.model, trainer.inputs.model.attn_impl, observer):
+        model(torch.from_numpy(tokens).reshape(number, length))
+    return observer.scalars()
+
+
 def sleep_in(at, rank, seconds):
     original = FlameTrainer.forward_backward_step
 
@@ -70,7 +91,8 @@ def sleep_in(at, rank, seconds):
 
 NAN, INF = float("nan"), float("inf")
 RUNS = {
-    "plain": ({}, None),
+    # an odd number of sequences, so that one of two processes has none left
+    "plain": ({"metrics.attention_freq": 4, "metrics.attention_sequences": 3}, None),
     # the gradients of one rank alone
     "skipped": (
         {"training.skip_nan_inf": True, "metrics.max_dumps": 1},
@@ -92,7 +114,7 @@ RUNS = {
     ),
     "hang": (
         {"comm.train_timeout_seconds": 4, "training.steps": 4},
-        sleep_in({3}, 1, 600),
+        sleep_in({3}, 1, 10),
     ),
 }
 
@@ -101,7 +123,13 @@ def run(name, out, flags):
     own, step = RUNS[name]
     flags = flags | own | {"job.dump_folder": str(out / name)}
     seen, original = {}, FlameTrainer.forward_backward_step
-    original_step = FlameTrainer.train_step
+    original_step, original_scalars = FlameTrainer.train_step, FlameTrainer.attention_scalars
+    scalars = []
+
+    def attention_scalars(self):
+        found = original_scalars(self)
+        scalars.append((self.step, found, by_one_process(self)))
+        return found
 
     def train_step(self, data_iterator):
         before = fingerprint(self)
@@ -113,6 +141,7 @@ def run(name, out, flags):
     words = [f"--{flag}" if x is True else f"--{flag}={x}" for flag, x in flags.items()]
     sys.argv = ["train.py", *words]
     FlameTrainer.train_step = train_step
+    FlameTrainer.attention_scalars = attention_scalars
     if step is not None:
         FlameTrainer.forward_backward_step = step
     text, code = io.StringIO(), 0
@@ -123,8 +152,9 @@ def run(name, out, flags):
         code = exit_.code
     finally:
         FlameTrainer.train_step = original_step
+        FlameTrainer.attention_scalars = original_scalars
         FlameTrainer.forward_backward_step = original
-    note = {"code": code, "unchanged": seen, "output": text.getvalue()}
+    note = {"code": code, "unchanged": seen, "attention": scalars, "output": text.getvalue()}
     (out / f"{name}.rank{RANK}.json").write_text(json.dumps(note))
 
 
@@ -148,7 +178,7 @@ def main():
     for name in names:
         run(name, out, flags)
     if "hang" in names:
-        # the process that sleeps is not waited for
+        # collectives are out of step: nothing that waits for the other process
         os._exit(0)
 
 

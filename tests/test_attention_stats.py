@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from fla.ops.attn.softpick import NORMALIZERS
-from fla.ops.attn.softpick.naive import naive_normalized_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fla.ops.attn.softpick import NORMALIZERS
+from fla.ops.attn.softpick.naive import naive_normalized_attn
 from flame.attention_stats import (
     SMALL,
     AttentionCounts,
@@ -45,7 +45,10 @@ def by_definition(q, k, *, normalizer, eps, **kwargs):
 def heads_with_sinks(T, S, *, HQ, H, K=8, dtype=torch.float32):
     """q and k some of whose heads look at the first key, by various degrees."""
     generator = torch.Generator().manual_seed(T + 100 * HQ)
-    q, k = torch.randn(2, T, HQ, K, generator=generator), torch.randn(2, S, H, K, generator=generator)
+    q, k = (
+        torch.randn(2, T, HQ, K, generator=generator),
+        torch.randn(2, S, H, K, generator=generator),
+    )
     q[..., 0] = torch.linspace(0, 6, HQ)
     k[..., 0] = 0
     k[:, 0, :, 0] = 4

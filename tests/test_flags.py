@@ -99,7 +99,10 @@ def test_a_flag_that_nothing_reads_is_found():
             {"training.seed"},
         ),
         # another function's name
-        ("def f(config: JobConfig):\n    t = config.training\ndef g(t):\n    return t.steps", set()),
+        (
+            "def f(config: JobConfig):\n    t = config.training\ndef g(t):\n    return t.steps",
+            set(),
+        ),
         # written, not read; torchtitan's; a string
         ("config.training.steps = 3", set()),
         ("x = c.training.steps + job_config.training.steps + t.steps", set()),
