@@ -4,14 +4,19 @@ Each entry names the error it prevents. Whatever else of ours touches torchtitan
 `trainer.py` and `parallelize.py`.
 """
 
+import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch._utils
 import torch.distributed as dist
+
+from flame.profiling import trace_steps
 
 if "torchtitan" in sys.modules:
     raise ImportError("flame._compat must be imported before torchtitan")
@@ -22,6 +27,8 @@ if torch._utils._get_available_device_type() is None:
 
 import torchtitan.components.metrics as titan_metrics
 import torchtitan.distributed.utils as titan_distributed
+from torchtitan.config import Comm, Profiling
+from torchtitan.tools import profiling as titan_profiling
 from torchtitan.tools import utils as titan_utils
 
 # "ENV[...] = 1 will be overridden to 3": torchrun sets what torchtitan sets anew, and warns about
@@ -73,3 +80,42 @@ def _known_peak_flops(device_name: str) -> float:
 
 # the MFU of an unknown device would be reported against an A100
 titan_utils.get_peak_flops = _known_peak_flops
+
+
+def _init_distributed(
+    comm: Comm, enable_cpu_backend: bool = False, base_folder: str = "", ranks: None = None
+) -> int:
+    if comm.trace_buf_size:
+        # read when a timeout is dumped, to this path with the rank behind it
+        prefix = Path(base_folder) / comm.save_traces_folder / comm.save_traces_file_prefix
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(prefix.absolute())
+        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)
+    # 3: the watchdog ends the process without taking collectives back, or there would be nothing to dump
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
+    backend = dist.Backend.default_device_backend_map[DEVICE_TYPE]
+    if enable_cpu_backend and DEVICE_TYPE != "cpu":
+        backend = f"{DEVICE_TYPE}:{backend},cpu:gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=comm.init_timeout_seconds))
+    return dist.get_world_size()
+
+
+# it makes comm_traces/ in the dump folder before rank 0 has checked whose folder that is; here
+# `flame.train_step` makes it, at the first step
+titan_distributed.init_distributed = _init_distributed
+
+
+@contextlib.contextmanager
+def _maybe_enable_profiling(
+    profiling: Profiling, *, global_step: int = 0, base_folder: str = "", leaf_folder: str = ""
+) -> Iterator[torch.profiler.profile | None]:
+    if not profiling.enable_profiling:
+        yield None
+        return
+    folder = Path(base_folder) / profiling.save_traces_folder
+    with trace_steps(folder, profiling.profile_freq, global_step) as profiler:
+        yield profiler
+
+
+# "Expected ProfilerActivity ... NoneType" on a CPU
+titan_profiling.maybe_enable_profiling = _maybe_enable_profiling

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from flame.errors import UsageError
+from flame.refused_flags import refuse
 
 
 def _require(condition: bool, flag: str, value: object, right: str) -> None:
@@ -41,6 +42,10 @@ class Job:
     allow_cross_numa: bool = False
     """Lets a run take GPUs of several NUMA groups and more than 4 of a machine; each process is still bound to
     the group of its GPU. Where the groups cannot be read it runs unchecked and unbound."""
+    description: str = ""
+    """A sentence about the run: printed at its start, kept in its record, the notes in wandb."""
+    print_args: bool = False
+    """Print all flags, as the TOML that --job.config_file reads, at the start."""
 
     def __post_init__(self) -> None:
         _require(self.dump_folder != "", "job.dump_folder", self.dump_folder, "a folder")
@@ -162,6 +167,11 @@ class Training:
     """Optimizer steps."""
     max_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    skip_nan_inf: bool = False
+    """Skip the optimizer's step when the loss or the gradient norm is NaN or infinite. Without it, such a
+    step ends the run."""
+    max_skipped_steps: int = 10
+    """With skip_nan_inf: skipped steps in a row after which the run ends."""
     seed: int = 42
     """Seed of weights and data order."""
     loss: Literal["cross_entropy", "fla_linear_cross_entropy"] = "cross_entropy"
@@ -220,6 +230,8 @@ class Training:
             _require(value >= 1, f"training.{name}", value, "at least 1")
         _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
         _require(self.seed >= 0, "training.seed", self.seed, "at least 0")
+        name = "training.max_skipped_steps"
+        _require(self.max_skipped_steps >= 1, name, self.max_skipped_steps, "at least 1")
         replicate, shard = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
         name = "training.data_parallel_replicate_degree"
         _require(replicate >= 1, name, replicate, "at least 1")
@@ -447,13 +459,96 @@ class Checkpoint:
 @dataclass(kw_only=True, slots=True)
 class Metrics:
     log_freq: int = 10
-    """Steps between two lines of the log and two points in TensorBoard."""
+    """Steps between two lines of the log, of metrics.jsonl and of TensorBoard; the first step is always
+    logged."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard files."""
     save_tb_folder: str = "tb"
     """Folder of the TensorBoard files, within the dump folder."""
+    enable_wandb: bool = False
+    """Also log to Weights & Biases; project, name and id by WANDB_PROJECT (default: flame), WANDB_NAME and
+    WANDB_RUN_ID (default: the dump folder's)."""
+    save_for_all_ranks: bool = False
+    """Every process writes its own metrics.rankN.jsonl and TensorBoard folder, not the first alone."""
+    disable_color_printing: bool = False
+    """Print without colours, as is done anyway where the output is no terminal."""
+    attention_freq: int = 0
+    """Steps between two measurements of every layer's attention on held-out sequences: sink rate, share of
+    zero weights, largest score, kurtosis of the output; 0: none."""
+    attention_sequences: int = 4
+    """Held-out sequences, the first ones, that attention_freq measures on."""
+    spike_deviations: float = 6.0
+    """A loss this many standard deviations above the mean of the last spike_window steps is a spike and is
+    written to spikes/; 0: none is."""
+    spike_window: int = 100
+    """Steps whose losses a spike is judged by; before as many are done there are no spikes."""
+    max_dumps: int = 10
+    """Steps a process writes to spikes/, spikes and losses that are not finite together; 0: none."""
 
     def __post_init__(self) -> None:
         _require_name("metrics.save_tb_folder", self.save_tb_folder)
         _require(self.log_freq >= 1, "metrics.log_freq", self.log_freq, "at least 1")
+        name = "metrics.attention_sequences"
+        _require(self.attention_sequences >= 1, name, self.attention_sequences, "at least 1")
+        _require(self.spike_window >= 2, "metrics.spike_window", self.spike_window, "at least 2")
+        for name in ("attention_freq", "spike_deviations", "max_dumps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"metrics.{name}", value, "at least 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class Profiling:
+    enable_profiling: bool = False
+    """Write a trace of one step in every profile_freq with torch.profiler, for Perfetto or chrome://tracing."""
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces, within the dump folder."""
+    profile_freq: int = 10
+    """Steps between two traces or memory snapshots; at least 4, since 3 steps warm the profiler up."""
+    enable_memory_snapshot: bool = False
+    """Write a snapshot of the GPU's memory every profile_freq steps and when it runs out, for
+    https://pytorch.org/memory_viz."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the memory snapshots, within the dump folder."""
+
+    def __post_init__(self) -> None:
+        _require_name("profiling.save_traces_folder", self.save_traces_folder)
+        name = "profiling.save_memory_snapshot_folder"
+        _require_name(name, self.save_memory_snapshot_folder)
+        _require(self.profile_freq >= 4, "profiling.profile_freq", self.profile_freq, "at least 4")
+
+
+@dataclass(kw_only=True, slots=True)
+class Comm:
+    init_timeout_seconds: int = 300
+    """Seconds that a process waits for the others up to the end of its first step."""
+    train_timeout_seconds: int = 100
+    """Seconds that it waits for them from then on; then the run ends."""
+    trace_buf_size: int = 20000
+    """Collectives that torch's flight recorder keeps; a timeout writes them to comm_traces/, which
+    torchfrtrace reads; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("init_timeout_seconds", "train_timeout_seconds"):
+            value = getattr(self, name)
+            _require(value >= 1, f"comm.{name}", value, "at least 1")
+        _require(self.trace_buf_size >= 0, "comm.trace_buf_size", self.trace_buf_size, "at least 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryEstimation:
+    enabled: bool = False
+    """Print an estimate of one process's peak memory, from two simulated steps, and end. Nothing is trained,
+    and no dump folder is made."""
+    disable_fake_mode: bool = False
+    """Estimate with real tensors, which takes the memory that it estimates, instead of fake ones."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.enabled or not self.disable_fake_mode,
+            "memory_estimation.disable_fake_mode",
+            self.disable_fake_mode,
+            "given together with --memory_estimation.enabled",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -489,6 +584,9 @@ class JobConfig:
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
+    memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
     sample: Sample = field(default_factory=Sample)
 
     def __post_init__(self) -> None:
@@ -505,6 +603,18 @@ class JobConfig:
             "validation.sequences",
             self.validation.sequences,
             "0 without --training.streaming, where --validation.share says what is held out",
+        )
+        _require(
+            self.metrics.attention_freq == 0 or self.validates,
+            "metrics.attention_freq",
+            self.metrics.attention_freq,
+            "0 without held-out sequences (--validation.share, --validation.sequences)",
+        )
+        _require(
+            self.metrics.attention_freq == 0 or self.experimental.context_parallel_degree == 1,
+            "metrics.attention_freq",
+            self.metrics.attention_freq,
+            "0 with --experimental.context_parallel_degree, under which no process has all queries",
         )
 
     @property
@@ -574,6 +684,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     config_file = peek.parse_known_args(argv)[0].config_file
     if config_file is not None:
         argv = _flags_of_toml(Path(config_file)) + argv
+    refuse(argv)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -12,6 +12,20 @@ class UsageError(ValueError):
     """A flag, file or value that the user must mend; the message names it and says what would be right."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message names the step, what happened and where to look."""
+
+
+@contextlib.contextmanager
+def exit_on_training_error() -> Iterator[None]:
+    """Turns `TrainingError` into one line of every process that it happens to, and exit code 1."""
+    try:
+        yield
+    except TrainingError as error:
+        sys.stderr.write(f"flame: error: rank {os.environ.get('RANK', '0')}: {error}\n")
+        sys.exit(1)
+
+
 @contextlib.contextmanager
 def exit_on_usage_error() -> Iterator[None]:
     """Turns `UsageError` into one line, printed by the first process of a node, and exit code 2."""

@@ -1,20 +1,24 @@
-"""What is printed and drawn while training: one line and one set of TensorBoard scalars a `log_freq`."""
+"""What is measured while training: one line on the screen and one set of scalars every `log_freq` steps."""
 
 import math
+import sys
 import time
 from typing import Any
 
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
 from flame.log import logger
+from flame.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 # isort: split
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig as TitanConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import NoColor
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics(MetricsProcessor):
@@ -25,11 +29,16 @@ class Metrics(MetricsProcessor):
     ) -> None:
         super().__init__(titan_config, parallel_dims)
         self.config = config
+        if not sys.stdout.isatty():
+            self.color = NoColor()
         # step and time of the first line: what comes before is start-up and compilation
         self.first_log: tuple[int, float] | None = None
-        self.writer: SummaryWriter | None = None
-        # step of the checkpoint that the run continues from
+        # opened by the first measurement, when it is known which step the run continues from
+        self.writers: list[Writer] | None = None
         self.start_step = 0
+        # at once: who has no account is to hear of it before the model is built
+        is_first = dist.get_rank() == 0
+        self.wandb = WeightsAndBiases(config) if config.metrics.enable_wandb and is_first else None
 
     def log(
         self,
@@ -50,7 +59,8 @@ class Metrics(MetricsProcessor):
         scalars = {
             "loss": global_avg_loss,
             "grad_norm": grad_norm,
-            "lr": extra_metrics["lr"],
+            # lr, and skipped_steps where steps may be skipped
+            **extra_metrics,
             "tokens_per_s": tokens_per_s,
             "memory_GiB": memory,
             "data_loading_share": sum(self.data_loading_times) / seconds,
@@ -58,13 +68,17 @@ class Metrics(MetricsProcessor):
         # NaN where the peak of the device is unknown
         if math.isfinite(mfu):
             scalars["mfu"] = mfu
-        self._draw(scalars, step)
+        self._write(scalars, step)
         steps = self.config.training.steps
+        color = self.color
+        skipped = extra_metrics.get("skipped_steps")
         logger.info(
-            f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  loss {global_avg_loss:.4f}  "
-            f"grad_norm {grad_norm:.3f}  lr {scalars['lr']:.2e}  {tokens_per_s:,.0f} tokens/s  "
-            + (f"MFU {mfu:.1%}  " if "mfu" in scalars else "")
-            + f"{memory:.2f} GiB  {self._time_left(step, now)}"
+            f"{color.red}step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  "
+            f"{color.green}loss {global_avg_loss:.4f}  {color.orange}grad_norm {grad_norm:.3f}  "
+            f"{color.turquoise}lr {scalars['lr']:.2e}  {color.blue}{tokens_per_s:,.0f} tokens/s  "
+            + (f"{color.magenta}MFU {mfu:.1%}  " if "mfu" in scalars else "")
+            + (f"{color.red}{skipped} skipped  " if skipped else "")
+            + f"{color.cyan}{memory:.2f} GiB  {color.reset}{self._time_left(step, now)}"
         )
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
@@ -74,26 +88,47 @@ class Metrics(MetricsProcessor):
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
     ) -> None:
-        self._draw({"validation_loss": loss}, step)
-        logger.info(f"step {step}  validation loss {loss:.4f}")
+        self._write({"validation_loss": loss}, step)
+        color = self.color
+        logger.info(f"{color.yellow}step {step}  validation loss {loss:.4f}{color.reset}")
+
+    def log_attention(self, scalars: dict[str, float], step: int) -> None:
+        """Writes what `CheckedTrainer.attention_scalars` measured, and prints the whole model's."""
+        self._write(scalars, step)
+        model = {name: value for name, value in scalars.items() if name.count("/") == 1}
+        words = (f"{name.split('/')[1]} {value:.4g}" for name, value in model.items())
+        color = self.color
+        logger.info(f"{color.yellow}step {step}  attention  {'  '.join(words)}{color.reset}")
 
     def pause(self) -> "_Pause":
         """Context whose time counts neither as training nor as data loading."""
         return _Pause(self)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        for writer in self.writers or []:
+            writer.close()
+        if self.wandb is not None:
+            self.wandb.close()
 
-    def _draw(self, scalars: dict[str, float], step: int) -> None:
-        if dist.get_rank() != 0:
-            return
-        if self.writer is None:
-            folder = self.config.dump_folder / self.config.metrics.save_tb_folder
-            # a continued run repeats the steps since its checkpoint: TensorBoard drops the first ones
-            self.writer = SummaryWriter(str(folder), purge_step=self.start_step + 1, flush_secs=10)
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        if self.writers is None:
+            self.writers = self._open()
+        for writer in self.writers:
+            writer.write(scalars, step)
+        if self.wandb is not None:
+            self.wandb.write(scalars, step)
+
+    def _open(self) -> list[Writer]:
+        metrics, folder, rank = self.config.metrics, self.config.dump_folder, dist.get_rank()
+        if rank and not metrics.save_for_all_ranks:
+            return []
+        file, tb = folder / METRICS_FILE, folder / metrics.save_tb_folder
+        if rank:
+            file, tb = file.with_suffix(f".rank{rank}.jsonl"), tb / f"rank{rank}"
+        writers: list[Writer] = [JsonLines(file, self.start_step)]
+        if metrics.enable_tensorboard:
+            writers.append(TensorBoard(tb, self.start_step))
+        return writers
 
     def _time_left(self, step: int, now: float) -> str:
         if self.first_log is None:

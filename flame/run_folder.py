@@ -15,11 +15,21 @@ CONFIG_FILE = "config.toml"
 _TEMPORARY = f"{RUN_FILE}.tmp"
 
 # Flags that may change when a run is continued: they alter how far, how often and where, not what.
-_FREE_SECTIONS = ("metrics", "sample", "activation_checkpoint", "experimental")
+_FREE_SECTIONS = (
+    "metrics",
+    "sample",
+    "profiling",
+    "comm",
+    "memory_estimation",
+    "activation_checkpoint",
+    "experimental",
+)
 _FREE_FLAGS = (
     "job.config_file",
+    "job.description",
     "job.dump_folder",
     "job.allow_cross_numa",
+    "job.print_args",
     "model.config",
     "training.steps",
     "training.batch_size",
@@ -28,6 +38,9 @@ _FREE_FLAGS = (
     "training.loss",
     "training.num_workers",
     "training.prefetch_factor",
+    # of no effect on a step whose loss and gradients are finite
+    "training.skip_nan_inf",
+    "training.max_skipped_steps",
     "training.data_parallel_replicate_degree",
     "training.data_parallel_shard_degree",
     "training.fsdp_reshard_after_forward",

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -16,13 +17,17 @@ _SAME_REQUEST_S = 5
 
 
 class StopRequest:
-    """What this process has heard, and what all ranks have agreed on."""
+    """What this process has heard, and what all ranks have agreed on.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: How long a rank waits for the others to agree.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
         self.signal: signal.Signals | None = None
         self._time = 0.0
         # on the host, so that asking every step does not wait for the GPU
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -114,7 +114,7 @@ def titan_config(config: JobConfig) -> TitanConfig:
     """The configuration as torchtitan's sections; the only place that knows their names."""
     c, t = TitanConfig(), config.training
     c.job.dump_folder = str(config.dump_folder)
-    c.job.description = config.dump_folder.name
+    c.job.description = config.job.description
     c.model.name = c.model.flavor = "flame"
     c.optimizer.name = config.optimizer.name
     c.optimizer.lr = config.optimizer.lr
@@ -159,8 +159,15 @@ def titan_config(config: JobConfig) -> TitanConfig:
     # what torchtitan's loop passes to it
     c.checkpoint.load_step = config.checkpoint.load_step
     c.metrics.log_freq = config.metrics.log_freq
-    # its recorder would make a folder before rank 0 has checked that the dump folder is this run's
-    c.comm.trace_buf_size = 0
+    c.metrics.disable_color_printing = config.metrics.disable_color_printing
+    c.profiling.enable_profiling = config.profiling.enable_profiling
+    c.profiling.save_traces_folder = config.profiling.save_traces_folder
+    c.profiling.profile_freq = config.profiling.profile_freq
+    c.profiling.enable_memory_snapshot = config.profiling.enable_memory_snapshot
+    c.profiling.save_memory_snapshot_folder = config.profiling.save_memory_snapshot_folder
+    c.comm.init_timeout_seconds = config.comm.init_timeout_seconds
+    c.comm.train_timeout_seconds = config.comm.train_timeout_seconds
+    c.comm.trace_buf_size = config.comm.trace_buf_size
     c.validation.enable = config.validates
     c.validation.freq = config.validation.freq
     return c

@@ -19,15 +19,19 @@ from flame.checkpoint_folder import newest_checkpoint
 from flame.config import JobConfig, parse_args
 from flame.convert import dcp_to_hf
 from flame.data import load_tokenizer, open_data
-from flame.errors import UsageError, exit_on_usage_error
+from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
 from flame.generate import generate
 from flame.layout import check_layout
 from flame.log import init_logger, logger
 from flame.loss import linear_loss
+from flame.memory_estimation import estimate_memory
 from flame.models import read_config, require_device
 from flame.run_folder import claim, identity
+from flame.run_record import write_record
 from flame.titan import global_batch_size, world_size
+from flame.train_step import explain_lost_processes
 from flame.trainer import FlameTrainer, RunInputs, describe
+from flame.writers import require_wandb
 
 
 def read_inputs(config: JobConfig) -> RunInputs:
@@ -43,6 +47,12 @@ def read_inputs(config: JobConfig) -> RunInputs:
     require_device(model.attn_impl, DEVICE_TYPE)
     # refuses what this machine does not have
     linear_loss(config.training.loss, DEVICE_TYPE)
+    if config.metrics.enable_wandb:
+        require_wandb()
+    if config.profiling.enable_memory_snapshot and DEVICE_TYPE == "cpu":
+        raise UsageError(
+            "--profiling.enable_memory_snapshot records a GPU's allocator, and this machine has none"
+        )
     t = config.training
     check_layout(config, model, num_processes=world_size(), device_type=DEVICE_TYPE)
     if t.seq_len > model.max_position_embeddings:
@@ -166,6 +176,9 @@ def main() -> None:
                 "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
             )
         inputs = read_inputs(config)
+        if config.memory_estimation.enabled:
+            estimate_memory(config, inputs)
+            return
         check_start(config, inputs.model, DEVICE_TYPE)
         run = identity(
             config,
@@ -176,24 +189,24 @@ def main() -> None:
         # one process alone, which the others then wait for: they would find a folder half written
         if os.environ["RANK"] == "0":
             lock = claim(config, run)  # noqa: F841  # held to the end of the process
-    trainer = FlameTrainer(config, inputs)
-    if config.checkpoint.create_seed_checkpoint:
-        with exit_on_usage_error():
+            write_record(config, sys.argv[1:])
+        trainer = FlameTrainer(config, inputs)
+        if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save_seed()
-        seed = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
-        logger.info(f"seed checkpoint: --checkpoint.initial_load_path {seed}")
-        trainer.close()
-        dist.destroy_process_group()
-        return
+            seed = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
+            logger.info(f"seed checkpoint: --checkpoint.initial_load_path {seed}")
+            trainer.close()
+            dist.destroy_process_group()
+            return
     try:
-        describe(trainer)
-        with exit_on_usage_error():
+        with exit_on_usage_error(), exit_on_training_error(), explain_lost_processes(trainer):
+            describe(trainer)
             stopped = trainer.train()
-        if stopped is None and config.validates:
-            loss = trainer.validation_loss()
-            trainer.metrics_processor.log_validation(loss, trainer.step)
-        else:
-            loss = None
+            if stopped is None and config.validates:
+                loss = trainer.validation_loss()
+                trainer.metrics_processor.log_validation(loss, trainer.step)
+            else:
+                loss = None
     finally:
         trainer.close()
     if stopped is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from flame.parallelize import parallelize
 from flame.rng import RandomState, seed_host
 from flame.stop import StopRequest
 from flame.titan import ModelArgs, TitanModel, global_batch_size, titan_config
+from flame.train_step import CheckedTrainer
 
 # isort: split
 import torchtitan.protocols.train_spec as titan_specs
@@ -35,7 +37,6 @@ from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
 from torchtitan.protocols.train_spec import TrainSpec
-from torchtitan.train import Trainer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class RunInputs:
     model: SoftpickTransformerConfig
 
 
-class FlameTrainer(Trainer):
+class FlameTrainer(CheckedTrainer):
     """One run: trains to ``training.steps`` or to a signal, from the newest checkpoint if there is one."""
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
@@ -75,7 +76,7 @@ class FlameTrainer(Trainer):
         if config.training.mixed_precision_param == "float32":
             # torchtitan would turn autocast on with float32, which torch refuses with a warning
             self.maybe_enable_amp = contextlib.nullcontext()
-        self.stop = StopRequest()
+        self.stop = StopRequest(timedelta(seconds=config.comm.init_timeout_seconds))
         self.checkpointer = Checkpointer(
             config,
             model=self.model_parts[0],
@@ -153,10 +154,10 @@ class FlameTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         # of all data-parallel ranks, so that another number of them can go on counting
-        return {"step": self.step, "ntokens_seen": self.ntokens_seen * self._data_ranks()}
+        return super().state_dict() | {"ntokens_seen": self.ntokens_seen * self._data_ranks()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = state_dict["step"]
+        super().load_state_dict(state_dict)
         self.ntokens_seen = state_dict["ntokens_seen"] // self._data_ranks()
 
     def _data_ranks(self) -> int:
@@ -229,3 +230,7 @@ def describe(trainer: FlameTrainer) -> None:
         f"{trainer.inputs.data.summary}"
     )
     logger.info(f"run folder {config.dump_folder}")
+    if config.job.description:
+        logger.info(config.job.description)
+    if config.job.print_args:
+        logger.info(f"flags\n{config.to_toml()}")

@@ -28,8 +28,10 @@ class RunData(Protocol):
     def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader | StreamLoader:
         """Endless training batches of one data-parallel rank."""
 
-    def validation(self, *, dp_rank: int, dp_world_size: int) -> Iterator[Batch]:
-        """The held-out sequences once, see `validation_batches`."""
+    def validation(
+        self, *, dp_rank: int, dp_world_size: int, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """The held-out sequences once, see `validation_batches`; in training's batches by default."""
 
 
 class _Held:
@@ -50,9 +52,12 @@ class _Held:
         }
         self._held_out: list[TokenSource] = []
 
-    def validation(self, *, dp_rank: int, dp_world_size: int) -> Iterator[Batch]:
+    def validation(
+        self, *, dp_rank: int, dp_world_size: int, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        shape = self._shape | ({} if batch_size is None else {"batch_size": batch_size})
         return validation_batches(
-            self._held_out, **self._shape, dp_rank=dp_rank, dp_world_size=dp_world_size
+            self._held_out, **shape, dp_rank=dp_rank, dp_world_size=dp_world_size
         )
 
 

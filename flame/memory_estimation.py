@@ -1,0 +1,124 @@
+"""``--memory_estimation.enabled``: the peak memory of one process, from two steps that are simulated.
+
+The model is built, spread and trained as in a run, but with tensors that have a shape and no data and among
+processes that do not exist (`torch.distributed._tools`). One step more than one, since the first makes the
+optimizer's state. Layers run eagerly: what torch.compile would save is not taken off.
+"""
+
+import contextlib
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from flame._compat import DEVICE_TYPE
+from flame.config import JobConfig
+from flame.errors import UsageError
+from flame.layout import Layout
+from flame.log import logger
+from flame.parallelize import parallelize
+from flame.titan import ModelArgs, TitanModel, titan_config, world_size
+from flame.trainer import RunInputs
+
+# isort: split
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import utils as dist_utils
+
+STEPS = 2
+
+
+def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
+    """Prints the estimate and returns it: MiB by kind, and their ``Total``, at the peak of one process.
+
+    Raises:
+        UsageError: The layout cannot be simulated.
+    """
+    if os.environ["RANK"] != "0":
+        return {}
+    config = copy.deepcopy(config)
+    config.training.compile = False
+    titan = titan_config(config)
+    p = titan.parallelism
+    others = {
+        "--training.tensor_parallel_degree": p.tensor_parallel_degree,
+        "--experimental.context_parallel_degree": p.context_parallel_degree,
+        "--training.data_parallel_replicate_degree": p.data_parallel_replicate_degree,
+    }
+    for flag, degree in others.items():
+        if degree > 1:
+            raise UsageError(
+                f"--memory_estimation.enabled knows one process and FSDP, not {flag} {degree}"
+            )
+    dist_utils.init_fake_mode(world_size())
+    try:
+        dims = Layout(
+            dp_shard=p.data_parallel_shard_degree,
+            dp_replicate=1,
+            cp=1,
+            tp=1,
+            pp=1,
+            ep=1,
+            etp=1,
+            world_size=world_size(),
+        )
+        # its ranks are numbers, which fake tensors do not have
+        dims.build_mesh()
+        is_fake = not config.memory_estimation.disable_fake_mode
+        with FakeTensorMode() if is_fake else contextlib.nullcontext():
+            # a run goes by meta to the device; fake parameters cost nothing and cannot be moved
+            with torch.device(DEVICE_TYPE if is_fake else "meta"):
+                model = TitanModel(ModelArgs(inputs.model, config.training.seed))
+            model = parallelize(model, dims, config)
+            if not is_fake:
+                model.to_empty(device=DEVICE_TYPE)
+            peak = _peak(model, config, dims)
+    finally:
+        dist.destroy_process_group()
+    logger.info(
+        f"estimate for one of {world_size()} processes, batch_size {config.training.batch_size}, "
+        f"seq_len {config.training.seq_len}: {peak['Total']:,.1f} MiB at the peak, without the "
+        "allocator's gaps and what torch.compile saves"
+    )
+    for kind, mib in sorted(peak.items(), key=lambda item: -item[1]):
+        if kind != "Total" and mib:
+            logger.info(f"  {kind:16} {mib:12,.1f} MiB")
+    return peak
+
+
+def _peak(model: TitanModel, config: JobConfig, dims: Layout) -> dict[str, float]:
+    titan, device = titan_config(config), torch.device(DEVICE_TYPE)
+    optimizers = build_optimizers([model], titan.optimizer, dims)
+    loss_fn = build_cross_entropy_loss(titan)
+    t = config.training
+    tokens = torch.zeros(t.batch_size, t.seq_len, dtype=torch.int64, device=device)
+    if t.mixed_precision_param == "float32":
+        amp = contextlib.nullcontext()
+    else:
+        amp = dist_utils.maybe_enable_amp(dims, t.mixed_precision_param, DEVICE_TYPE)
+    if dims.fsdp_enabled:
+        tracker = FSDPMemTracker(model, optimizers.optimizers[0])
+        tracker.track_inputs((tokens,))
+    else:
+        tracker = MemTracker()
+        tracker.track_external(model, optimizers.optimizers[0], tokens)
+    with tracker:
+        for _ in range(STEPS):
+            optimizers.zero_grad()
+            for _ in range(t.gradient_accumulation_steps):
+                # it keeps statistics of one forward pass of a module, not of several
+                tracker.reset_mod_stats()
+                with amp:
+                    loss = loss_fn(model(tokens), tokens)
+                loss.backward()
+            dist_utils.clip_grad_norm_(list(model.parameters()), t.max_norm, foreach=True)
+            optimizers.step()
+    peak = tracker.get_tracker_snapshot("peak")
+    # on a CPU the device has no index
+    (snapshot,) = (s for where, s in peak.items() if where.type == DEVICE_TYPE)
+    return {getattr(kind, "value", kind): size / 2**20 for kind, size in snapshot.items()}

@@ -1,0 +1,126 @@
+"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+
+import importlib.util
+import json
+import math
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from flame.config import JobConfig
+from flame.errors import UsageError
+
+
+class Writer(Protocol):
+    def write(self, scalars: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def strict_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON as the standard has it: numbers that are not finite become null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: finite(item) for key, item in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(item) for item in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(value), allow_nan=False, indent=indent)
+
+
+class JsonLines:
+    """One object a line: ``step``, ``time`` (seconds since 1970) and the numbers, written out at once.
+
+    Opening drops what a continued run is about to repeat, and a line that a kill cut short.
+
+    Args:
+        file: Made if it is not there.
+        start_step: Step of the checkpoint that the run continues from; 0 for a new one.
+    """
+
+    def __init__(self, file: Path, start_step: int) -> None:
+        kept, self.done = [], set()
+        self.start_step = start_step
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    if number == len(lines):
+                        break
+                    raise UsageError(f"{file}, line {number} is damaged: {error}") from None
+                if record["step"] <= start_step:
+                    kept.append(line + "\n")
+                if record["step"] == start_step:
+                    self.done |= record.keys()
+        temporary = file.with_name(f"{file.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(file)
+        self.stream = open(file, "a", encoding="utf-8")  # noqa: SIM115  # closed by `close`
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        if step == self.start_step and scalars.keys() <= self.done:
+            # a finished run that is started again measures its last step anew
+            return
+        record = {"step": step, "time": round(time.time(), 3), **scalars}
+        self.stream.write(strict_json(record) + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class TensorBoard:
+    """Scalars by name. A continued run hides the steps that it is about to repeat."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def require_wandb() -> None:
+    """Raises UsageError where the package is missing."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            "--metrics.enable_wandb needs the package wandb, which is not installed: pip install wandb"
+        )
+
+
+class WeightsAndBiases:
+    """The run under one id for its whole life, so that a continuation continues its curves."""
+
+    def __init__(self, config: JobConfig) -> None:
+        import wandb
+
+        folder = config.dump_folder
+        file = folder / "wandb_id"
+        if not file.exists():
+            file.write_text(f"{uuid.uuid4().hex[:12]}\n", encoding="utf-8")
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "flame"),
+            name=os.environ.get("WANDB_NAME", folder.name),
+            id=os.environ.get("WANDB_RUN_ID", file.read_text(encoding="utf-8").strip()),
+            resume="allow",
+            notes=config.job.description or None,
+            dir=str(folder),
+            config=config.flags(),
+        )
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        self.run.log(scalars, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,471 @@
+"""What a run leaves behind and how it ends when something goes wrong: whole runs on a CPU, one process and two."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_flags import README_EXAMPLE, SECTIONS
+
+import flame.writers as writers
+from flame.errors import UsageError
+from flame.train_step import LossWatch
+from flame.writers import JsonLines, require_wandb, strict_json
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model of 2 layers of width 32 and 29 KB of text."""
+    folder = tmp_path_factory.mktemp("small")
+    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
+    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    (folder / "softpick_small.json").write_text(json.dumps(raw))
+    lines = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(600))
+    (folder / "text.txt").write_text("".join(lines))
+    return {
+        "model.config": str(folder / "softpick_small.json"),
+        "model.tokenizer_path": "byte",
+        "training.dataset": str(folder / "text.txt"),
+        "training.steps": STEPS,
+        "training.batch_size": 4,
+        "training.seq_len": 32,
+        "validation.freq": 100,
+        "metrics.log_freq": 1,
+        "sample.max_new_tokens": 0,
+        "lr_scheduler.warmup_steps": 2,
+    }
+
+
+def environment():
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+
+
+def troubled(out, flags, names, processes):
+    """Runs of `metrics_driver.py`, by name: what each rank noted, and the run's folder."""
+    driver = str(ROOT / "tests" / "metrics_driver.py")
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", *launcher] if processes > 1 else [sys.executable]
+    flags = flags | {
+        "checkpoint.no_enable_checkpoint": True,
+        "training.batch_size": 4 // processes,
+    }
+    done = subprocess.run(
+        [*command, driver, str(out), json.dumps(flags), *names],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    notes = {}
+    for name in names:
+        files = sorted(out.glob(f"{name}.rank*.json"))
+        assert files, done.stdout + done.stderr
+        ranks = [json.loads(file.read_text()) for file in files]
+        notes[name] = SimpleNamespace(ranks=ranks, folder=out / name, **ranks[0])
+    return notes
+
+
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory):
+    names = ["plain", "skipped", "one_layer", "row", "stopped", "spike", "young_spike"]
+    return troubled(tmp_path_factory.mktemp("alone"), small, names, 1)
+
+
+@pytest.fixture(scope="module")
+def together(small, tmp_path_factory):
+    names = ["plain", "skipped", "stopped", "spike", "hang"]
+    flags = small | {"metrics.save_for_all_ranks": True}
+    return troubled(tmp_path_factory.mktemp("together"), flags, names, 2)
+
+
+def records(folder, name="metrics.jsonl"):
+    def refuse(text):
+        raise ValueError(f"{text} is not JSON")
+
+    lines = (folder / name).read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def curve(folder, key, name="metrics.jsonl"):
+    return {record["step"]: record[key] for record in records(folder, name) if key in record}
+
+
+def drawn(folder, name):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def summary(folder, step):
+    return json.loads((folder / "spikes" / f"step-{step}" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("runs", ["alone", "together"])
+def test_a_skipped_step_changes_nothing_on_any_rank(runs, request):
+    run = request.getfixturevalue(runs)["skipped"]
+    for rank in run.ranks:
+        assert rank["code"] == 0
+        assert rank["unchanged"] == {str(step): step in (3, 4) for step in range(1, STEPS + 1)}
+    assert list(curve(run.folder, "skipped_steps").values()) == [0, 0, 1, *[2] * 9]
+    losses = curve(run.folder, "loss")
+    assert [step for step, loss in losses.items() if loss is None] == [3, 4]
+    # the schedule goes on
+    plain = request.getfixturevalue(runs)["plain"]
+    assert curve(run.folder, "lr") == curve(plain.folder, "lr")
+    # step 5 has the weights that step 3 had
+    assert losses[5] > curve(plain.folder, "loss")[5] + 0.1
+    # one dump, as --metrics.max_dumps has it
+    assert [path.name for path in (run.folder / "spikes").iterdir()] == ["step-3"]
+    assert "2 skipped" in run.output
+
+
+def test_an_infinite_gradient_alone_is_skipped_and_its_layer_named(alone):
+    run = alone["one_layer"]
+    assert run.unchanged["3"]
+    seen = summary(run.folder, 3)
+    assert seen["reason"] == "not finite"
+    assert seen["loss"] > 0
+    assert seen["gradient_norm"] is None
+    bad = [name for name, x in seen["parameters"].items() if x["gradient_norm"] is None]
+    assert bad == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_so_many_skipped_in_a_row_end_the_run(alone):
+    run = alone["row"]
+    assert run.code == 1
+    assert list(run.unchanged) == ["1", "2", "3", "4", "5", "6"]
+    line = run.output.splitlines()[-1]
+    assert line.startswith("flame: error: rank 0: step 6: loss nan, gradient norm nan")
+    assert "2 steps in a row were skipped (--training.max_skipped_steps 2)" in line
+    assert str(run.folder / "spikes" / "step-6") in line
+
+
+@pytest.mark.parametrize("runs", ["alone", "together"])
+def test_without_the_flag_the_run_ends_at_once(runs, request):
+    run = request.getfixturevalue(runs)["stopped"]
+    for number, rank in enumerate(run.ranks):
+        assert rank["code"] == 1
+        assert list(rank["unchanged"]) == ["1", "2", "3", "4", "5"]
+        line = rank["output"].splitlines()[-1]
+        assert line.startswith(f"flame: error: rank {number}: step 5: loss nan")
+        assert "--training.skip_nan_inf" in line
+        assert "Traceback" not in rank["output"]
+    assert list(curve(run.folder, "loss")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("runs", "processes"), [("alone", 1), ("together", 2)])
+def test_a_spike_leaves_its_batch_and_norms(runs, processes, request):
+    run = request.getfixturevalue(runs)["spike"]
+    plain = request.getfixturevalue(runs)["plain"]
+    assert [path.name for path in (run.folder / "spikes").iterdir()] == ["step-8"]
+    assert "step 8: loss" in run.output
+    assert "is a spike" in run.output
+    seen = summary(run.folder, 8)
+    assert seen["reason"] == "spike"
+    assert seen["loss"] == pytest.approx(10 * curve(plain.folder, "loss")[8], rel=1e-4)
+    losses = [curve(plain.folder, "loss")[step] for step in range(3, 8)]
+    mean = sum(losses) / 5
+    deviation = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / 5)
+    assert seen["threshold"] == pytest.approx(mean + 4 * deviation, rel=1e-4)
+    # before clipping, and all parameters together
+    total = math.sqrt(sum(x["gradient_norm"] ** 2 for x in seen["parameters"].values()))
+    assert total == pytest.approx(curve(run.folder, "grad_norm")[8], rel=1e-4)
+    assert len(seen["parameters"]) == 2 * 9 + 3
+    rows = []
+    for rank in range(processes):
+        file = run.folder / "spikes" / "step-8" / f"batch.rank{rank}.pt"
+        batch = torch.load(file, weights_only=True)
+        assert batch["step"] == 8
+        (ids,), (labels,) = batch["inputs"], batch["labels"]
+        assert ids["input"].shape == labels.shape == (4 // processes, 32)
+        assert torch.equal(ids["input"][:, 1:], labels[:, :-1])
+        rows += ids["input"].tolist()
+    assert len({tuple(row) for row in rows}) == 4
+
+
+def test_no_spike_before_the_window_is_full(alone):
+    assert alone["young_spike"].code == 0
+    assert not (alone["young_spike"].folder / "spikes").exists()
+    watch = LossWatch(window=3, deviations=2)
+    for loss in (1.0, 2.0, 3.0):
+        assert watch.threshold() == math.inf
+        watch.losses.append(loss)
+    assert watch.threshold() == pytest.approx(2 + 2 * math.sqrt(2 / 3))
+    assert LossWatch(window=3, deviations=0).threshold() == math.inf
+
+
+def test_a_process_that_hangs_ends_the_run_with_a_trace(together):
+    run = together["hang"]
+    assert run.code == 1
+    line = run.output.splitlines()[-1]
+    assert "step 3: another process ended, or did not answer within" in line
+    assert "--comm.train_timeout_seconds 4" in line
+    file = run.folder / "comm_traces" / "rank_0.json"
+    assert str(file) in line
+    entries = json.loads(file.read_text())
+    assert entries[-1]["profiling_name"].startswith("gloo:")
+    assert any("trainer.py" in frame["filename"] for frame in entries[-1]["frames"])
+
+
+def test_every_rank_writes_with_save_for_all_ranks(together, alone):
+    folder = together["plain"].folder
+    own = curve(folder, "tokens_per_s", "metrics.rank1.jsonl")
+    assert list(own) == list(range(1, STEPS + 1))
+    assert own != curve(folder, "tokens_per_s")
+    assert curve(folder, "loss", "metrics.rank1.jsonl") == curve(folder, "loss")
+    assert drawn(folder / "tb" / "rank1", "loss").keys() == own.keys()
+    assert not list(alone["plain"].folder.glob("metrics.rank*"))
+
+
+@pytest.fixture(scope="module")
+def example(small, tmp_path_factory):
+    """The command of upstream's README with flags behind it that make it small, in the order of a run's life."""
+    folder = tmp_path_factory.mktemp("example") / "run"
+    own = small | {
+        "job.dump_folder": str(folder),
+        "job.description": "upstream's example",
+        "training.dataset_name": "None",
+        "training.context_len": 32,
+        "training.num_workers": 1,
+        "checkpoint.interval": 6,
+        "metrics.attention_freq": 4,
+        "profiling.enable_profiling": True,
+        "profiling.profile_freq": 4,
+        "metrics.enable_wandb": True,
+    }
+    # what a CPU and a file of this size ask for
+    off = ["training.streaming", "training.varlen", "training.compile"]
+    words = []
+    upstream = README_EXAMPLE.split()[2:]
+    # what other parts of the trainer bring; each is part of the command as soon as it is there
+    i = 0
+    while i < len(upstream):
+        section, option = upstream[i].removeprefix("--").split(".")
+        takes_value = i + 1 < len(upstream) and not upstream[i + 1].startswith("--")
+        if option in SECTIONS[section]:
+            words += upstream[i : i + 1 + takes_value]
+        i += 1 + takes_value
+    known = {f"{section}.{option}" for section, options in SECTIONS.items() for option in options}
+    words += [f"--{flag.replace('.', '.no_')}" for flag in off if flag in known]
+    for flag, value in own.items():
+        if flag in known:
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    packages = tmp_path_factory.mktemp("packages")
+    (packages / "wandb.py").write_text(FAKE_WANDB)
+    calls = packages / "calls.jsonl"
+    env = environment() | {"FAKE_WANDB_CALLS": str(calls), "WANDB_PROJECT": "mine"}
+    env["PYTHONPATH"] += f"{os.pathsep}{packages}"
+    return SimpleNamespace(folder=folder, words=words, env=env, calls=calls)
+
+
+FAKE_WANDB = """
+import json, os
+
+def note(**call):
+    with open(os.environ["FAKE_WANDB_CALLS"], "a") as file:
+        file.write(json.dumps(call) + "\\n")
+
+class Run:
+    def log(self, scalars, step):
+        note(scalars=scalars, step=step)
+
+    def finish(self):
+        note(finished=True)
+
+def init(**options):
+    note(**options)
+    return Run()
+"""
+
+
+def launch(words, env, program=("bash", "train.sh")):
+    done = subprocess.run(
+        [*program, *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def lives(example):
+    """The example, a rerun of its record in another folder, and its continuation in its own."""
+    first = launch(example.words, example.env)
+    record = ["--job.config_file", str(example.folder / "config.toml")]
+    other = example.folder.with_name("again")
+    launch([*record, "--job.dump_folder", str(other), "--metrics.no_enable_wandb"], example.env)
+    before = records(example.folder)
+    # what a kill leaves behind that came after the last checkpoint
+    with open(example.folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": STEPS + 1, "loss": 99}) + "\n" + '{"step": 14, "lo')
+    # as in one process of train.sh, in half the time
+    direct = (sys.executable, "-m", "flame.train")
+    launch([*record, "--training.steps", str(STEPS + 2)], example.env, direct)
+    return SimpleNamespace(first=first.stdout, other=other, before=before, **vars(example))
+
+
+def test_example_of_upstream_runs(lives):
+    assert list(curve(lives.folder, "loss")) == list(range(1, STEPS + 3))
+    lr = curve(lives.folder, "lr")
+    # linear warm-up of 2 steps to the example's peak
+    assert lr[1] == pytest.approx(1.5e-4)
+    assert lr[2] == pytest.approx(3e-4)
+    assert "upstream's example" in lives.first
+    assert "\033[" not in lives.first, "colours in a pipe"
+
+
+def test_a_run_is_repeated_from_its_record(lives):
+    first = {r["step"]: r["loss"] for r in lives.before if "loss" in r}
+    assert curve(lives.other, "loss") == first
+    ours, theirs = (
+        tomllib.loads((folder / "config.toml").read_text())
+        for folder in (lives.folder, lives.other)
+    )
+    for flags in (ours, theirs):
+        flags["job"] = {}
+        flags["metrics"].pop("enable_wandb")
+    ours["training"]["steps"] = STEPS
+    assert ours == theirs
+
+
+def test_continuing_keeps_what_is_there_and_repeats_nothing(lives):
+    after = records(lives.folder)
+    assert after[: len(lives.before)] == lives.before
+    steps = [record["step"] for record in after if "loss" in record]
+    assert steps == list(range(1, STEPS + 3))
+    assert 99 not in curve(lives.folder, "loss").values()
+    losses = drawn(lives.folder / "tb", "loss")
+    assert losses == pytest.approx(curve(lives.folder, "loss"))
+
+
+def test_record_says_what_ran(lives):
+    folder = lives.folder / "record"
+    assert sorted(p.name for p in folder.glob("*.json")) == ["001.json", "002.json"]
+    first, second = (json.loads((folder / f"00{n}.json").read_text()) for n in (1, 2))
+    assert first["command"].startswith("NGPU=1 bash train.sh --job.config_file flame/models/fla")
+    assert "'upstream'\"'\"'s example'" in first["command"]
+    assert "-m flame.train --job.config_file" in second["command"]
+    assert second["command"].endswith(f"--training.steps {STEPS + 2}")
+    assert first["description"] == "upstream's example"
+    assert first["host"] == socket.gethostname()
+    assert first["directory"] == str(ROOT)
+    assert first["processes"] == 1
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torchtitan"] == "0.2.2"
+    assert first["environment"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert first["environment"]["WANDB_PROJECT"] == "mine"
+    for n in (1, 2):
+        flags = tomllib.loads((folder / f"00{n}.toml").read_text())
+        assert flags["training"]["steps"] == STEPS + 2 * (n - 1)
+
+
+def test_traces_are_written_on_a_cpu(lives):
+    folder = lives.folder / "profile_traces"
+    assert {p.name for p in folder.iterdir()} == {"iteration_4", "iteration_8", "iteration_12"}
+    trace = json.loads((folder / "iteration_4" / "rank0_trace.json").read_text())
+    assert any("softpick" in str(x.get("name")) or "aten::" in str(x) for x in trace["traceEvents"])
+
+
+def test_wandb_gets_the_curves_under_one_id(lives):
+    calls = [json.loads(line) for line in lives.calls.read_text().splitlines()]
+    first, second = (call for call in calls if "project" in call)
+    assert first["project"] == "mine"
+    assert first["name"] == "run"
+    assert first["notes"] == "upstream's example"
+    assert first["config"]["training.seq_len"] == 32
+    assert first["id"] == second["id"]
+    assert first["resume"] == second["resume"] == "allow"
+    losses = {c["step"]: c["scalars"]["loss"] for c in calls if "loss" in c.get("scalars", ())}
+    assert losses == curve(lives.folder, "loss")
+    assert [call for call in calls if "finished" in call] == [{"finished": True}] * 2
+
+
+def test_wandb_without_the_package_is_refused(monkeypatch):
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--metrics.enable_wandb needs the package wandb"):
+        require_wandb()
+
+
+def test_attention_is_measured_and_drawn_layer_by_layer(lives):
+    for name in ("zeros", "sink_rate_0.3", "at_most_1e-05", "max_score", "kurtosis"):
+        for place in ("attention", "attention/layer_00", "attention/layer_01"):
+            values = curve(lives.folder, f"{place}/{name}")
+            assert list(values) == [4, 8, 12], name
+            assert drawn(lives.folder / "tb", f"{place}/{name}") == pytest.approx(values)
+    assert "step 4  attention  sink_rate_0.2 0" in lives.first
+    assert 0.2 < curve(lives.folder, "attention/zeros")[4] < 0.8
+
+
+def test_attention_over_two_processes_is_that_of_one(together):
+    run = together["plain"]
+    assert [step for step, _, _ in run.attention] == [4, 8, 12]
+    for step, found, expected in run.attention:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, name)
+    assert curve(run.folder, "attention/zeros")[4] == run.attention[0][1]["attention/zeros"]
+    # it was measured in this run and not in the other, whose eighth step is another
+    without = curve(together["spike"].folder, "loss")
+    assert [curve(run.folder, "loss")[step] for step in range(1, 8)] == [
+        without[step] for step in range(1, 8)
+    ]
+
+
+def test_measuring_attention_changes_no_loss(lives, tmp_path):
+    # the rerun has the same losses to the bit, so a run without it has to have them too
+    flags = ["--metrics.attention_freq", "0", "--profiling.no_enable_profiling"]
+    record = ["--job.config_file", str(lives.other / "config.toml")]
+    direct = (sys.executable, "-m", "flame.train")
+    launch([*record, *flags, "--job.dump_folder", str(tmp_path / "run")], lives.env, direct)
+    assert curve(tmp_path / "run", "loss") == curve(lives.other, "loss")
+
+
+def test_json_lines_repeat_nothing_and_survive_a_kill(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for start in (0, 0):
+        writer = JsonLines(file, start)
+        for step in (1, 2, 3):
+            writer.write({"loss": float(step), "grad_norm": math.nan}, step)
+        writer.write({"validation_loss": math.inf}, 3)
+        writer.close()
+    file.write_text(file.read_text() + '{"step": 4, "lo')
+    writer = JsonLines(file, 2)
+    writer.write({"loss": 7.0}, 3)
+    # at once, not when it is closed
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    writer.write({"validation_loss": 1.0}, 3)
+    writer.close()
+    before = file.read_text()
+    # a finished run that is started again
+    writer = JsonLines(file, 3)
+    writer.write({"validation_loss": 1.0}, 3)
+    writer.close()
+    assert file.read_text() == before
+    assert json.loads(before.splitlines()[0])["grad_norm"] is None
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UsageError, match="line 2 is damaged"):
+        JsonLines(file, 3)
+
+
+def test_strict_json():
+    value = {"a": [math.nan, 1.5, (math.inf, "NaN")], "b": True}
+    assert json.loads(strict_json(value)) == {"a": [None, 1.5, [None, "NaN"]], "b": True}
