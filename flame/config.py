@@ -386,7 +386,8 @@ class Checkpoint:
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "async"
     """How the checkpoints before the last are saved: "async" copies the state to the host and writes it
     while the training goes on; "async_with_pinned_mem" keeps the copy, in pinned memory, which makes
-    copying from a GPU faster; "disabled" writes while the training waits."""
+    copying from a GPU faster; "disabled" writes while the training waits, so that a kill never loses more
+    than an interval, and not the steps on top that were done while the last checkpoint was written."""
     keep_latest_k: int = 2
     """Checkpoints to keep, the last one included; 0: all."""
     load_step: int = -1
