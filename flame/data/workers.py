@@ -18,7 +18,7 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
     # Ctrl-C and schedulers signal all processes of a job: the parent decides, and it still needs data
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # Source: prctl(2), PR_SET_PDEATHSIG = 1: a worker does not outlive its parent
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
