@@ -99,6 +99,15 @@ class TestBothKinds:
         assert rows_of([ahead], 40, states[1]) == order[60:180]
         ahead.close()
 
+    def test_resume_anywhere(self, text, mode):
+        data = data_of(text, *mode)
+        [loader] = loaders_of(data, 1)
+        # more than an epoch, through all kinds of files
+        for _ in range(24):
+            [fresh] = loaders_of(data, 1)
+            resumed = rows_of([fresh], 5, loader.state_dict())
+            assert rows_of([loader], 13)[:15] == resumed
+
     def test_state_passes_through_a_distributed_checkpoint(self, text, mode, tmp_path):
         [loader] = loaders_of(data_of(text, *mode), 1)
         rows_of([loader], 7)
@@ -154,6 +163,13 @@ class TestBothKinds:
         data = data_of(text, *mode, "--training.varlen", "--training.context_len", "20")
         for inputs, labels in islice(data.loader(dp_rank=0, dp_world_size=1), 30):
             check_packed(inputs, labels, context_len=20)
+        held_out = "--validation.share", "0.3"
+        if "--training.streaming" in mode:
+            held_out = "--validation.sequences", "6"
+        data = data_of(text, *mode, *held_out, "--training.varlen")
+        for inputs, labels in islice(data.validation(dp_rank=0, dp_world_size=1), 6):
+            check_packed(inputs, labels, context_len=T)
+        data = data_of(text, *mode, "--training.varlen", "--training.context_len", "20")
         plain = data_of(text, *mode)
         assert rows_of(loaders_of(plain, 1), 9) == rows_of(loaders_of(data, 1), 9)
 
