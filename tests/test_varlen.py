@@ -74,6 +74,16 @@ def test_packed_is_separate(attn_impl, device):
     assert (plain[0, 5:] - logits[0, 5:]).abs().amax(-1).min() > 1e-2
 
 
+def test_positions_reach_the_rotation(device):
+    model = model_of("naive_softpick_attn", device)
+    seen = []
+    model.model.rotary_emb.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    inputs, _ = packed_batch(24, [[5], [1, 24]], 10, device)
+    model(inputs["input"], inputs["positions"], inputs["cu_seqlens"])
+    expected = [i for length in (5, 10, 9, 1, 10, 10, 3) for i in range(length)]
+    assert seen[0].tolist() == [expected]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_compilation_for_another_number_of_documents(device):
     model = model_of("parallel_softpick_attn", device)
