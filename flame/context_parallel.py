@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -45,14 +44,34 @@ def shard_batch(
     return sharded, local_rows(labels, rank, size)
 
 
-def gather(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Whole sequences ``[..., T, D]`` of the parts ``[..., T / N, D]``; backward sums over processes."""
-    # NOTE(numerics): the sum over processes is in the dtype of x; each process's share of dk, dv is summed over
-    # its queries in float32 by the kernel, and rounded once
-    parts = all_gather_tensor_autograd(x.contiguous()[None], gather_dim=0, group=mesh)
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+        ctx.size, ctx.group = size, group
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_gather_into_tensor(x, size, group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        # NOTE(numerics): the sum over processes is in the dtype of x; each process's share of dk, dv is summed
+        # over its queries in float32 by the kernel, and rounded once
+        ops = torch.ops._c10d_functional
+        x = ops.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.size, ctx.group)
+        return ops.wait_tensor(x), None, None
+
+
+def gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    """Whole sequences ``[..., T, D]`` of the parts ``[..., T / size, D]``; backward sums over processes.
+
+    Args:
+        group: Name of the process group.
+    """
+    # one gather along a new first dimension
+    parts = _Gather.apply(x.contiguous()[None], size, group)
     c = x.shape[-2] // 2
-    halves = [part[..., :c, :] for part in parts] + [part[..., c:, :] for part in reversed(parts)]
-    return torch.cat(halves, dim=-2)
+    first = [parts[rank, ..., :c, :] for rank in range(size)]
+    second = [parts[rank, ..., c:, :] for rank in reversed(range(size))]
+    return torch.cat((*first, *second), dim=-2)
 
 
 def attend(
@@ -91,6 +110,8 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Makes the attention of ``model`` take its keys and values from all processes of ``mesh``."""
     attention = ALL_ATTENTION_FUNCTIONS[model.config.attn_impl]
     rank, size = mesh.get_local_rank(), mesh.size()
+    # by name: what is registered lives to the end of the process, where a group must not be found alive
+    group = str(mesh.get_group().group_name)
 
     def forward(
         module: nn.Module,
@@ -101,7 +122,7 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         # one collective for both, which have one shape in every model here
-        key, value = gather(torch.stack((key, value)), mesh)
+        key, value = gather(torch.stack((key, value)), size, group)
         o = attend(attention, module, query, key, value, *args, rank=rank, size=size, **kwargs)
         return o, None
 
