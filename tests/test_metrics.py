@@ -469,3 +469,44 @@ def test_json_lines_repeat_nothing_and_survive_a_kill(tmp_path):
 def test_strict_json():
     value = {"a": [math.nan, 1.5, (math.inf, "NaN")], "b": True}
     assert json.loads(strict_json(value)) == {"a": [None, 1.5, [None, "NaN"]], "b": True}
+
+
+SHARED = (
+    "--validation.share=0 --training.batch_size=1 --training.seq_len=32 --sample.max_new_tokens=0"
+)
+
+
+def refused(tmp_path, words, small, code=2):
+    flags = [f"--{flag}={small[flag]}" for flag in ("model.config", "training.dataset")]
+    done = subprocess.run(
+        [sys.executable, "-m", "flame.train", *SHARED.split(), *flags, *words],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_a_snapshot_of_gpu_memory_is_refused_without_a_gpu(tmp_path, small):
+    line = refused(tmp_path, ["--profiling.enable_memory_snapshot"], small).stderr
+    assert "--profiling.enable_memory_snapshot records a GPU's allocator" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "exp").exists()
+
+
+def test_memory_is_estimated_and_nothing_is_trained(tmp_path, small):
+    words = ["--memory_estimation.enabled", "--training.compile"]
+    sizes = {}
+    for line in refused(tmp_path, words, small, code=0).stdout.splitlines():
+        if line.endswith("MiB") and "estimate" not in line:
+            name, size = line.split("  ", 2)[2].rsplit(maxsplit=2)[:2]
+            sizes[name.strip()] = float(size)
+    mib = 37_216 * 4 / 2**20
+    assert sizes["Parameter"] == pytest.approx(mib, abs=0.06)
+    # two moments of every weight
+    assert sizes["Optstate"] == pytest.approx(2 * mib, abs=0.06)
+    assert sizes["Activation"] > 0
+    assert not (tmp_path / "exp").exists()
