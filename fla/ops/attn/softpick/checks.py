@@ -113,3 +113,60 @@ def check_bounds(bounds: list[int], T: int) -> None:
     """Raises ValueError unless cu_seqlens, as a list, rises from 0 to T."""
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {bounds[:8]}")
+
+
+def check_decode_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    head_first: bool,
+    block_table: torch.Tensor | None,
+    window_size: int | None,
+    sink_bias: torch.Tensor | None,
+    normalizer: str,
+    normalizers: Collection[str],
+    max_rows: int,
+) -> None:
+    """Raises ValueError, naming the argument and the value seen, unless the call of a decoder is well-formed.
+
+    The numbers in lengths and block_table are the caller's to answer for: looking at them would wait for the GPU.
+    """
+    time, head = (2, 1) if head_first else (1, 2)
+    # a page of the cache counts as a sequence of its own length
+    is_paged = block_table is not None
+    rows = q[:1] if is_paged and q.dim() == 4 else q
+    pages = (k[:1], v[:1]) if is_paged and k.dim() == v.dim() == 4 else (k, v)
+    if is_paged and q.dim() == k.dim() == v.dim() == 4:
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"v must have the pages of k, {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}"
+            )
+        # pages may be shorter than the queries are many
+        rows = rows.narrow(time, 0, min(1, rows.shape[time]))
+    check_inputs(rows, *pages, None, head_first, window_size, sink_bias, normalizer, normalizers)
+    B, T, HQ, H = q.shape[0], q.shape[time], q.shape[head], k.shape[head]
+    num_rows = T * (HQ // H)
+    if num_rows > max_rows:
+        raise ValueError(
+            f"q must have at most {max_rows} query tokens times query heads a key head, got {T} x {HQ // H}; "
+            "for more, call parallel_..._attn with q shorter than k"
+        )
+    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):
+        raise ValueError(
+            f"lengths must be int32 or int64 [{B}], a number of keys for each sequence, got {lengths.dtype} "
+            f"of shape {tuple(lengths.shape)}"
+        )
+    if is_paged and (
+        block_table.dtype not in (torch.int32, torch.int64)
+        or block_table.dim() != 2
+        or block_table.shape[0] != B
+        or block_table.stride(1) != 1
+    ):
+        raise ValueError(
+            f"block_table must be int32 or int64 [{B}, pages a sequence], rows contiguous, got {block_table.dtype} "
+            f"of shape {tuple(block_table.shape)}"
+        )
+    for name, x in (("lengths", lengths), ("block_table", block_table)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")

@@ -50,6 +50,9 @@ _NVIDIA = _shapes(
     fwd_ieee=((64, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dq_ieee=((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dkv_ieee=((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    decode_16bit=((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 1)),
+    decode_tf32=((16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    decode_ieee=((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 )
 # one stage, since more take shared memory that gfx90a and gfx942 lack; 16 rows a warp, since otherwise
 # warps repeat each other's matrix instructions
@@ -60,6 +63,8 @@ _AMD = _shapes(
     fwd_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dq_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dkv_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
+    decode_16bit=((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    decode_ieee=((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 )
 # at most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can take them too
 _SM_80 = _NVIDIA | _shapes(
@@ -77,7 +82,9 @@ _GFX90A = _AMD | _shapes(
     dkv_16bit=((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
 )
 # the one AMD card here with TF32
-_GFX942 = _AMD | {(kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv")}
+_GFX942 = _AMD | {
+    (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv", "decode")
+}
 
 TABLE: dict[str, Shapes] = {
     "sm_80": _SM_80,
@@ -114,6 +121,14 @@ def architecture(device: int | None) -> str:
     return name
 
 
+@functools.cache
+def num_processors(device: int | None) -> int:
+    """Multiprocessors (compute units) of a GPU by its index."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def dot_precision(dtype: torch.dtype, architecture: str) -> str:
     """Precision of a float32 ``tl.dot``: torch's own matmul setting decides, where the card has TF32."""
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
@@ -122,7 +137,7 @@ def dot_precision(dtype: torch.dtype, architecture: str) -> str:
 
 
 def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]:
-    """Keyword arguments of a launch of "fwd", "dq" or "dkv" for inputs like ``q`` with values of size V, and
+    """Keyword arguments of a launch of "fwd", "dq", "dkv" or "decode" for inputs like ``q`` with values of size V, and
     HAS_DESCRIPTORS, for `tiles.streamed_descriptors`."""
     row = architecture(q.device.index)
     precision = dot_precision(q.dtype, row)

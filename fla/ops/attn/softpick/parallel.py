@@ -126,7 +126,7 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool):
+def check_kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool):
     """What the kernels ask for beyond `check_inputs`."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
@@ -181,7 +181,7 @@ def parallel_normalized_attn(
     check_inputs(
         q, k, v, cu_seqlens, head_first, window_size, sink_bias, normalizer, KERNEL_NORMALIZERS
     )
-    _check_kernel_inputs(q, k, v, head_first)
+    check_kernel_inputs(q, k, v, head_first)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     if sink_bias is not None:

@@ -1,0 +1,171 @@
+"""Public decoding operators, for the step of a model that generates: argument checks and registration.
+
+The kernels are in `decoding_kernels.py`. There is no gradient.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from fla.ops.attn.softpick.checks import check_decode_inputs
+from fla.ops.attn.softpick.decoding_kernels import normalized_attn_decode_launch
+from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
+from fla.ops.attn.softpick.parallel import check_kernel_inputs
+from fla.ops.attn.softpick.tiles import empty_rows
+
+# Rows of queries that share a tile of keys.
+MAX_ROWS = 128
+
+_LIBRARY = torch.library.Library("softpick", "FRAGMENT")
+_NAME = "normalized_attn_decode"
+_LIBRARY.define(
+    _NAME + torch.library.infer_schema(normalized_attn_decode_launch, mutates_args=()),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+for _key in ("CUDA", "CPU"):
+    _LIBRARY.impl(_NAME, normalized_attn_decode_launch, _key)
+
+
+@torch.library.register_fake(f"softpick::{_NAME}", lib=_LIBRARY)
+def _(
+    q, k, v, lengths, block_table, sink_bias, scale, window_size, head_first, has_stats, normalizer
+):
+    B, T, HQ = (q.shape[i] for i in ((0, 2, 1) if head_first else (0, 1, 2)))
+    H = k.shape[1 if head_first else 2]
+    o = empty_rows(q, T, HQ, v.shape[-1], head_first)
+    lse = q.new_empty((B, HQ, T), dtype=torch.float32)
+    return o, lse, q.new_empty((B, H), dtype=torch.int32)
+
+
+_decode = torch.ops.softpick.normalized_attn_decode.default
+
+
+def normalized_attn_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None = None,
+    head_first: bool = False,
+    *,
+    normalizer: str = "softpick",
+    block_table: torch.Tensor | None = None,
+    window_size: int | None = None,
+    sink_bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    r"""Attention of the last tokens of sequences to their cache, with any normaliser of the family.
+
+    What `parallel_normalized_attn` gives for each sequence with its ``lengths`` keys, for a few queries: the
+    keys are split over the GPU, the heads of a group share what is read, and rows of ``v`` that no query of a group
+    gives weight are not read. No host synchronisation, so a call can be captured in a CUDA graph, after one
+    outside it; equal inputs give bitwise equal outputs.
+
+    Args:
+        q: Queries ``[B, T, HQ, K]``, float32, float16 or bfloat16, the last ``T`` tokens of each sequence;
+            ``T * HQ / H <= 128``.
+        k: Cache of keys, dtype and device of ``q``, last dimension contiguous: ``[B, S, H, K]``, or with
+            ``block_table`` pages ``[num_pages, page_size, H, K]`` of any size. ``HQ`` is a multiple of ``H``.
+        v: Cache of values, like ``k`` with a last dimension ``V``; ``K``, ``V <= 256``.
+        lengths: Keys of each sequence in the cache ``[B]``, int32 or int64, those of the queries counted; at most
+            the cache's capacity, which is not checked. A query before the start of its sequence gives 0.
+        scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
+        head_first: ``q``, ``k``, ``v`` and the output are ``[B, H, T, D]`` instead, pages ``[num_pages, H,
+            page_size, D]``.
+        normalizer: A name of `NORMALIZERS`.
+        block_table: Pages of each sequence in order ``[B, max_pages]``, int32 or int64; places beyond its length are
+            not read.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
+        return_lse: Also return the natural logarithm of the denominator ``[B, HQ, T]``, float32.
+        return_stats: Also return the share of the sequence's rows of ``v`` that were read ``[B, H]``, float32.
+
+    Returns:
+        Outputs ``[B, T, HQ, V]`` in the dtype of ``q``, then what was asked for.
+
+    Raises:
+        ValueError: An argument breaks a condition, or needs a gradient; the message names it and shows the value.
+
+    Numerics:
+        As `parallel_softpick_attn` with ``safe=True``: exact for every finite input. Sums of splits merge in
+        float32, each with its own shift.
+    """
+    check_decode_inputs(
+        q,
+        k,
+        v,
+        lengths,
+        head_first,
+        block_table,
+        window_size,
+        sink_bias,
+        normalizer,
+        KERNEL_NORMALIZERS,
+        MAX_ROWS,
+    )
+    check_kernel_inputs(q, k, v, head_first)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "q, k and v must not require gradients, which decoding does not have: call it under torch.no_grad(), "
+            f"or parallel_{normalizer}_attn"
+        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension, got strides {x.stride()}"
+            )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if sink_bias is not None:
+        sink_bias = sink_bias.float().contiguous()
+    o, lse, rows_read = _decode(
+        q, k, v, lengths, block_table, sink_bias, scale, window_size, head_first, return_stats, normalizer
+    )  # fmt: skip
+    extra = (lse * math.log(2),) * return_lse
+    if return_stats:
+        extra += (rows_read / lengths.clamp(min=1)[:, None],)
+    return (o, *extra) if extra else o
+
+
+def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+    def decode(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float | None = None,
+        head_first: bool = False,
+        *,
+        block_table: torch.Tensor | None = None,
+        window_size: int | None = None,
+        sink_bias: torch.Tensor | None = None,
+        return_lse: bool = False,
+        return_stats: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return normalized_attn_decode(
+            q,
+            k,
+            v,
+            lengths,
+            scale,
+            head_first,
+            normalizer=normalizer,
+            block_table=block_table,
+            window_size=window_size,
+            sink_bias=sink_bias,
+            return_lse=return_lse,
+            return_stats=return_stats,
+        )
+
+    decode.__name__ = decode.__qualname__ = f"{normalizer}_attn_decode"
+    decode.__doc__ = f'`normalized_attn_decode` with ``normalizer="{normalizer}"``.'
+    return decode
+
+
+softpick_attn_decode = _named("softpick")
+relu_softpick_attn_decode = _named("relu_softpick")
+abs_softpick_attn_decode = _named("abs_softpick")
+softmax_attn_decode = _named("softmax")
+softmax_plus_one_attn_decode = _named("softmax_plus_one")
+rectified_attn_decode = _named("rectified")

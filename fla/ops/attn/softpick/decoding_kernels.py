@@ -1,0 +1,311 @@
+"""Kernels of decoding and their launcher: a few query tokens a sequence against a cache of keys and values, without reading V rows of no weight.
+
+Time goes into reading the cache. The keys of a sequence are split over programs, whose sums merge exactly in a
+second, small kernel; a row of V is loaded only where some query of the group gives it weight, which after a
+softpick is a few rows in a hundred. The query heads of a group share a tile, so the cache is read once.
+
+Legend: as in `parallel_fwd.py`, and
+    BT                 rows of a tile: T query tokens times G heads, rounded up to a power of two, at least 16
+    NS                 splits of a sequence
+    P                  tokens in a page of a paged cache
+    o_part             [B, H, NS, BT, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, BT]
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fla.ops.attn.softpick.launch_shapes import launch_options, num_processors
+from fla.ops.attn.softpick.naive import EPS
+from fla.ops.attn.softpick.normalizers import (
+    RCP_LN2,
+    denominator_constant,
+    scores,
+    smallest_shift,
+    weights,
+)
+from fla.ops.attn.softpick.tiles import empty_rows, feature_tile, strides_bth, visible
+
+# A split of fewer keys costs more to start and to merge than it saves.
+LEAST_SPLIT = 256
+# Programs a multiprocessor that keep its memory busy.
+PROGRAMS_PER_PROCESSOR = 8
+# Splits that the merging kernel loads at a time.
+MERGED_SPLITS = 16
+
+
+@triton.jit
+def _rows_at(
+    p, o_s, table, P, s_b, s_t, D: tl.constexpr, BD: tl.constexpr, m_s, IS_PAGED: tl.constexpr
+):
+    """[BS, BD] rows at the positions o_s of a sequence where m_s, else 0 and not read."""
+    o_d = tl.arange(0, BD)
+    if IS_PAGED:
+        page = tl.load(table + o_s // P, mask=m_s, other=0).to(tl.int64)
+        at = page * s_b + (o_s % P).to(tl.int64) * s_t
+    else:
+        at = o_s.to(tl.int64) * s_t
+    return tl.load(
+        p + at[:, None] + o_d[None, :], mask=m_s[:, None] & (o_d < D)[None, :], other=0.0
+    )
+
+
+@triton.jit(do_not_specialize=["T", "H", "G", "W", "P", "NS"])
+def normalized_attn_decode_kernel(
+    q,
+    k,
+    v,
+    lengths,
+    table,
+    o_part,
+    m_part,
+    z_part,
+    rows_read,
+    scale,
+    sq_b,
+    sq_t,
+    sq_h,
+    sk_b,
+    sk_t,
+    sk_h,
+    sv_b,
+    sv_t,
+    sv_h,
+    st_b,
+    T,
+    H,
+    G,
+    W,
+    P,
+    NS,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_part = tl.program_id(0).to(tl.int64)
+    i_split = tl.program_id(0) % NS
+    i_bh = i_part // NS
+    i_b = i_bh // H
+    i_h = i_bh % H
+    length = tl.load(lengths + i_b).to(tl.int32)
+    q += i_b * sq_b + i_h * G * sq_h
+    k += i_h * sk_h
+    v += i_h * sv_h
+    if IS_PAGED:
+        table += i_b * st_b
+    else:
+        k += i_b * sk_b
+        v += i_b * sv_b
+
+    # the heads of a group are neighbours, so that a row is token T_r and head G_r
+    o_r = tl.arange(0, BT)
+    m_r = o_r < T * G
+    o_d = tl.arange(0, BK)
+    p_q = q + ((o_r // G) * sq_t + (o_r % G) * sq_h)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_r[:, None] & (o_d < K)[None, :], other=0.0)
+    # [BT] position of each query among the keys
+    o_q = length - T + o_r // G
+    scale = scale * RCP_LN2
+
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(length - T - W + 1, 0) // BS * BS
+    size = tl.cdiv(tl.cdiv(length - first, NS), BS) * BS
+    first += i_split * size
+    end = tl.minimum(first + size, length)
+
+    b_m = tl.full([BT], smallest_shift(NORMALIZER), tl.float32)
+    b_z = tl.zeros([BT], tl.float32)
+    b_o = tl.zeros([BT, BV], tl.float32)
+    num_read = tl.zeros([BS], tl.int32)
+    for i_s in tl.range(first, end, BS):
+        o_s = i_s + tl.arange(0, BS)
+        m_k = o_s < end
+        b_k = _rows_at(k, o_s, table, P, sk_b, sk_t, K, BK, m_k, IS_PAGED)
+        # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
+        b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        m_s = visible(o_q[:, None], o_s[None, :], W, HAS_WINDOW) & m_k[None, :] & m_r[:, None]
+        b_s, _ = scores(b_r, m_s, scale, NORMALIZER, True, False)
+        b_m_new = tl.maximum(b_m, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
+        b_f = tl.exp2(b_m - b_m_new)
+        b_m = b_m_new
+        b_n, b_d = weights(b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
+        b_z = b_z * b_f + tl.sum(b_d, 1)
+        b_p = b_n.to(v.dtype.element_ty)
+        m_v = tl.max(tl.where(b_p == 0, 0, 1), 0) > 0
+        b_v = _rows_at(v, o_s, table, P, sv_b, sv_t, V, BV, m_v & m_k, IS_PAGED)
+        b_o = tl.dot(b_p, b_v, b_o * b_f[:, None], input_precision=PRECISION)
+        if HAS_STATS:
+            num_read += (m_v & m_k).to(tl.int32)
+
+    o_v = tl.arange(0, BV)
+    tl.store(m_part + i_part * BT + o_r, b_m)
+    tl.store(z_part + i_part * BT + o_r, b_z)
+    p_o = o_part + (i_part * BT + o_r)[:, None] * V + o_v[None, :]
+    tl.store(p_o, b_o, mask=m_r[:, None] & (o_v < V)[None, :])
+    if HAS_STATS:
+        tl.store(rows_read + i_part, tl.sum(num_read, 0))
+
+
+@triton.jit(do_not_specialize=["T", "H", "G", "NS"])
+def normalized_attn_merge_kernel(
+    o_part,
+    m_part,
+    z_part,
+    sink_bias,
+    o,
+    lse,
+    so_b,
+    so_t,
+    so_h,
+    T,
+    H,
+    G,
+    NS,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BS: tl.constexpr,
+    BV: tl.constexpr,
+    NORMALIZER: tl.constexpr,
+    EPS: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+):
+    """One program a row: the sums of its splits, in their order, and the division."""
+    i_r = tl.program_id(0) % (T * G)
+    i_bh = (tl.program_id(0) // (T * G)).to(tl.int64)
+    i_b = i_bh // H
+    i_hq = i_bh % H * G + i_r % G
+    i_t = i_r // G
+    b_c = tl.load(sink_bias + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
+    b_m = tl.maximum(tl.full([1], smallest_shift(NORMALIZER), tl.float32), b_c)
+    b_z = tl.zeros([1], tl.float32)
+    o_v = tl.arange(0, BV)
+    b_o = tl.zeros([BV], tl.float32)
+    for i_s in range(0, NS, BS):
+        o_s = i_s + tl.arange(0, BS)
+        at = (i_bh * NS + o_s) * BT + i_r
+        b_m_part = tl.load(m_part + at, mask=o_s < NS, other=smallest_shift(NORMALIZER))
+        b_z_part = tl.load(z_part + at, mask=o_s < NS, other=0.0)
+        b_o_part = tl.load(
+            o_part + at[:, None] * V + o_v[None, :],
+            mask=(o_s < NS)[:, None] & (o_v < V)[None, :],
+            other=0.0,
+        )
+        b_m_new = tl.maximum(b_m, tl.max(b_m_part, 0), propagate_nan=tl.PropagateNan.ALL)
+        b_f = tl.exp2(b_m - b_m_new)
+        b_f_part = tl.exp2(b_m_part - b_m_new)
+        b_z = b_z * b_f + tl.sum(b_z_part * b_f_part, 0)
+        b_o = b_o * b_f + tl.sum(b_o_part * b_f_part[:, None], 0)
+        b_m = b_m_new
+    b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
+    # a zero denominator stands under zeros only
+    b_o = b_o / tl.where(b_z == 0, 1.0, b_z)
+    p_o = o + i_b * so_b + i_t * so_t + i_hq * so_h + o_v
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=o_v < V)
+    p_lse = lse + (i_b * H * G + i_hq) * T + i_t
+    tl.store(p_lse + tl.arange(0, 1), b_m + tl.log2(b_z))
+
+
+def num_splits(B: int, H: int, S: int, device: torch.device) -> int:
+    """Splits of a cache of S tokens a sequence: enough to fill the GPU, whatever the lengths are."""
+    wanted = -(-num_processors(device.index) * PROGRAMS_PER_PROCESSOR // (B * H))
+    return max(1, min(wanted, -(-S // LEAST_SPLIT)))
+
+
+def normalized_attn_decode_launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor | None,
+    sink_bias: torch.Tensor | None,
+    scale: float,
+    window_size: int | None,
+    head_first: bool,
+    has_stats: bool,
+    normalizer: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the kernels on checked inputs.
+
+    Returns:
+        Outputs like ``q`` with the last dimension of ``v``, the base-2 lse ``[B, HQ, T]`` float32, and the rows of V
+        read ``[B, H]`` int32, of no elements without ``has_stats``.
+    """
+    time, head = (2, 1) if head_first else (1, 2)
+    B, T, HQ, H = q.shape[0], q.shape[time], q.shape[head], k.shape[head]
+    K, V, G = q.shape[-1], v.shape[-1], HQ // H
+    is_paged = block_table is not None
+    P = k.shape[time]
+    S = block_table.shape[1] * P if is_paged else P
+    NS = num_splits(B, H, S, q.device)
+    BT = max(16, triton.next_power_of_2(T * G))
+    o = empty_rows(q, T, HQ, V, head_first)
+    lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
+    o_part = torch.empty(B, H, NS, BT, V, dtype=torch.float32, device=q.device)
+    m_part, z_part = torch.empty(2, B, H, NS, BT, dtype=torch.float32, device=q.device)
+    rows_read = torch.empty(B, H, NS * has_stats, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        options = launch_options("decode", q, V)
+        options.pop("HAS_DESCRIPTORS")
+        options["BT"] = BT
+        normalized_attn_decode_kernel[(B * H * NS,)](
+            q,
+            k,
+            v,
+            lengths,
+            block_table,
+            o_part,
+            m_part,
+            z_part,
+            rows_read,
+            scale,
+            *strides_bth(q, head_first),
+            *strides_bth(k, head_first),
+            *strides_bth(v, head_first),
+            st_b=block_table.stride(0) if is_paged else 0,
+            T=T,
+            H=H,
+            G=G,
+            W=0 if window_size is None else min(window_size, S),
+            P=P,
+            NS=NS,
+            K=K,
+            V=V,
+            BK=feature_tile(K),
+            BV=feature_tile(V),
+            NORMALIZER=normalizer,
+            IS_PAGED=is_paged,
+            HAS_WINDOW=window_size is not None,
+            HAS_STATS=has_stats,
+            **options,
+        )
+        normalized_attn_merge_kernel[(B * HQ * T,)](
+            o_part,
+            m_part,
+            z_part,
+            sink_bias,
+            o,
+            lse,
+            *strides_bth(o, head_first),
+            T=T,
+            H=H,
+            G=G,
+            NS=NS,
+            V=V,
+            BT=BT,
+            BS=MERGED_SPLITS,
+            BV=feature_tile(V),
+            NORMALIZER=normalizer,
+            EPS=EPS,
+            HAS_SINK=sink_bias is not None,
+            num_warps=4,
+        )
+    return o, lse, rows_read.sum(-1, dtype=torch.int32)

@@ -1,0 +1,225 @@
+"""Decoding against the reference of each sequence alone: caches of every kind, splits, and what is not read."""
+
+import pytest
+import torch
+from numerics import assert_no_worse_than_eager
+
+from fla.ops.attn.softpick import NORMALIZERS, decoding, decoding_kernels, naive_normalized_attn
+from fla.ops.attn.softpick.decoding import normalized_attn_decode, softpick_attn_decode
+
+
+def draw(
+    lengths, *, S=None, T=1, HQ=2, H=2, K=16, V=None, dtype=torch.float32, device="cpu", seed=0
+):
+    """q, k, v with batch rows of the given lengths in a cache of S places, and the lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    B, S = len(lengths), S or max(max(lengths), T)
+    shapes = (B, T, HQ, K), (B, S, H, K), (B, S, H, V or K)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    # what lies beyond a sequence must not be read
+    for x in (k, v):
+        for row, length in zip(x, lengths, strict=True):
+            row[length:] = float("nan")
+    return q, k, v, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def reference(q, k, v, lengths, **kwargs):
+    rows = []
+    for b, length in enumerate(lengths.tolist()):
+        T = min(q.shape[1], length)
+        o = torch.zeros(*q.shape[1:3], v.shape[-1], dtype=q.dtype, device=q.device)
+        if T:
+            o[-T:] = naive_normalized_attn(
+                q[b : b + 1, -T:], k[b : b + 1, :length], v[b : b + 1, :length], **kwargs
+            )[0]
+        rows.append(o)
+    return torch.stack(rows)
+
+
+def paged(x, lengths, page_size):
+    """A cache [B, S, H, D] as pages in random order, unused ones full of NaN, and the block table."""
+    B, S, H, D = x.shape
+    num = -(-S // page_size)
+    order = torch.randperm(B * num + 3, generator=torch.Generator().manual_seed(1)).to(x.device)
+    pages = x.new_full((B * num + 3, page_size, H, D), float("nan"))
+    table = order[: B * num].view(B, num).to(torch.int32)
+    for b in range(B):
+        for i in range(num):
+            piece = x[b, i * page_size : (i + 1) * page_size]
+            pages[table[b, i], : len(piece)] = piece
+    return pages, table
+
+
+def check(inputs, got, **kwargs):
+    q, k, v, lengths = inputs
+    eager = reference(q, k, v, lengths, **kwargs)
+    double = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+    gold = reference(q.double(), k.double(), v.double(), lengths, **double)
+    assert_no_worse_than_eager("o", got, eager, gold)
+
+
+CASES = {
+    "one token": {"lengths": [70]},
+    "ragged": {"lengths": [1, 130, 64, 65]},
+    "empty sequence": {"lengths": [0, 5]},
+    "several tokens": {"lengths": [40, 3, 100], "T": 3},
+    "more tokens than keys": {"lengths": [2, 9], "T": 4, "S": 16},
+    "grouped heads": {"lengths": [90, 33], "HQ": 8, "H": 2},
+    "one key head": {"lengths": [90], "HQ": 20, "H": 1, "T": 2},
+    "odd sizes": {"lengths": [77, 20], "K": 24, "V": 10},
+    "room in the cache": {"lengths": [40, 80], "S": 200},
+}
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode(case, normalizer, splits, device, monkeypatch):
+    monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: splits)
+    inputs = draw(**case, device=device)
+    check(inputs, normalized_attn_decode(*inputs, normalizer=normalizer), normalizer=normalizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_decode_in_16_bits(normalizer, dtype, device):
+    inputs = draw([300, 77], HQ=4, H=2, K=32, dtype=dtype, device=device)
+    check(inputs, normalized_attn_decode(*inputs, normalizer=normalizer), normalizer=normalizer)
+
+
+@pytest.mark.parametrize("page_size", [16, 20, 64])
+@pytest.mark.parametrize("head_first", [False, True])
+def test_decode_from_pages(page_size, head_first, device):
+    q, k, v, lengths = draw([90, 0, 33], HQ=4, H=2, V=24, device=device)
+    k_pages, table = paged(k, lengths, page_size)
+    v_pages, _ = paged(v, lengths, page_size)
+    # places beyond a sequence's pages may hold anything
+    for row, length in zip(table, lengths.tolist(), strict=True):
+        row[-(-length // page_size) :] = 2**30
+    given = (q, k_pages, v_pages)
+    if head_first:
+        given = [x.transpose(1, 2) for x in given]
+    o = softpick_attn_decode(*given, lengths, head_first=head_first, block_table=table)
+    check((q, k, v, lengths), o.transpose(1, 2) if head_first else o)
+
+
+@pytest.mark.parametrize("window_size", [1, 7, 64, 1000])
+def test_decode_in_a_window(window_size, device):
+    inputs = draw([100, 30, 4], T=2, device=device)
+    q, k, v, lengths = inputs
+    o = softpick_attn_decode(*inputs, window_size=window_size)
+    check(inputs, o, window_size=window_size)
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_decode_with_a_sink(normalizer, device):
+    inputs = draw([100, 0], HQ=4, H=2, device=device)
+    sink_bias = torch.tensor([-3.0, 0.0, 5.0, 90.0], device=device)
+    o = normalized_attn_decode(*inputs, normalizer=normalizer, sink_bias=sink_bias)
+    check(inputs, o, normalizer=normalizer, sink_bias=sink_bias)
+
+
+def test_lse_is_the_log_of_the_denominator(device):
+    q, k, v, lengths = draw([60, 60], device=device)
+    _, lse = softpick_attn_decode(q, k, v, lengths, return_lse=True)
+    _, expected = naive_normalized_attn(q, k, v, return_lse=True)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e4, -30.0])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_decode_of_huge_scores(normalizer, scale, device, monkeypatch):
+    monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: 2)
+    inputs = draw([130], device=device)
+    o = normalized_attn_decode(*inputs, scale, normalizer=normalizer)
+    check(inputs, o, normalizer=normalizer, scale=scale)
+
+
+def test_rows_of_no_weight_are_not_read(device):
+    q, k, v, lengths = draw([200], HQ=4, H=2, device=device)
+    _, weights = naive_normalized_attn(q, k, v, return_weights=True)
+    # [B, H, S] of bool
+    is_used = (weights.view(1, 2, 2, 200) > 0).any(2)
+    expected, share = softpick_attn_decode(q, k, v, lengths, return_stats=True)
+    torch.testing.assert_close(share, is_used.float().mean(-1))
+    assert share.max() < 1
+    v[~is_used.transpose(1, 2)] = float("nan")
+    assert torch.equal(softpick_attn_decode(q, k, v, lengths), expected)
+
+
+def test_nan_in_a_key_shows(device):
+    q, k, v, lengths = draw([50, 50], device=device)
+    k[0, 20, 1] = float("nan")
+    o = softpick_attn_decode(q, k, v, lengths)
+    assert o[0, :, 1].isnan().all()
+    assert not o[0, :, 0].isnan().any()
+    assert not o[1].isnan().any()
+
+
+def test_decode_compiles_into_one_graph(device):
+    inputs = draw([70, 12], device=device)
+    compiled = torch.compile(softpick_attn_decode, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), softpick_attn_decode(*inputs))
+
+
+def test_opcheck(device):
+    q, k, v, lengths = draw([70, 12], device=device)
+    torch.library.opcheck(
+        torch.ops.softpick.normalized_attn_decode,
+        (q, k, v, lengths, None, None, 0.25, None, False, True, "softpick"),
+    )
+
+
+@pytest.mark.gpu
+def test_decode_in_a_cuda_graph(device):
+    q, k, v, lengths = draw([500, 1200], S=2000, K=64, dtype=torch.bfloat16, device=device)
+    k.nan_to_num_()
+    v.nan_to_num_()
+    softpick_attn_decode(q, k, v, lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = softpick_attn_decode(q, k, v, lengths)
+    # the graph sees what the lengths are when it runs
+    lengths += 100
+    graph.replay()
+    assert torch.equal(o, softpick_attn_decode(q, k, v, lengths))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [64, 128])
+def test_decode_at_real_size(K, device):
+    inputs = draw([5000, 8192, 1, 777], HQ=8, H=2, K=K, dtype=torch.bfloat16, device=device)
+    first = softpick_attn_decode(*inputs)
+    check(inputs, first)
+    assert torch.equal(first, softpick_attn_decode(*inputs))
+
+
+def change(**changed):
+    q, k, v, lengths = draw([20, 9], HQ=4, H=2)
+    return {"q": q, "k": k, "v": v, "lengths": lengths} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lengths": torch.tensor([1, 2, 3])}, r"lengths must be int32 or int64 \[2\]"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, r"lengths must be int32 or int64 .* torch.float32"),
+        ({"q": torch.randn(2, 70, 4, 16), "k": torch.randn(2, 80, 2, 16), "v": torch.randn(2, 80, 2, 16)}, r"at most 128 query tokens .* 70 x 2"),
+        ({"k": torch.randn(2, 20, 2, 8)}, r"k must have the last dimension of q, 16, got 8"),
+        ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, r"block_table must be int32 or int64 \[2, pages"),
+        ({"window_size": 0}, r"window_size must be at least 1"),
+        ({"v": torch.randn(2, 20, 16, 2).transpose(2, 3)}, r"v must be contiguous in its last dimension"),
+        ({"q": torch.randn(2, 1, 4, 16, requires_grad=True)}, r"must not require gradients"),
+        ({"normalizer": "hardmax"}, r"normalizer must be one of softpick, .* 'hardmax'"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        normalized_attn_decode(**change(**changed))
+
+
+def test_every_normalizer_has_its_named_decoder():
+    for normalizer in NORMALIZERS:
+        assert (
+            getattr(decoding, f"{normalizer}_attn_decode").__name__ == f"{normalizer}_attn_decode"
+        )
