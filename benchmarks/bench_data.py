@@ -55,20 +55,23 @@ def train_tokenizer(text: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|eos|>")
 
 
-def tokens_per_second(tokenizer, flags, seconds: float) -> list[float]:
-    """Of five stretches of `seconds`, after a first one that starts workers and fills queues."""
-    config = parse_args(
-        [word for flag, value in flags.items() for word in (f"--{flag}", value) if word]
-    )
-    loader = open_data(config, tokenizer).loader(dp_rank=0, dp_world_size=1)
-    batches, rates = iter(loader), []
+def tokens_per_second(tokenizer, flags, seconds: float) -> tuple[list[float], float]:
+    """Of five stretches of `seconds`, after a first one that starts workers and fills queues; and tokens a
+    second of CPU time of all processes, which tells less of what else the machine does."""
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", value) if word]
+    data = open_data(parse_args(words), tokenizer)
+    before = sum(os.times()[:4])
+    loader = data.loader(dp_rank=0, dp_world_size=1)
+    batches, rates, total = iter(loader), [], 0
     for _ in range(6):
         start, count = time.perf_counter(), 0
         while (now := time.perf_counter()) - start < seconds:
             count += next(batches)[1].numel()
         rates.append(count / (now - start))
+        total += count
+    # the time of workers is known when they have ended
     loader.close()
-    return rates[1:]
+    return rates[1:], total / (sum(os.times()[:4]) - before)
 
 
 def main() -> None:
@@ -97,8 +100,8 @@ def main() -> None:
         num_proc = max(1, *args.num_workers)
         source = DataSource(str(text), None, "train", None, None, 1)
         prepare(source, tokenizer, path, folder / "tokens", num_proc=num_proc)
-        print("| source | varlen | workers | tokens/s, median | lowest | highest |")
-        print("|---|---|---|---|---|---|")
+        print("| source | varlen | workers | tokens/s, median | lowest | highest | tokens/CPU s |")
+        print("|---|---|---|---|---|---|---|")
         size = {
             "training.seq_len": str(args.seq_len),
             "training.batch_size": str(args.batch_size),
@@ -113,10 +116,11 @@ def main() -> None:
                 for num_workers in args.num_workers:
                     more = {"training.varlen": ""} if varlen else {}
                     more["training.num_workers"] = str(num_workers)
-                    rates = tokens_per_second(tokenizer, size | flags | more, args.seconds)
+                    rates, per_cpu = tokens_per_second(tokenizer, size | flags | more, args.seconds)
                     print(
                         f"| {kind} | {'yes' if varlen else 'no'} | {num_workers} "
-                        f"| {statistics.median(rates):,.0f} | {min(rates):,.0f} | {max(rates):,.0f} |",
+                        f"| {statistics.median(rates):,.0f} | {min(rates):,.0f} | {max(rates):,.0f} "
+                        f"| {per_cpu:,.0f} |",
                         flush=True,
                     )
 
