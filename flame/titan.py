@@ -134,7 +134,6 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.training.steps = t.steps
     # what torchtitan's autocast is given; `FlameTrainer` takes it away for float32
     c.training.mixed_precision_param = "bfloat16"
-    c.training.mixed_precision_reduce = t.mixed_precision_reduce
     c.training.enable_cpu_offload = t.enable_cpu_offload
     c.training.gc_freq = t.gc_freq
     c.debug.seed = t.seed
@@ -148,7 +147,6 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.parallelism.data_parallel_shard_degree = t.data_parallel_shard_degree
     c.parallelism.tensor_parallel_degree = t.tensor_parallel_degree
     c.parallelism.disable_loss_parallel = t.disable_loss_parallel
-    c.parallelism.fsdp_reshard_after_forward = t.fsdp_reshard_after_forward
     c.parallelism.context_parallel_degree = config.experimental.context_parallel_degree
     c.activation_checkpoint.mode = config.activation_checkpoint.mode
     c.activation_checkpoint.selective_ac_option = config.activation_checkpoint.selective_ac_option

@@ -239,6 +239,8 @@ def example(small, tmp_path_factory):
         "job.dump_folder": str(folder),
         "job.description": "upstream's example",
         "training.dataset_name": "None",
+        # of the recipe, which holds nothing out
+        "validation.share": 0.05,
         "training.context_len": 32,
         "training.num_workers": 1,
         "checkpoint.interval": 6,

@@ -15,7 +15,12 @@ def _section(node: ast.expr, sections: set[str], names: dict[str, str]) -> str |
     """The section that an expression is, if it is one."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
-    if not isinstance(node, ast.Attribute) or node.attr not in sections:
+    if not isinstance(node, ast.Attribute):
+        return None
+    if ast.unparse(node) in names:
+        # an attribute that the class has bound
+        return names[ast.unparse(node)]
+    if node.attr not in sections:
         return None
     root = node.value
     if isinstance(root, ast.Name):
@@ -39,37 +44,89 @@ def _bindings(function: ast.AST, sections: set[str], classes: dict[str, str]) ->
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                pairs = [(target, node.value)]
-                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    pairs = list(zip(target.elts, node.value.elts, strict=True))
-                for left, right in pairs:
+                for left, right in _pairs(target, node.value):
                     if isinstance(left, ast.Name) and (found := _section(right, sections, names)):
                         names[left.id] = found
     return names
 
 
+def _attributes(class_: ast.ClassDef, sections: set[str]) -> dict[str, str]:
+    """``self.<name>`` -> the section that a method of the class binds it to."""
+    names: dict[str, str] = {}
+    for node in ast.walk(class_):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            for left, right in _pairs(node.targets[0], node.value):
+                text = ast.unparse(left)
+                if text.startswith("self.") and (found := _section(right, sections, {})):
+                    names[text] = found
+    return names
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return list(zip(target.elts, value.elts, strict=True))
+    return [(target, value)]
+
+
+def read_by_methods(source: str, classes: dict[str, str]) -> dict[str, set[str]]:
+    """``section.method`` -> the options that the method of a section's class reads, by name or as strings."""
+    found: dict[str, set[str]] = {}
+    for class_ in ast.parse(source).body:
+        if isinstance(class_, ast.ClassDef) and class_.name in classes:
+            own: dict[str, set[str]] = {}
+            for method in class_.body:
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith("__"):
+                    nodes = list(ast.walk(method))
+                    own[method.name] = {x.attr for x in nodes if isinstance(x, ast.Attribute)}
+                    own[method.name] |= {x.value for x in nodes if isinstance(x, ast.Constant)}
+            for name, read in own.items():
+                # what it reads by way of the class's other methods
+                called = {other for other in own if other in read}
+                found[f"{classes[class_.name]}.{name}"] = read.union(*(own[x] for x in called))
+    return found
+
+
 def flags_read(
-    source: str, sections: dict[str, set[str]], classes: dict[str, str] | None = None
+    source: str,
+    sections: dict[str, set[str]],
+    classes: dict[str, str] | None = None,
+    methods: dict[str, set[str]] | None = None,
 ) -> set[str]:
     """Dotted names of the flags that a module evaluates.
 
     Args:
         sections: Section -> its options.
-        classes: Class of a section -> section, for arguments that are one.
+        classes: Class of a section -> section, for arguments that are one. It counts where the module
+            imports it from `flame.config`: torchtitan has classes of the same names.
+        methods: What `read_by_methods` found; a method that is named counts as its options.
     """
     found: set[str] = set()
+    tree = ast.parse(source)
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "flame.config"
+        for alias in node.names
+        if alias.asname is None
+    }
+    own = {name: section for name, section in (classes or {}).items() if name in imported}
 
     def visit(node: ast.AST, names: dict[str, str]) -> None:
+        if isinstance(node, ast.ClassDef):
+            names = names | _attributes(node, set(sections))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            names = names | _bindings(node, set(sections), classes or {})
+            names = names | _bindings(node, set(sections), own)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             section = _section(node.value, set(sections), names)
             if section and node.attr in sections[section]:
                 found.add(f"{section}.{node.attr}")
+            elif section:
+                read = (methods or {}).get(f"{section}.{node.attr}", set())
+                found.update(f"{section}.{option}" for option in read & sections[section])
         for child in ast.iter_child_nodes(node):
             visit(child, names)
 
-    visit(ast.parse(source), {})
+    visit(tree, {})
     return found
 
 
