@@ -250,7 +250,7 @@ def example(small, tmp_path_factory):
         "metrics.enable_wandb": True,
     }
     # what a CPU and a file of this size ask for
-    off = ["training.streaming", "training.varlen", "training.compile"]
+    off = ["training.streaming", "training.compile"]
     words = []
     upstream = README_EXAMPLE.split()[2:]
     # what other parts of the trainer bring; each is part of the command as soon as it is there
