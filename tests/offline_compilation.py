@@ -25,7 +25,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
-from fla.ops.attn.softpick import launch_shapes, parallel_bwd, parallel_fwd
+from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel_bwd, parallel_fwd
 
 
 class Card(NamedTuple):
@@ -100,6 +100,7 @@ def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]
     with (
         mock.patch.object(driver, "_active", OfflineDriver(card.target)),
         mock.patch.object(KernelInterface, "__getitem__", getitem),
+        mock.patch.object(decoding_kernels, "num_processors", return_value=100),
     ):
         call()
     launch_shapes.architecture.cache_clear()
@@ -176,8 +177,11 @@ def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) ->
     Each copy of a loop's body counts once: for full tiles, for masked ones, and in forward for rows that need
     the running maximum; float16 has that from the start.
     """
+    if name == "normalized_attn_merge_kernel":
+        return 0
     K, V, BS = arguments["BK"], arguments["BV"], arguments["BS"]
     features, streamed = {
+        "decode": (K + V, BS),
         "fwd": (K + V, (2 if dtype == torch.float16 else 3) * BS),
         "dq": (2 * K + V, 2 * BS),
         "dkv": (2 * K + 2 * V, BS + min(BS, 32)),
@@ -193,7 +197,10 @@ def attention(
     sizes: tuple[int, int, int, int] = (1, 256, 4, 4),
     **kwargs,
 ):
-    """Forward and backward launches for B, T, HQ, H; nothing is computed."""
+    """Forward, backward and decoding launches for B, T, HQ, H; nothing is computed.
+
+    Decoding takes the keys as pages where there is packing.
+    """
     B, T, HQ, H = sizes
     q = torch.empty(B, T, HQ, K, dtype=dtype)
     k, v = (torch.empty(B, T, H, D, dtype=dtype) for D in (K, V))
@@ -202,6 +209,11 @@ def attention(
     sink_bias = args.pop("sink_bias", None)
     o, lse = parallel_fwd.parallel_normalized_attn_fwd(q, k, v, sink_bias, safe=True, **args)
     parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
+    lengths = torch.empty(B, dtype=torch.int32)
+    table = None if args.pop("cu_seqlens") is None else torch.empty(B, 1, dtype=torch.int32)
+    decoding_kernels.normalized_attn_decode_launch(
+        q[:, :1], k, v, lengths, table, sink_bias, has_stats=False, **args
+    )
 
 
 def compilations(card: Card, K: int) -> dict[str, int]:
@@ -251,7 +263,7 @@ def main(card_name: str) -> None:
                 "kernel": name,
                 **resources(kernel)._asdict(),
                 "products_needed": products_needed(name, arguments, dtype),
-                **{key: arguments[key] for key in ("BT", "BS", "num_warps", "num_stages")},
+                **{key: arguments.get(key) for key in ("BT", "BS", "num_warps", "num_stages")},
             }
             sys.stdout.write(json.dumps(row) + "\n")
 

@@ -40,17 +40,18 @@ def columns(*cells):
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_fit(card, capsys):
     rows = compiled(card)
-    assert len(rows) == 3 * len(CASES)
+    assert len(rows) == 5 * len(CASES)
     with capsys.disabled():
         sys.stdout.write(f"\n{card}\n")
         heads = "K, V", "kernel", "tile", "w", "st", "registers", "spills", "scratch", "shared"
         sys.stdout.write(columns(*heads) + "\n")
         for row in rows:
-            kernel = row["kernel"].removeprefix("parallel_normalized_attn_").removesuffix("_kernel")
+            kernel = row["kernel"].removeprefix("parallel_").removesuffix("_kernel")
+            kernel = kernel.removeprefix("normalized_attn_")
             tile = f"{row['BT']}x{row['BS']}"
             line = columns(
                 row["case"], kernel.removeprefix("bwd_kernel_"), tile, row["num_warps"],
-                row["num_stages"], row["registers"], row["spills"], row["scratch"], row["shared"],
+                row["num_stages"] or "", row["registers"], row["spills"], row["scratch"], row["shared"],
             )  # fmt: skip
             sys.stdout.write(line + "\n")
     for row in rows:
@@ -59,6 +60,10 @@ def test_kernels_fit(card, capsys):
         if max(K, V) <= 128:
             assert row["spills"] <= SPILLS_OF_TIMED_SHAPES.get(card, 0), row
             assert row["scratch"] == (4 * row["spills"] if card.startswith("sm") else 0), row
+        if row["products_needed"] == 0:
+            continue
+        # 16 rows are too few for four warps, which then repeat each other; decoding waits for memory all the same
+        is_repeated = row["kernel"] == "normalized_attn_decode_kernel"
         has_matrix_instructions = row["matrix_products"] != 0
         if dtype == torch.float32 and card.startswith("sm") and "IEEE" in row["case"]:
             # no tensor core of NVIDIA multiplies float32 in full
@@ -66,7 +71,8 @@ def test_kernels_fit(card, capsys):
             continue
         assert has_matrix_instructions, row
         # tcgen05 does not say; the small tiles of unaligned rows and of TF32 at 256 do repeat
-        if row["matrix_products"] > 0 and K % 16 == 0 and not (K == 256 and "TF32" in row["case"]):
+        is_repeated |= K % 16 != 0 or (K == 256 and "TF32" in row["case"])
+        if row["matrix_products"] > 0 and not is_repeated:
             assert row["matrix_products"] == row["products_needed"], row
 
 
@@ -74,14 +80,15 @@ def test_kernels_fit(card, capsys):
 def test_sizes_do_not_recompile():
     # with pointers at 64, with descriptors at 128
     rows = compiled("sm_90", "compilations")
-    assert [len(row) for row in rows] == [3, 3]
+    assert [len(row) for row in rows] == [5, 5]
     assert all(count == 1 for row in rows for count in row.values()), rows
 
 
 def test_every_launch_shape_is_compiled():
+    kernels = "fwd", "dq", "dkv", "decode"
     for shapes in launch_shapes.TABLE.values():
         kinds = {kind for _, kind in shapes}
-        assert {(kernel, kind) for kernel in ("fwd", "dq", "dkv") for kind in kinds} == set(shapes)
+        assert {(kernel, kind) for kernel in kernels for kind in kinds} == set(shapes)
         assert kinds - {"tf32"} == {"16bit", "ieee"}
     assert set(launch_shapes.TABLE) == set(CARDS)
 

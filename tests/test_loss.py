@@ -1,11 +1,17 @@
 """The loss without logits against cross-entropy with them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flame.errors import UsageError
 from flame.loss import linear_loss
+from flame.models import read_config
+from flame.titan import ModelArgs, TitanModel
+
+ROOT = Path(__file__).parent.parent
 
 
 def draw(dtype: torch.dtype):
@@ -53,3 +59,29 @@ def test_loss_that_is_not_here_is_refused():
     ):
         linear_loss("fla_linear_cross_entropy", "cpu")
     assert linear_loss("cross_entropy", "cpu") is None
+
+
+def test_model_hands_the_loss_its_last_hidden_states_and_the_head():
+    config = read_config(ROOT / "configs" / "softpick_transformer_tiny.json")
+    model = TitanModel(ModelArgs(config, seed=0))
+    model.init_weights()
+    tokens = torch.randint(
+        0, config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0)
+    )
+    inputs, labels = tokens[:, :-1], tokens[:, 1:].clone()
+    labels[0, 3:5] = -100
+    logits = model(inputs)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = model(inputs, labels=labels, linear_loss=with_logits)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    seen = []
+
+    def spy(hidden, weight, labels):
+        seen.append((hidden.dtype, weight.dtype))
+        return with_logits(hidden, weight, labels)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(inputs, labels=labels, linear_loss=spy).backward()
+    # fused kernels know nothing of autocast
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert model.lm_head.weight.grad.dtype == torch.float32

@@ -1,5 +1,14 @@
 """Softpick attention and its relatives: Triton operators and their PyTorch references."""
 
+from fla.ops.attn.softpick.decoding import (
+    abs_softpick_attn_decode,
+    normalized_attn_decode,
+    rectified_attn_decode,
+    relu_softpick_attn_decode,
+    softmax_attn_decode,
+    softmax_plus_one_attn_decode,
+    softpick_attn_decode,
+)
 from fla.ops.attn.softpick.naive import (
     NORMALIZERS,
     naive_abs_softpick_attn,
@@ -23,6 +32,7 @@ from fla.ops.attn.softpick.parallel import (
 
 __all__ = [
     "NORMALIZERS",
+    "abs_softpick_attn_decode",
     "naive_abs_softpick_attn",
     "naive_normalized_attn",
     "naive_rectified_attn",
@@ -30,6 +40,7 @@ __all__ = [
     "naive_softmax_attn",
     "naive_softmax_plus_one_attn",
     "naive_softpick_attn",
+    "normalized_attn_decode",
     "parallel_abs_softpick_attn",
     "parallel_normalized_attn",
     "parallel_rectified_attn",
@@ -37,5 +48,10 @@ __all__ = [
     "parallel_softmax_attn",
     "parallel_softmax_plus_one_attn",
     "parallel_softpick_attn",
+    "rectified_attn_decode",
+    "relu_softpick_attn_decode",
+    "softmax_attn_decode",
+    "softmax_plus_one_attn_decode",
     "softpick",
+    "softpick_attn_decode",
 ]

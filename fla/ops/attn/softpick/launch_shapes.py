@@ -52,7 +52,7 @@ _NVIDIA = _shapes(
     dkv_ieee=((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     decode_16bit=((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 1)),
     decode_tf32=((16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    decode_ieee=((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    decode_ieee=((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 )
 # one stage, since more take shared memory that gfx90a and gfx942 lack; 16 rows a warp, since otherwise
 # warps repeat each other's matrix instructions
