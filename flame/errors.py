@@ -3,9 +3,11 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 EXIT_CODE = 2
+_PATIENCE_S = 10
 
 
 class UsageError(ValueError):
@@ -28,10 +30,13 @@ def exit_on_training_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_usage_error() -> Iterator[None]:
-    """Turns `UsageError` into one line, printed by the first process of a node, and exit code 2."""
+    """Turns `UsageError` into one line, printed by the first process of a node that it happens to, and exit code 2."""
     try:
         yield
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"flame: error: {error}\n")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # the first one says the same, if it is heard before torchrun ends all, which it does as soon as one
+            # has ended; where it is still here after that, it has nothing to say
+            time.sleep(_PATIENCE_S)
+        sys.stderr.write(f"flame: error: {error}\n")
         sys.exit(EXIT_CODE)

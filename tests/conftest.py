@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
+import logging
 import os
 
 import pytest
@@ -12,6 +13,15 @@ if not HAS_GPU:
     from triton_interpreter import repair
 
     repair()
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was():
+    """Entry points that a test calls set up the program's logger, with a stream that ends with the test."""
+    logger = logging.getLogger("flame")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before
 
 
 @pytest.fixture

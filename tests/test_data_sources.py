@@ -174,12 +174,22 @@ class TestBothKinds:
         assert rows_of(loaders_of(plain, 1), 9) == rows_of(loaders_of(data, 1), 9)
 
 
+_others: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _set_others_aside():
+    """What other tests started and left running."""
+    _others.clear()
+    _others.update(children())
+
+
 def children():
-    """Processes of this one, those that ended and were not waited for aside."""
+    """Processes that this test started, those that ended and were not waited for aside."""
     task = Path(f"/proc/self/task/{os.getpid()}/children")
     deadline = time.monotonic() + 5
     while True:
-        found = [int(child) for child in task.read_text().split()]
+        found = [child for child in map(int, task.read_text().split()) if child not in _others]
         states = [
             Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] for child in found
         ]
