@@ -211,8 +211,9 @@ def attention(
     parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
     lengths = torch.empty(B, dtype=torch.int32)
     table = None if args.pop("cu_seqlens") is None else torch.empty(B, 1, dtype=torch.int32)
+    starts = None if table is None else lengths
     decoding_kernels.normalized_attn_decode_launch(
-        q[:, :1], k, v, lengths, table, sink_bias, has_stats=False, **args
+        q[:, :1], k, v, lengths, starts, table, sink_bias, has_stats=False, **args
     )
 
 

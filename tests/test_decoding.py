@@ -4,7 +4,13 @@ import pytest
 import torch
 from numerics import assert_no_worse_than_eager
 
-from fla.ops.attn.softpick import NORMALIZERS, decoding, decoding_kernels, naive_normalized_attn
+from fla.ops.attn.softpick import (
+    NORMALIZERS,
+    decoding,
+    decoding_kernels,
+    naive_normalized_attn,
+    naive_normalized_attn_decode,
+)
 from fla.ops.attn.softpick.decoding import normalized_attn_decode, softpick_attn_decode
 
 
@@ -111,6 +117,26 @@ def test_decode_in_a_window(window_size, device):
     check(inputs, o, window_size=window_size)
 
 
+@pytest.mark.parametrize("window_size", [None, 20])
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+def test_decode_of_rows_padded_on_the_left(normalizer, window_size, device):
+    q, k, v, lengths = draw([100, 30, 81], T=2, device=device)
+    # the numbers of a sequence need not lie side by side
+    pairs = torch.stack([torch.tensor([70, 0, 80], device=device), lengths], 1)
+    starts, lengths = pairs.unbind(1)
+    # what is trimmed off must not be read
+    trimmed = [torch.zeros_like(x) for x in (k, v)]
+    for b, start in enumerate(starts.tolist()):
+        for x, y in zip((k, v), trimmed, strict=True):
+            y[b, : x.shape[1] - start] = x[b, start:]
+            x[b, :start] = float("nan")
+    options = {"normalizer": normalizer, "window_size": window_size}
+    o = normalized_attn_decode(q, k, v, lengths, starts=starts, **options)
+    check((q, *trimmed, lengths - starts), o, **options)
+    naive = naive_normalized_attn_decode(q, k, v, lengths, starts=starts, **options)
+    torch.testing.assert_close(o, naive, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
 def test_decode_with_a_sink(normalizer, device):
     inputs = draw([100, 0], HQ=4, H=2, device=device)
@@ -166,7 +192,7 @@ def test_opcheck(device):
     q, k, v, lengths = draw([70, 12], device=device)
     torch.library.opcheck(
         torch.ops.softpick.normalized_attn_decode,
-        (q, k, v, lengths, None, None, 0.25, None, False, True, "softpick"),
+        (q, k, v, lengths, None, None, None, 0.25, None, False, True, "softpick"),
     )
 
 
@@ -207,6 +233,7 @@ def change(**changed):
         ({"q": torch.randn(2, 70, 4, 16), "k": torch.randn(2, 80, 2, 16), "v": torch.randn(2, 80, 2, 16)}, r"at most 128 query tokens .* 70 x 2"),
         ({"k": torch.randn(2, 20, 2, 8)}, r"k must have the last dimension of q, 16, got 8"),
         ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, r"block_table must be int32 or int64 \[2, pages"),
+        ({"starts": torch.tensor([1])}, r"starts must be int32 or int64 \[2\]"),
         ({"window_size": 0}, r"window_size must be at least 1"),
         ({"v": torch.randn(2, 20, 16, 2).transpose(2, 3)}, r"v must be contiguous in its last dimension"),
         ({"q": torch.randn(2, 1, 4, 16, requires_grad=True)}, r"must not require gradients"),

@@ -120,19 +120,7 @@ def test_triton_operator_in_the_model_matches_the_reference():
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_operators_cannot_do_is_refused():
-    model = model_of(small())
-    padded = torch.ones_like(TOKENS)
-    padded[0, :3] = 0
-    with pytest.raises(NotImplementedError, match="padding"):
-        model(TOKENS, attention_mask=padded)
-    with pytest.raises(NotImplementedError, match="mask"):
-        model(TOKENS, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool))
-    with pytest.raises(NotImplementedError, match="DynamicCache"):
-        model.generate(TOKENS, max_new_tokens=4, cache_implementation="static")
-    with pytest.raises(NotImplementedError, match="plain causal"):
-        # two sequences packed in a row
-        model(TOKENS, position_ids=torch.arange(20).remainder(10)[None], use_cache=False)
+def test_triton_without_a_gpu_is_refused():
     with pytest.raises(UsageError, match="naive_softpick_attn"):
         require_device("parallel_softpick_attn", "cpu")
 

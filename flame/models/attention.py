@@ -1,7 +1,9 @@
-"""The attention operators as transformers' models call them.
+"""The attention operators as transformers' models call them, under names of their own.
 
-Causal attention over a growing cache, without padding: what these operators cannot do right is refused
-here by name, since transformers would otherwise drop the mask and compute something else.
+``attn_implementation="softpick"``, or another name of `IMPLEMENTATIONS`, makes any decoder of transformers that
+follows its attention interface (Llama, Qwen, Mistral, Gemma, GPT-NeoX and so on) compute that normaliser: causal
+attention with grouped heads, sliding windows, learned sinks, rows padded on either side, and every cache. What cannot be
+right is refused by name, since transformers would otherwise compute something else.
 """
 
 import warnings
@@ -12,6 +14,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flame.errors import UsageError
+from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
 
 with warnings.catch_warnings():
     # upstream warns on every machine without a GPU; `require_device` says what follows from that
@@ -25,6 +28,13 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     for name in (f"{prefix}_{normalizer}_attn" for normalizer in NORMALIZERS)
 }
 """Operator by name, ``parallel_<normalizer>_attn`` in Triton and ``naive_<normalizer>_attn`` in PyTorch."""
+
+IMPLEMENTATIONS: dict[str, str] = {
+    **{name: name for name in OPERATORS},
+    **{normalizer: f"parallel_{normalizer}_attn" for normalizer in NORMALIZERS},
+    **{f"naive_{normalizer}": f"naive_{normalizer}_attn" for normalizer in NORMALIZERS},
+}
+"""What ``attn_implementation`` may be, and the operator that it is: ``softpick`` is Triton, ``naive_softpick`` PyTorch."""
 
 # transformers' own implementations, all of them softmax
 _SOFTMAX_IMPLEMENTATIONS = (
@@ -44,9 +54,12 @@ def normalizer_of(name: str) -> str:
     """
     if name in _SOFTMAX_IMPLEMENTATIONS:
         return "softmax"
-    if name not in OPERATORS:
-        raise ValueError(f"attn_impl must be one of {', '.join(OPERATORS)}; got {name!r}")
-    return name.removeprefix("parallel_").removeprefix("naive_").removesuffix("_attn")
+    operator = IMPLEMENTATIONS.get(name)
+    if operator is None:
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {name!r}"
+        )
+    return operator.removeprefix("parallel_").removeprefix("naive_").removesuffix("_attn")
 
 
 def require_device(name: str, device_type: str) -> None:
@@ -58,71 +71,78 @@ def require_device(name: str, device_type: str) -> None:
         )
 
 
-def _attention_forward(operator: Callable[..., Any]) -> Callable[..., Any]:
+def _attention_forward(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    normalizer, is_triton = normalizer_of(name), name.startswith("parallel_")
+
     def forward(
         module: torch.nn.Module,
         query: torch.Tensor,  # [B, HQ, T, K]
         key: torch.Tensor,  # [B, H, S, K]
         value: torch.Tensor,  # [B, H, S, V]
-        attention_mask: torch.Tensor | None,
+        attention_mask: KeyRanges | torch.Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
+        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        if attention_mask is not None:
-            raise NotImplementedError(f"{operator.__name__} takes no attention mask")
-        if dropout:
-            raise NotImplementedError(f"{operator.__name__} has no dropout, got {dropout}")
-        if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(attention_mask, torch.Tensor):
             raise NotImplementedError(
-                f"{operator.__name__} is causal; is_causal=False is not possible"
+                f"{name} takes causal attention over padded rows, not a mask of shape {tuple(attention_mask.shape)}"
             )
-        for name in ("softcap", "s_aux"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(f"{operator.__name__} does not support {name}")
+        if dropout:
+            raise NotImplementedError(
+                f"{name} has no dropout, got {dropout}: set attention_dropout to 0"
+            )
+        if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+            raise NotImplementedError(f"{name} is causal; is_causal=False is not possible")
+        if kwargs.get("softcap") is not None:
+            raise NotImplementedError(
+                f"{name} does not cap scores, got softcap {kwargs['softcap']}"
+            )
         # of packed sequences, as transformers passes them to flash attention
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is not kwargs.get("cu_seq_lens_k"):
             raise NotImplementedError(
-                f"{operator.__name__} packs queries and keys alike: cu_seq_lens_q and cu_seq_lens_k must be "
-                "one tensor"
+                f"{name} packs queries and keys alike: cu_seq_lens_q and cu_seq_lens_k must be one tensor"
             )
-        o = operator(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            scaling,
-            cu_seqlens,
-            window_size=sliding_window,
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        options = {"window_size": sliding_window, "sink_bias": s_aux}
+        if attention_mask is not None and cu_seqlens is not None:
+            raise NotImplementedError(f"{name} takes packed sequences or padded rows, not both")
+        w = None
+        if kwargs.get("output_attentions"):
+            # dense, by the reference, whatever the operator
+            w = weights(
+                q,
+                k,
+                v,
+                attention_mask,
+                normalizer=normalizer,
+                scale=scaling,
+                cu_seqlens=cu_seqlens,
+                **options,
+            )
+        if attention_mask is None:
+            return operator(q, k, v, scaling, cu_seqlens, **options), w
+        o = attend(
+            q,
+            k,
+            v,
+            attention_mask,
+            operator=operator,
+            normalizer=normalizer,
+            is_triton=is_triton,
+            scale=scaling,
+            **options,
         )
-        return o, None
+        return o, w
 
     return forward
 
 
-def _causal_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> None:
-    """No mask: the operators mask by position. Refuses what position alone does not tell."""
-    if attention_mask is not None and not attention_mask.all():
-        raise NotImplementedError("softpick attention in transformers does not take padding yet")
-    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_length:
-        raise NotImplementedError("softpick attention in transformers needs a DynamicCache")
-    if not allow_is_causal_skip:
-        raise NotImplementedError(
-            "softpick attention in transformers takes plain causal masks only"
-        )
-
-
 def register_operators() -> None:
-    """Registers every operator with transformers, under its name."""
-    for name, operator in OPERATORS.items():
-        AttentionInterface.register(name, _attention_forward(operator))
-        AttentionMaskInterface.register(name, _causal_mask)
+    """Registers every name of `IMPLEMENTATIONS` with transformers, with the mask that it takes."""
+    for name, operator in IMPLEMENTATIONS.items():
+        AttentionInterface.register(name, _attention_forward(operator, OPERATORS[operator]))
+        AttentionMaskInterface.register(name, causal_key_ranges)

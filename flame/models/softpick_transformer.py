@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flame.models.attention import normalizer_of
+from flame.models.attention import OPERATORS, normalizer_of
 
 
 @strict
@@ -34,7 +34,10 @@ class SoftpickTransformerConfig(LlamaConfig):
     attn_impl: str = "parallel_softpick_attn"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        normalizer_of(self.attn_impl)
+        if self.attn_impl not in OPERATORS:
+            raise ValueError(
+                f"attn_impl must be one of {', '.join(OPERATORS)}; got {self.attn_impl!r}"
+            )
         super().__post_init__(**kwargs)
 
     # transformers reads and sets this property wherever it chooses an implementation, and would choose

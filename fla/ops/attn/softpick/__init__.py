@@ -20,6 +20,7 @@ from fla.ops.attn.softpick.naive import (
     naive_softpick_attn,
     softpick,
 )
+from fla.ops.attn.softpick.naive_decoding import naive_normalized_attn_decode
 from fla.ops.attn.softpick.parallel import (
     parallel_abs_softpick_attn,
     parallel_normalized_attn,
@@ -35,6 +36,7 @@ __all__ = [
     "abs_softpick_attn_decode",
     "naive_abs_softpick_attn",
     "naive_normalized_attn",
+    "naive_normalized_attn_decode",
     "naive_rectified_attn",
     "naive_relu_softpick_attn",
     "naive_softmax_attn",

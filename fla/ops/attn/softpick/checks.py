@@ -121,6 +121,7 @@ def check_decode_inputs(
     v: torch.Tensor,
     lengths: torch.Tensor,
     head_first: bool,
+    starts: torch.Tensor | None,
     block_table: torch.Tensor | None,
     window_size: int | None,
     sink_bias: torch.Tensor | None,
@@ -130,7 +131,7 @@ def check_decode_inputs(
 ) -> None:
     """Raises ValueError, naming the argument and the value seen, unless the call of a decoder is well-formed.
 
-    The numbers in lengths and block_table are the caller's to answer for: looking at them would wait for the GPU.
+    The numbers in lengths, starts and block_table are the caller's to answer for: looking at them would wait for the GPU.
     """
     time, head = (2, 1) if head_first else (1, 2)
     # a page of the cache counts as a sequence of its own length
@@ -152,11 +153,12 @@ def check_decode_inputs(
             f"q must have at most {max_rows} query tokens times query heads a key head, got {T} x {HQ // H}; "
             "for more, call parallel_..._attn with q shorter than k"
         )
-    if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (B,):
-        raise ValueError(
-            f"lengths must be int32 or int64 [{B}], a number of keys for each sequence, got {lengths.dtype} "
-            f"of shape {tuple(lengths.shape)}"
-        )
+    for name, x in (("lengths", lengths), ("starts", starts)):
+        if x is not None and (x.dtype not in (torch.int32, torch.int64) or x.shape != (B,)):
+            raise ValueError(
+                f"{name} must be int32 or int64 [{B}], a number for each sequence, got {x.dtype} "
+                f"of shape {tuple(x.shape)}"
+            )
     if is_paged and (
         block_table.dtype not in (torch.int32, torch.int64)
         or block_table.dim() != 2
@@ -167,6 +169,6 @@ def check_decode_inputs(
             f"block_table must be int32 or int64 [{B}, pages a sequence], rows contiguous, got {block_table.dtype} "
             f"of shape {tuple(block_table.shape)}"
         )
-    for name, x in (("lengths", lengths), ("block_table", block_table)):
+    for name, x in (("lengths", lengths), ("starts", starts), ("block_table", block_table)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")

@@ -29,7 +29,18 @@ for _key in ("CUDA", "CPU"):
 
 @torch.library.register_fake(f"softpick::{_NAME}", lib=_LIBRARY)
 def _(
-    q, k, v, lengths, block_table, sink_bias, scale, window_size, head_first, has_stats, normalizer
+    q,
+    k,
+    v,
+    lengths,
+    starts,
+    block_table,
+    sink_bias,
+    scale,
+    window_size,
+    head_first,
+    has_stats,
+    normalizer,
 ):
     B, T, HQ = (q.shape[i] for i in ((0, 2, 1) if head_first else (0, 1, 2)))
     H = k.shape[1 if head_first else 2]
@@ -50,6 +61,7 @@ def normalized_attn_decode(
     head_first: bool = False,
     *,
     normalizer: str = "softpick",
+    starts: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     window_size: int | None = None,
     sink_bias: torch.Tensor | None = None,
@@ -69,12 +81,15 @@ def normalized_attn_decode(
         k: Cache of keys, dtype and device of ``q``, last dimension contiguous: ``[B, S, H, K]``, or with
             ``block_table`` pages ``[num_pages, page_size, H, K]`` of any size. ``HQ`` is a multiple of ``H``.
         v: Cache of values, like ``k`` with a last dimension ``V``; ``K``, ``V <= 256``.
-        lengths: Keys of each sequence in the cache ``[B]``, int32 or int64, those of the queries counted; at most
-            the cache's capacity, which is not checked. A query before the start of its sequence gives 0.
+        lengths: One past the last key of each sequence in the cache ``[B]``, int32 or int64, those of the queries
+            counted; at most the cache's capacity, which is not checked. A query before the start of its sequence
+            gives 0.
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         head_first: ``q``, ``k``, ``v`` and the output are ``[B, H, T, D]`` instead, pages ``[num_pages, H,
             page_size, D]``.
         normalizer: A name of `NORMALIZERS`.
+        starts: First key of each sequence in the cache ``[B]``, int32 or int64, for rows that are padded on the
+            left. Default: 0.
         block_table: Pages of each sequence in order ``[B, max_pages]``, int32 or int64; places beyond its length are
             not read.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
@@ -98,6 +113,7 @@ def normalized_attn_decode(
         v,
         lengths,
         head_first,
+        starts,
         block_table,
         window_size,
         sink_bias,
@@ -117,14 +133,18 @@ def normalized_attn_decode(
                 f"{name} must be contiguous in its last dimension, got strides {x.stride()}"
             )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    lengths = lengths.contiguous()
+    if starts is not None:
+        starts = starts.contiguous()
     if sink_bias is not None:
         sink_bias = sink_bias.float().contiguous()
     o, lse, rows_read = _decode(
-        q, k, v, lengths, block_table, sink_bias, scale, window_size, head_first, return_stats, normalizer
+        q, k, v, lengths, starts, block_table, sink_bias, scale, window_size, head_first, return_stats, normalizer
     )  # fmt: skip
     extra = (lse * math.log(2),) * return_lse
     if return_stats:
-        extra += (rows_read / lengths.clamp(min=1)[:, None],)
+        num_keys = lengths if starts is None else lengths - starts
+        extra += (rows_read / num_keys.clamp(min=1)[:, None],)
     return (o, *extra) if extra else o
 
 
@@ -137,6 +157,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
         scale: float | None = None,
         head_first: bool = False,
         *,
+        starts: torch.Tensor | None = None,
         block_table: torch.Tensor | None = None,
         window_size: int | None = None,
         sink_bias: torch.Tensor | None = None,
@@ -151,6 +172,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
             scale,
             head_first,
             normalizer=normalizer,
+            starts=starts,
             block_table=block_table,
             window_size=window_size,
             sink_bias=sink_bias,

@@ -56,6 +56,7 @@ def normalized_attn_decode_kernel(
     k,
     v,
     lengths,
+    starts,
     table,
     o_part,
     m_part,
@@ -86,6 +87,7 @@ def normalized_attn_decode_kernel(
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
     IS_PAGED: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_STATS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,9 +117,12 @@ def normalized_attn_decode_kernel(
     o_q = length - T + o_r // G
     scale = scale * RCP_LN2
 
-    first = 0
+    start = 0
+    if HAS_STARTS:
+        start = tl.load(starts + i_b).to(tl.int32)
+    first = start // BS * BS
     if HAS_WINDOW:
-        first = tl.maximum(length - T - W + 1, 0) // BS * BS
+        first = tl.maximum(length - T - W + 1, start) // BS * BS
     size = tl.cdiv(tl.cdiv(length - first, NS), BS) * BS
     first += i_split * size
     end = tl.minimum(first + size, length)
@@ -129,6 +134,8 @@ def normalized_attn_decode_kernel(
     for i_s in tl.range(first, end, BS):
         o_s = i_s + tl.arange(0, BS)
         m_k = o_s < end
+        if HAS_STARTS:
+            m_k = m_k & (o_s >= start)
         b_k = _rows_at(k, o_s, table, P, sk_b, sk_t, K, BK, m_k, IS_PAGED)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
         b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -225,6 +232,7 @@ def normalized_attn_decode_launch(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor,
+    starts: torch.Tensor | None,
     block_table: torch.Tensor | None,
     sink_bias: torch.Tensor | None,
     scale: float,
@@ -261,6 +269,7 @@ def normalized_attn_decode_launch(
             k,
             v,
             lengths,
+            starts,
             block_table,
             o_part,
             m_part,
@@ -283,6 +292,7 @@ def normalized_attn_decode_launch(
             BV=feature_tile(V),
             NORMALIZER=normalizer,
             IS_PAGED=is_paged,
+            HAS_STARTS=starts is not None,
             HAS_WINDOW=window_size is not None,
             HAS_STATS=has_stats,
             **options,

@@ -1,0 +1,66 @@
+"""Dense PyTorch reference of decoding: the definition that `decoding.py` is held to, for any device and dtype."""
+
+import torch
+
+from fla.ops.attn.softpick.checks import check_decode_inputs
+from fla.ops.attn.softpick.naive import NORMALIZERS, naive_normalized_attn
+
+
+def naive_normalized_attn_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None = None,
+    head_first: bool = False,
+    *,
+    normalizer: str = "softpick",
+    starts: torch.Tensor | None = None,
+    window_size: int | None = None,
+    sink_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`normalized_attn_decode` on contiguous caches, one sequence after the other, by `naive_normalized_attn`.
+
+    Args and errors: see there. Reads ``lengths`` and ``starts`` back to the host; any number of queries;
+    differentiable.
+
+    Returns:
+        Outputs ``[B, T, HQ, V]`` (``head_first``: ``[B, HQ, T, V]``) in the dtype of ``q``; 0 for a query before
+        the start of its sequence.
+    """
+    time, head = (2, 1) if head_first else (1, 2)
+    check_decode_inputs(
+        q,
+        k,
+        v,
+        lengths,
+        head_first,
+        starts,
+        None,
+        window_size,
+        sink_bias,
+        normalizer,
+        NORMALIZERS,
+        max_rows=q.shape[time] * q.shape[head],
+    )
+    T = q.shape[time]
+    firsts = [0] * len(lengths) if starts is None else starts.tolist()
+    rows = []
+    for b, (first, end) in enumerate(zip(firsts, lengths.tolist(), strict=True)):
+        # queries that are in the sequence
+        t = max(0, min(T, end - first))
+        padding = q.new_zeros(q[b : b + 1].shape[:-1] + v.shape[-1:]).narrow(time, 0, T - t)
+        if t:
+            keys = [x[b : b + 1].narrow(time, first, end - first) for x in (k, v)]
+            o = naive_normalized_attn(
+                q[b : b + 1].narrow(time, T - t, t),
+                *keys,
+                scale,
+                head_first=head_first,
+                normalizer=normalizer,
+                window_size=window_size,
+                sink_bias=sink_bias,
+            )
+            padding = torch.cat((padding, o), time)
+        rows.append(padding)
+    return torch.cat(rows)

@@ -1,0 +1,202 @@
+"""Which keys each row of a batch has: padding and static caches, for operators that mask by position alone.
+
+transformers asks for a mask once a forward pass, and hands what it gets to every layer. The operators of this
+repository need none where all rows are whole; where some are padded, or a cache has room left, `KeyRanges`
+takes the place of the mask: the columns of the key tensor that hold a row's sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fla.ops.attn.softpick import (
+    naive_normalized_attn,
+    naive_normalized_attn_decode,
+    normalized_attn_decode,
+)
+from fla.ops.attn.softpick.decoding import MAX_ROWS
+
+
+class KeyRanges(NamedTuple):
+    """Row ``b`` has the keys in columns ``[starts[b], ends[b])``; queries are the last columns before ``stop``."""
+
+    starts: torch.Tensor
+    """``[B]`` int32."""
+    ends: torch.Tensor
+    """``[B]`` int32; below ``stop`` where a row is padded on the right."""
+    stop: int | torch.Tensor
+    """One past the column of the last query: a tensor while a static cache is decoded."""
+    bounds: list[tuple[int, int]] | None
+    """``starts`` and ``ends`` on the host; None where looking at them would wait for the GPU at each token."""
+
+    # generate() makes the mask of a static cache itself, asks these two of it, and passes it to the model
+    ndim = 0
+
+    def contiguous(self) -> "KeyRanges":
+        return self
+
+
+def causal_key_ranges(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: "torch.Tensor | KeyRanges | None" = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    config: Any = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> KeyRanges | None:
+    """What transformers calls for a causal mask; None where position alone says it.
+
+    Raises:
+        NotImplementedError: A mask that is neither causal nor padding, or holes within a row.
+    """
+    if isinstance(attention_mask, KeyRanges):
+        return attention_mask
+    is_static = isinstance(q_offset, torch.Tensor)
+    # for one query transformers forbids to leave a mask out where it compiles
+    if use_vmap or (not allow_is_causal_skip and q_length > 1):
+        raise NotImplementedError(
+            "softpick attention takes causal masks and padding only; for packed sequences pass cu_seq_lens_q and "
+            "cu_seq_lens_k"
+        )
+    if getattr(config, "attention_chunk_size", None) is not None:
+        raise NotImplementedError(
+            "softpick attention does not attend in chunks (attention_chunk_size)"
+        )
+    stop = q_offset + q_length - kv_offset
+    padding = None
+    if attention_mask is not None:
+        # [B, columns] of the keys that are there
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if not is_static:
+        if stop == kv_length and (padding is None or bool(padding.all())):
+            return None
+        whole = [(0, stop)] * batch_size
+        bounds = whole if padding is None else _runs(padding[:, :stop].cpu())
+        starts, ends = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in zip(*bounds, strict=True)
+        )
+        return KeyRanges(starts, ends, stop, bounds)
+    # in a compiled or captured step nothing may be looked at; what is before the first step has been
+    ends = stop.to(torch.int32).expand(batch_size)
+    starts = torch.zeros_like(ends)
+    if padding is not None:
+        starts = padding.int().argmax(1).to(torch.int32)
+    return KeyRanges(starts.contiguous(), ends.contiguous(), stop, None)
+
+
+def _runs(padding: torch.Tensor) -> list[tuple[int, int]]:
+    """First and one past the last true column of each row ``[B, columns]``, which must be true in between."""
+    bounds = []
+    for row in padding:
+        columns = row.nonzero().flatten()
+        first, end = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        if end - first != len(columns):
+            raise NotImplementedError(
+                "softpick attention takes rows padded on one side; attention_mask has zeros between ones"
+            )
+        bounds.append((first, end))
+    return bounds
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: KeyRanges,
+    *,
+    operator: Callable[..., Any],
+    normalizer: str,
+    is_triton: bool,
+    scale: float | None,
+    window_size: int | None,
+    sink_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of each row of a batch over its own keys; 0 for queries that are padding.
+
+    Args:
+        q: ``[B, T, HQ, K]``; ``k [B, S, H, K]``, ``v [B, S, H, V]``.
+        ranges: Which columns of ``k`` and ``v`` are a row's.
+        operator: Attention whose queries are the last positions of the keys.
+
+    Returns:
+        ``[B, T, HQ, V]``.
+    """
+    T, HQ, H = q.shape[1], q.shape[2], k.shape[2]
+    options = {"window_size": window_size, "sink_bias": sink_bias}
+    is_decoding = not torch.is_grad_enabled() and k.shape[1] > T and T * (HQ // H) <= MAX_ROWS
+    if ranges.bounds is None or (is_decoding and all(e == ranges.stop for _, e in ranges.bounds)):
+        decode = normalized_attn_decode if is_triton else naive_normalized_attn_decode
+        if ranges.bounds is None and not is_decoding:
+            raise NotImplementedError(
+                f"softpick attention with a static cache takes at most {MAX_ROWS} query tokens times query heads a key "
+                f"head after the first call, and no gradients; got {T} x {HQ // H}"
+            )
+        return decode(
+            q, k, v, ranges.ends, scale, normalizer=normalizer, starts=ranges.starts, **options
+        )
+    # a query before a row's start or behind its end is padding
+    begin = ranges.stop - T
+    spans = [
+        (max(first - begin, 0), max(end - begin, 0), first, end) for first, end in ranges.bounds
+    ]
+    if ranges.stop == T:
+        # every row at once, as packed sequences
+        rows = [torch.arange(a, b, device=q.device) + i * T for i, (a, b, _, _) in enumerate(spans)]
+        rows = torch.cat(rows)
+        lengths = torch.tensor([0, *(b - a for a, b, _, _ in spans)], dtype=torch.int32)
+        packed = [x[:, :T].flatten(0, 1)[rows][None] for x in (q, k, v)]
+        cu_seqlens = lengths.cumsum(0, dtype=torch.int32).to(q.device)
+        o = q.new_zeros(q.shape[0] * T, HQ, v.shape[-1])
+        if len(rows):
+            o = o.index_copy(0, rows, operator(*packed, scale, cu_seqlens, **options)[0])
+        return o.unflatten(0, (q.shape[0], T))
+    outputs = []
+    for i, (a, b, first, end) in enumerate(spans):
+        o = q.new_zeros(1, T, HQ, v.shape[-1])
+        if a < b:
+            own = operator(
+                q[i : i + 1, a:b],
+                k[i : i + 1, first:end],
+                v[i : i + 1, first:end],
+                scale,
+                **options,
+            )
+            o = torch.cat((o[:, :a], own, o[:, b:]), 1)
+        outputs.append(o)
+    return torch.cat(outputs)
+
+
+def weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: KeyRanges | None,
+    *,
+    normalizer: str,
+    **options: Any,
+) -> torch.Tensor:
+    """Weights ``[B, HQ, T, S]`` of `attend`, 0 where a row has no such query or key; ``options`` as in the operators."""
+
+    def dense(*inputs: torch.Tensor) -> torch.Tensor:
+        _, w = naive_normalized_attn(*inputs, normalizer=normalizer, return_weights=True, **options)
+        return w
+
+    if ranges is None:
+        return dense(q, k, v)
+    if ranges.bounds is None:
+        raise NotImplementedError("no weights (output_attentions) while a static cache is decoded")
+    T, begin = q.shape[1], ranges.stop - q.shape[1]
+    w = q.new_zeros(q.shape[0], q.shape[2], T, k.shape[1])
+    for i, (first, end) in enumerate(ranges.bounds):
+        a, b = max(first - begin, 0), max(end - begin, 0)
+        if a < b:
+            row = slice(i, i + 1)
+            w[row, :, a:b, first:end] = dense(q[row, a:b], k[row, first:end], v[row, first:end])
+    return w

@@ -1,0 +1,231 @@
+"""The operators under ``attn_implementation`` in models of transformers: padding, caches, generation, refusals."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    StaticCache,
+)
+
+import flame.models  # noqa: F401  # teaches transformers the operators
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, **GROUPED),
+    "qwen3": Qwen3Config(**SHAPE, **GROUPED),
+    "mistral, window": MistralConfig(**SHAPE, **GROUPED, sliding_window=6),
+    "gpt-neox": GPTNeoXConfig(**SHAPE),
+    "gemma3, windows of some layers": Gemma3TextConfig(
+        **SHAPE, **GROUPED, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+}
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def model_of(config, implementation="naive_softpick"):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            # large enough that attention decides
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return model_of(FAMILIES[request.param])
+
+
+def prompts(lengths, side):
+    """Token ids ``[B, T]``, their attention mask, and the rows without padding."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 97, (length,), generator=generator) for length in lengths]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask, rows
+
+
+def places(mask):
+    """Positions of the tokens in their row."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_the_rows_alone(model, side):
+    ids, mask, rows = prompts([11, 4, 9, 1], side)
+    logits = model(ids, attention_mask=mask, position_ids=places(mask)).logits
+    assert logits.isfinite().all()
+    for row, own, present in zip(rows, logits, mask.bool(), strict=True):
+        torch.testing.assert_close(own[present], model(row[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_have_the_gradients_of_the_rows_alone(side):
+    model = model_of(FAMILIES["llama"])
+    ids, mask, rows = prompts([7, 3], side)
+    logits = model(ids, attention_mask=mask, position_ids=places(mask)).logits
+    (logits.square().sum(-1) * mask).sum().backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row in rows:
+        model(row[None]).logits.square().sum().backward()
+    for p, gradient in zip(model.parameters(), together, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_batched_generation_is_one_by_one(model, cache):
+    ids, mask, rows = prompts([9, 3, 6], "left")
+    kind = {"use_cache": False} if cache is None else {"cache_implementation": cache}
+    batch = model.generate(ids, attention_mask=mask, disable_compile=True, **kind, **GREEDY)
+    for row, written in zip(rows, batch, strict=True):
+        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), **GREEDY)
+        assert torch.equal(written[-8:], alone[0, -8:])
+
+
+def test_triton_generates_what_the_reference_does(device):
+    ids, mask, _ = (
+        x.to(device) if isinstance(x, torch.Tensor) else x for x in prompts([9, 3], "left")
+    )
+    model = model_of(FAMILIES["mistral, window"]).to(device)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    model.set_attn_implementation("softpick")
+    for cache in "dynamic", "static":
+        options = {"cache_implementation": cache, "disable_compile": True}
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options, **GREEDY), expected)
+
+
+def test_decoding_from_a_static_cache_compiles_into_one_graph(device):
+    model = model_of(FAMILIES["llama"], "softpick").to(device)
+    ids, mask, _ = (
+        x.to(device) if isinstance(x, torch.Tensor) else x for x in prompts([9, 4], "left")
+    )
+    expected = model(ids, attention_mask=mask, position_ids=places(mask)).logits
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for end, step in ((6, model), (7, compiled), (8, compiled), (9, compiled)):
+            start = end - 1 if end > 6 else 0
+            logits = step(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=places(mask)[:, start:end],
+                past_key_values=cache,
+            ).logits
+            torch.testing.assert_close(logits[:, -1], expected[:, end - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_beams_and_sampling_with_and_without_cache():
+    model = model_of(FAMILIES["llama"])
+    ids, mask, _ = prompts([7, 4], "left")
+    for options in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 5}):
+        written = []
+        for use_cache in True, False:
+            torch.manual_seed(1)
+            written.append(
+                model.generate(
+                    ids, attention_mask=mask, max_new_tokens=6, use_cache=use_cache, **options
+                )
+            )
+        assert torch.equal(*written)
+
+
+def test_chunked_prefill_of_padded_rows_is_prefill():
+    model = model_of(FAMILIES["llama"])
+    ids, mask, _ = prompts([12, 5], "left")
+    whole = model(ids, attention_mask=mask, position_ids=places(mask)).logits
+    first = model(
+        ids[:, :8], attention_mask=mask[:, :8], position_ids=places(mask)[:, :8], use_cache=True
+    )
+    rest = model(
+        ids[:, 8:],
+        attention_mask=mask,
+        position_ids=places(mask)[:, 8:],
+        past_key_values=first.past_key_values,
+    )
+    torch.testing.assert_close(rest.logits, whole[:, 8:], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = model_of(FAMILIES["llama"]).train()
+    ids, mask, _ = prompts([7, 3], "right")
+    gradients = []
+    for is_on in False, True:
+        if is_on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_are_returned_on_request(model):
+    ids, mask, _ = prompts([9, 5], "left")
+    options = {"attention_mask": mask, "position_ids": places(mask)}
+    for layer in model(ids, output_attentions=True, **options).attentions:
+        assert layer.shape == (2, 4, 9, 9)
+        # softpick: rows sum to at most 1, and padding has and gets none
+        assert layer.sum(-1).max() <= 1 + 1e-5
+        assert layer.sum() > 0
+        assert not layer[1, :, :4].any()
+        assert not layer[1, :, :, :4].any()
+    model.set_attn_implementation("naive_softmax")
+    ours = model(ids, output_attentions=True, **options).attentions
+    model.set_attn_implementation("eager")
+    theirs = model(ids, output_attentions=True, **options).attentions
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a[0], b[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a[1, :, 4:], b[1, :, 4:], rtol=1e-3, atol=1e-3)
+
+
+def test_softmax_under_its_own_name_is_sdpa(model):
+    ids, mask, _ = prompts([9, 5], "left")
+    options = {"attention_mask": mask, "position_ids": places(mask)}
+    model.set_attn_implementation("naive_softmax")
+    ours = model(ids, **options).logits
+    model.set_attn_implementation("sdpa")
+    theirs = model(ids, **options).logits
+    present = mask.bool()
+    torch.testing.assert_close(ours[present], theirs[present], rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_right_is_refused():
+    model = model_of(FAMILIES["llama"])
+    ids, mask, _ = prompts([8, 8], "left")
+    holes = mask.clone()
+    holes[0, 3] = 0
+    with pytest.raises(NotImplementedError, match="zeros between ones"):
+        model(ids, attention_mask=holes)
+    with pytest.raises(NotImplementedError, match=r"not a mask of shape \(2, 1, 8, 8\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q"):
+        # two sequences packed in a row
+        model(ids, position_ids=torch.arange(8).remainder(4)[None], use_cache=False)
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(NotImplementedError, match=r"dropout, got 0.1"):
+        model.train()(ids)
+    with pytest.raises(ValueError, match="hardmax"):
+        model_of(FAMILIES["llama"], "hardmax")
