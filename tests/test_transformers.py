@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import flame.models  # noqa: F401  # teaches transformers the operators
+from flame.models import key_ranges
 
 SHAPE = {
     "vocab_size": 97,
@@ -103,7 +104,14 @@ def test_batched_generation_is_one_by_one(model, cache):
         assert torch.equal(written[-8:], alone[0, -8:])
 
 
-def test_triton_generates_what_the_reference_does(device):
+def test_triton_generates_what_the_reference_does(device, monkeypatch):
+    steps, decode = [], key_ranges.normalized_attn_decode
+
+    def spy(q, *args, **kwargs):
+        steps.append(q.shape[1])
+        return decode(q, *args, **kwargs)
+
+    monkeypatch.setattr(key_ranges, "normalized_attn_decode", spy)
     ids, mask, _ = (
         x.to(device) if isinstance(x, torch.Tensor) else x for x in prompts([9, 3], "left")
     )
@@ -112,7 +120,14 @@ def test_triton_generates_what_the_reference_does(device):
     model.set_attn_implementation("softpick")
     for cache in "dynamic", "static":
         options = {"cache_implementation": cache, "disable_compile": True}
+        steps.clear()
         assert torch.equal(model.generate(ids, attention_mask=mask, **options, **GREEDY), expected)
+        # two layers, each token but the first
+        assert steps[-14:] == [1] * 14
+    steps.clear()
+    one = model.generate(ids[:1], attention_mask=mask[:1], **GREEDY)
+    assert torch.equal(one, expected[:1])
+    assert steps == [1] * 14
 
 
 def test_decoding_from_a_static_cache_compiles_into_one_graph(device):

@@ -51,7 +51,7 @@ def causal_key_ranges(
     device: torch.device | None = None,
     **kwargs: Any,
 ) -> KeyRanges | None:
-    """What transformers calls for a causal mask; None where position alone says it.
+    """What transformers calls for a causal mask; None where position alone says it, outside of generation.
 
     Raises:
         NotImplementedError: A mask that is neither causal nor padding, or holes within a row.
@@ -75,7 +75,9 @@ def causal_key_ranges(
         # [B, columns] of the keys that are there
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if not is_static:
-        if stop == kv_length and (padding is None or bool(padding.all())):
+        # a step of generation is for the decoding operators, which take ranges
+        is_step = q_length < kv_length and not torch.is_grad_enabled()
+        if stop == kv_length and not is_step and (padding is None or bool(padding.all())):
             return None
         whole = [(0, stop)] * batch_size
         bounds = whole if padding is None else _runs(padding[:, :stop].cpu())
@@ -141,6 +143,8 @@ def attend(
         return decode(
             q, k, v, ranges.ends, scale, normalizer=normalizer, starts=ranges.starts, **options
         )
+    if all(bound == (0, ranges.stop) for bound in ranges.bounds):
+        return operator(q, k[:, : ranges.stop], v[:, : ranges.stop], scale, **options)
     # a query before a row's start or behind its end is padding
     begin = ranges.stop - T
     spans = [
