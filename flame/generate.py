@@ -1,15 +1,61 @@
-"""``python -m flame.generate``: lets an exported model write."""
+"""``python -m flame.generate``: lets an exported model write, token by token as they come.
+
+With ``--interactive`` every line is a prompt of its own, which the model continues; a base model answers nothing. At
+the end of each text stand the speed and the share of the cached values that had any weight, which is what the
+decoding kernels read of them.
+"""
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 import flame.models  # teaches transformers the model
 from flame.errors import UsageError, exit_on_usage_error
+from flame.models.key_ranges import count_reads
+
+
+def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
+    """The exported model in ``folder``, ready to generate, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    streamer: BaseStreamer | None = None,
+) -> torch.Tensor:
+    """Token ids ``[T]`` of the prompt and its continuation.
+
+    Args:
+        temperature: 0 takes the likeliest token each time.
+        streamer: Given the ids as they come.
+    """
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if ids.shape[1] == 0:
+        ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )[0]
 
 
 def generate(
@@ -21,32 +67,43 @@ def generate(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """The prompt and its continuation by the exported model in ``folder``.
-
-    Args:
-        folder: Folder that `flame.convert.dcp_to_hf` wrote.
-        temperature: 0 takes the likeliest token each time.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-    if ids.shape[1] == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]], device=device)
+    """The prompt and its continuation by the exported model in ``folder``, as `write` makes it."""
+    model, tokenizer = load(folder, device)
     torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
-    with torch.no_grad():
-        ids = model.generate(ids, max_new_tokens=max_new_tokens, **sampling)
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    ids = write(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _stream(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace
+) -> None:
+    """Prints a text as it is written, then how that went."""
+    start = time.perf_counter()
+    with count_reads() as reads:
+        ids = write(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    seconds = time.perf_counter() - start
+    count = len(ids) - max(1, len(tokenizer(prompt).input_ids))
+    share = f", {reads.share():.1%} of the values read" if reads.steps else ""
+    sys.stderr.write(f"[{count} tokens, {count / seconds:.1f} tokens/s{share}]\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flame.generate", description=__doc__)
     parser.add_argument("--model", required=True, help="folder of an exported model")
-    parser.add_argument("--prompt", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue")
+    what.add_argument(
+        "--interactive", action="store_true", help="continue each line of the input, up to its end"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -65,17 +122,20 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         flame.models.require_device(config.attn_impl, device)
         try:
-            text = generate(
-                args.model,
-                args.prompt,
-                max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature,
-                seed=args.seed,
-                device=device,
-            )
+            model, tokenizer = load(args.model, device)
         except OSError as error:
             raise UsageError(f"--model {args.model}: {' '.join(str(error).split())}") from None
-    sys.stdout.write(text + "\n")
+    torch.manual_seed(args.seed)
+    try:
+        if not args.interactive:
+            _stream(model, tokenizer, args.prompt, args)
+            return
+        sys.stderr.write("a line to continue, Ctrl-D to end\n")
+        for line in sys.stdin:
+            _stream(model, tokenizer, line.rstrip("\n"), args)
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,16 @@
 """Importing this package teaches transformers the model ``softpick_transformer`` and every attention
-operator of the family, by the operator's name: ``attn_implementation="parallel_softpick_attn"``."""
+operator of the family: ``attn_implementation="softpick"`` in Triton, ``"naive_softpick"`` in PyTorch, and so on."""
+
+import warnings
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+with warnings.catch_warnings():
+    # upstream warns on every machine without a GPU; `require_device` says what follows from that
+    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
+    import fla.ops.attn.softpick  # noqa: F401
+
+# isort: split
 from flame.models.attention import OPERATORS, normalizer_of, register_operators, require_device
 from flame.models.softpick_transformer import (
     SoftpickTransformerConfig,

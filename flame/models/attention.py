@@ -6,21 +6,16 @@ attention with grouped heads, sliding windows, learned sinks, rows padded on eit
 right is refused by name, since transformers would otherwise compute something else.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+import fla.ops.attn.softpick as softpick_ops
+from fla.ops.attn.softpick import NORMALIZERS
 from flame.errors import UsageError
 from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
-
-with warnings.catch_warnings():
-    # upstream warns on every machine without a GPU; `require_device` says what follows from that
-    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
-    import fla.ops.attn.softpick as softpick_ops
-    from fla.ops.attn.softpick import NORMALIZERS
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     name: getattr(softpick_ops, name)

@@ -5,7 +5,8 @@ repository need none where all rows are whole; where some are padded, or a cache
 takes the place of the mask: the columns of the key tensor that hold a row's sequence.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,38 @@ class KeyRanges(NamedTuple):
 
     def contiguous(self) -> "KeyRanges":
         return self
+
+
+class Reads:
+    """How much of the cached values decoding has read, or the reference would have had to read."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sum = torch.zeros(())
+
+    def add(self, share: torch.Tensor) -> None:
+        """Share of each row and key head ``[B, H]`` in one layer and step."""
+        self.steps += 1
+        # on the device: a look at every step would wait for it
+        self._sum = self._sum.to(share.device) + share.mean()
+
+    def share(self) -> float:
+        """Mean over all layers and steps."""
+        return self._sum.item() / self.steps
+
+
+_reads: Reads | None = None
+
+
+@contextlib.contextmanager
+def count_reads() -> Iterator[Reads]:
+    """Counts what is read of the values while this lasts."""
+    global _reads
+    _reads = Reads()
+    try:
+        yield _reads
+    finally:
+        _reads = None
 
 
 def causal_key_ranges(
@@ -140,9 +173,12 @@ def attend(
                 f"softpick attention with a static cache takes at most {MAX_ROWS} query tokens times query heads a key "
                 f"head after the first call, and no gradients; got {T} x {HQ // H}"
             )
-        return decode(
-            q, k, v, ranges.ends, scale, normalizer=normalizer, starts=ranges.starts, **options
-        )
+        options |= {"normalizer": normalizer, "starts": ranges.starts}
+        if _reads is None:
+            return decode(q, k, v, ranges.ends, scale, **options)
+        o, share = _decode_and_count(q, k, v, ranges, scale, is_triton=is_triton, **options)
+        _reads.add(share)
+        return o
     if all(bound == (0, ranges.stop) for bound in ranges.bounds):
         return operator(q, k[:, : ranges.stop], v[:, : ranges.stop], scale, **options)
     # a query before a row's start or behind its end is padding
@@ -175,6 +211,27 @@ def attend(
             o = torch.cat((o[:, :a], own, o[:, b:]), 1)
         outputs.append(o)
     return torch.cat(outputs)
+
+
+def _decode_and_count(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: KeyRanges,
+    scale: float | None,
+    *,
+    is_triton: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of decoding and the share of the values with any weight ``[B, H]``."""
+    if is_triton:
+        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)
+    o = naive_normalized_attn_decode(q, k, v, ranges.ends, scale, **options)
+    starts = options.pop("starts")
+    # [B, HQ, T, S] -> [B, H, S]
+    w = weights(q, k, v, ranges, scale=scale, **options)
+    is_used = (w != 0).unflatten(1, (k.shape[2], -1)).any(3).any(2)
+    return o, is_used.sum(-1) / (ranges.ends - starts).clamp(min=1)[:, None]
 
 
 def weights(
