@@ -30,13 +30,13 @@ def exit_on_training_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_usage_error() -> Iterator[None]:
-    """Turns `UsageError` into one line, printed by the first process of a node that it happens to, and exit code 2."""
+    """Turns `UsageError` into one line, of one process of a machine under torchrun, and exit code 2."""
     try:
         yield
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # the first one says the same, if it is heard before torchrun ends all, which it does as soon as one
-            # has ended; where it is still here after that, it has nothing to say
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+            # torchrun ends all processes as soon as one has ended: the first one, which as a rule says the same,
+            # is to be heard, and where it has nothing to say this one is
             time.sleep(_PATIENCE_S)
         sys.stderr.write(f"flame: error: {error}\n")
         sys.exit(EXIT_CODE)
