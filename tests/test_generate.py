@@ -1,0 +1,80 @@
+"""`flame.generate` on the command line: what it writes, and one line for every mistake."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from flame import generate
+from flame.data import load_tokenizer
+from flame.models import SoftpickTransformerForCausalLM, read_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def model(tmp_path):
+    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
+    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "model.json").write_text(json.dumps(raw))
+    folder = tmp_path / "hf"
+    SoftpickTransformerForCausalLM(read_config(tmp_path / "model.json")).save_pretrained(folder)
+    load_tokenizer("byte").save_pretrained(folder)
+    return folder
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["flame.generate", *map(str, words)])
+    # the model has no Triton kernel, and is so small that a GPU has no part in it
+    monkeypatch.setattr(generate.torch.cuda, "is_available", lambda: False)
+    generate.main()
+
+
+def refused(monkeypatch, capfd, *words):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *words)
+    assert end.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_continues_the_prompt_the_same_for_a_seed(model, monkeypatch, capfd):
+    words = ["--model", model, "--prompt", "abc", "--max_new_tokens", 8]
+    texts = []
+    for seed in (1, 1, 2):
+        run(monkeypatch, *words, "--seed", seed)
+        texts.append(capfd.readouterr().out)
+    assert texts[0].startswith("abc")
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "nan"], "--temperature must be 0, or between 0.01 and 100, got nan"),
+        (
+            ["--temperature", "1e-300"],
+            "--temperature must be 0, or between 0.01 and 100, got 1e-300",
+        ),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
+        (["--max_new_tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 2^63, got -1"),
+        (["--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["--model", "/nowhere"], "--model must be the folder of an exported model, got /nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(model, monkeypatch, capfd, words, message):
+    assert message in refused(monkeypatch, capfd, "--model", model, "--prompt", "x", *words)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_files_are_one_line_that_names_the_folder(model, monkeypatch, capfd, file, damage):
+    if damage == "cut":
+        (model / file).write_bytes((model / file).read_bytes()[:50])
+    else:
+        (model / file).unlink()
+    line = refused(monkeypatch, capfd, "--model", model, "--prompt", "x")
+    assert line.startswith(f"flame: error: --model {model} cannot be read: ")
