@@ -17,11 +17,14 @@ from torch.distributed.checkpoint.stateful import Stateful
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.checkpoint_folder import (
     AtomicWriter,
+    describe_failure,
+    first_failure,
     has_weights_only,
     is_complete,
     newest_checkpoint,
     purge,
     read_contents,
+    read_step,
     remove_leftovers,
     remove_unfinished,
     step_of,
@@ -76,10 +79,17 @@ def _check_initial(config: JobConfig, path: Path, model: SoftpickTransformerConf
         raise UsageError(f"{flag} is not a checkpoint; {hint}")
     contents = read_contents(path)
     check_weights(contents, model, what=flag, wanted=f"--model.config {config.model.config}")
+    takes_step = "train_state" not in config.checkpoint.excluded()
     if not config.checkpoint.initial_load_model_weights_only and has_weights_only(contents):
         raise UsageError(
             f"--checkpoint.no_initial_load_model_weights_only: {path} holds weights only; leave the flag out"
         )
+    if not config.checkpoint.initial_load_model_weights_only and takes_step:
+        step = read_step(path)
+        if step >= config.training.steps:
+            raise UsageError(
+                f"--training.steps {config.training.steps} must be more than the {step} that {flag} has done"
+            )
 
 
 class _Stager(BlockingAsyncStager):
@@ -164,7 +174,10 @@ class Checkpointer:
         try:
             dcp.load(weights | states, checkpoint_id=str(path), process_group=self.group)
         except CheckpointException as error:
-            raise UsageError(f"{path} cannot be loaded: {_line(_first(error))}") from error
+            raise UsageError(
+                f"checkpoint {path} cannot be loaded ({describe_failure(error)}); if it is damaged, delete the "
+                "folder, or copy it again"
+            ) from error
         except ValueError as error:
             # of the data's state, whose message names the flag
             raise UsageError(str(error)) from error
@@ -258,23 +271,14 @@ class Checkpointer:
             remove_unfinished(self.folder, step)
         newest = newest_checkpoint(self.folder)
         message = (
-            f"checkpoint step-{step} in {self.folder} could not be written: {_line(_first(error))}; "
+            f"checkpoint step-{step} in {self.folder} could not be written: {describe_failure(error)}; "
             f"{newest.name if newest else 'no checkpoint'} is kept, from which the same command continues"
         )
         # a full disk is the user's to mend; anything else is an error of ours, and shows where
-        return (UsageError if isinstance(_first(error), OSError) else RuntimeError)(message)
+        return (UsageError if isinstance(first_failure(error), OSError) else RuntimeError)(message)
 
     def maybe_wait_for_staging(self) -> None:
         """Nothing to wait for: `save` returns when the state is copied."""
 
     def close(self) -> None:
         """Nothing to close: the thread of a save under way is waited for when the process ends."""
-
-
-def _first(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank on which something did."""
-    return next(iter(error.failures.values()))[0]
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

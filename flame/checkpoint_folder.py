@@ -5,16 +5,22 @@ in it has reached the disk. What is being deleted is called ``step-N.deleting``.
 a kill, and removed by the next run.
 """
 
+import contextlib
 import os
+import pickle
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from flame.errors import UsageError
 from flame.log import logger
 
 _SAVING, _DELETING = ".saving", ".deleting"
@@ -42,13 +48,30 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
+def remove(path: Path) -> None:
+    """Deletes a folder, a file, or a link and not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run left half written or half deleted; no run may be saving there."""
+    """Removes what a killed run left half written or half deleted; no run may be saving there.
+
+    Raises:
+        UsageError: Something cannot be deleted.
+    """
     for path in folder.glob("step-*"):
         is_half = path.suffix in (_SAVING, _DELETING) and step_of(path.with_suffix("")) >= 0
         if is_half or (step_of(path) >= 0 and not is_complete(path)):
             logger.info(f"removing {path}, which a killed run left incomplete")
-            shutil.rmtree(path)
+            try:
+                remove(path)
+            except OSError as error:
+                raise UsageError(
+                    f"{path}, which a killed run left incomplete, cannot be deleted: {error}"
+                ) from None
 
 
 def remove_unfinished(folder: Path, step: int) -> None:
@@ -63,7 +86,7 @@ def purge(folder: Path, keep: int) -> None:
         try:
             # first of all it stops to be a checkpoint
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
         except OSError as error:
             # somebody may be reading it; the run does not depend on it, and the next purge or run tries again
             logger.warning(f"{path} could not be deleted: {error}")
@@ -103,7 +126,7 @@ class AtomicWriter(FileSystemWriter):
         if self.final.exists():
             if is_complete(self.final):
                 raise FileExistsError(f"{self.final} is a complete checkpoint already")
-            shutil.rmtree(self.final)
+            remove(self.final)
         self.path.rename(self.final)
         fsync(self.final.parent)
         if self.then is not None:
@@ -111,8 +134,28 @@ class AtomicWriter(FileSystemWriter):
 
 
 def read_contents(checkpoint: Path) -> dict[str, torch.Size | None]:
-    """Name -> shape of everything in a complete checkpoint; None for what is no tensor."""
-    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    """Name -> shape of everything in a complete checkpoint; None for what is no tensor.
+
+    Raises:
+        UsageError: The metadata cannot be read.
+    """
+    try:
+        entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    # what unpickling damaged bytes raises
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        ImportError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UsageError(
+            f"checkpoint {checkpoint} is damaged: its .metadata cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); delete the folder, or copy it again"
+        ) from None
     return {
         name: entry.size if isinstance(entry, TensorStorageMetadata) else None
         for name, entry in entries.items()
@@ -122,3 +165,40 @@ def read_contents(checkpoint: Path) -> dict[str, torch.Size | None]:
 def has_weights_only(contents: dict[str, torch.Size | None]) -> bool:
     """Whether a checkpoint holds a model to start from but no run to continue."""
     return "train_state.step" not in contents
+
+
+@contextlib.contextmanager
+def no_process_group() -> Iterator[None]:
+    """While this lasts, torch does not warn that it takes ``no_dist=True`` at its word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def read_step(checkpoint: Path) -> int:
+    """The step that a complete checkpoint of a run was saved after.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    state = {"train_state.step": 0}
+    try:
+        with no_process_group():
+            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    except CheckpointException as error:
+        raise UsageError(
+            f"checkpoint {checkpoint} cannot be loaded ({describe_failure(error)}); if it is damaged, delete the "
+            "folder, or copy it again"
+        ) from None
+    return state["train_state.step"]
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """What went wrong on the first rank on which something did."""
+    return next(iter(error.failures.values()))[0]
+
+
+def describe_failure(error: CheckpointException) -> str:
+    """`first_failure` on one line."""
+    first = first_failure(error)
+    return f"{type(first).__name__}: {' '.join(str(first).split())}".removesuffix(": ")

@@ -27,9 +27,27 @@ def _require(condition: bool, flag: str, value: object, right: str) -> None:
         raise UsageError(f"--{flag} must be {right}, got {value!r}")
 
 
+# what a run writes into its folder under names that no flag gives
+_OWN_NAMES = (
+    "hf",
+    "record",
+    "spikes",
+    "comm_traces",
+    "wandb",
+    "wandb_id",
+    "lock",
+    "run.json",
+    "config.toml",
+    "metrics.jsonl",
+)
+# flags that torch, torchtitan and Python's containers take as C integers
+_LARGEST_INTEGER = 2**31 - 1
+
+
 def _require_name(flag: str, value: str) -> None:
-    is_name = Path(value).name == value and value not in ("", "..", "hf")
-    _require(is_name, flag, value, "the name of a folder within the dump folder, not hf")
+    is_name = Path(value).name == value and value not in ("", "..", *_OWN_NAMES)
+    right = f"the name of a folder within the dump folder, and none of {', '.join(_OWN_NAMES)}"
+    _require(is_name, flag, value, right)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -229,7 +247,7 @@ class Training:
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
         _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
-        _require(self.seed >= 0, "training.seed", self.seed, "at least 0")
+        _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")
         name = "training.max_skipped_steps"
         _require(self.max_skipped_steps >= 1, name, self.max_skipped_steps, "at least 1")
         replicate, shard = self.data_parallel_replicate_degree, self.data_parallel_shard_degree
@@ -438,6 +456,12 @@ class Checkpoint:
             "used with --checkpoint.initial_load_path and "
             "--checkpoint.no_initial_load_model_weights_only",
         )
+        _require(
+            "train_state" not in self.excluded() or "lr_scheduler" in self.excluded(),
+            "checkpoint.exclude_from_loading",
+            self.exclude_from_loading,
+            "given lr_scheduler together with train_state, since both count the steps",
+        )
         for name in (
             "create_seed_checkpoint",
             "convert_to_hf_on_save",
@@ -531,8 +555,12 @@ class Comm:
     def __post_init__(self) -> None:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):
             value = getattr(self, name)
-            _require(value >= 1, f"comm.{name}", value, "at least 1")
-        _require(self.trace_buf_size >= 0, "comm.trace_buf_size", self.trace_buf_size, "at least 0")
+            # sockets count milliseconds in 32 bits
+            right = "between 1 and 2000000"
+            _require(1 <= value <= 2_000_000, f"comm.{name}", value, right)
+        # torch takes the memory for all of them at once
+        is_right = 0 <= self.trace_buf_size <= 1_000_000
+        _require(is_right, "comm.trace_buf_size", self.trace_buf_size, "between 0 and 1000000")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -566,10 +594,10 @@ class Sample:
             self.max_new_tokens >= 0, "sample.max_new_tokens", self.max_new_tokens, "at least 0"
         )
         _require(
-            self.temperature >= 0 and math.isfinite(self.temperature),
+            self.temperature == 0 or 0.01 <= self.temperature <= 100,
             "sample.temperature",
             self.temperature,
-            "at least 0",
+            "0, or between 0.01 and 100",
         )
 
 
@@ -591,6 +619,16 @@ class JobConfig:
     sample: Sample = field(default_factory=Sample)
 
     def __post_init__(self) -> None:
+        names = {
+            "checkpoint.folder": self.checkpoint.folder,
+            "metrics.save_tb_folder": self.metrics.save_tb_folder,
+            "profiling.save_traces_folder": self.profiling.save_traces_folder,
+            "profiling.save_memory_snapshot_folder": self.profiling.save_memory_snapshot_folder,
+        }
+        for flag, name in names.items():
+            others = [other for other, taken in names.items() if taken == name and other != flag]
+            right = f"a folder of its own, not that of --{others[0] if others else flag}"
+            _require(not others, flag, name, right)
         streaming, share = self.training.streaming, self.validation.share
         _require(
             not streaming or share == 0,
@@ -651,6 +689,11 @@ class JobConfig:
         return "\n".join(lines)
 
 
+_HELP = """Trains a model; repeating the command continues the run. The defaults are the smallest useful run: a 1M parameter
+model on the text that ships with Python. A flag wins over --job.config_file, a TOML file with the same names in
+sections, and the file over the defaults. docs/softpick/FLAME.md explains a run."""
+
+
 def _flags_of_toml(path: Path) -> list[str]:
     """The file's keys as flags, so that both are read, checked and complained about in one way."""
     try:
@@ -692,7 +735,7 @@ def parse_args(argv: list[str]) -> JobConfig:
             config = tyro.cli(
                 JobConfig,
                 prog="train.sh",
-                description=__doc__,
+                description=_HELP,
                 args=argv,
                 use_underscores=True,
                 config=(tyro.conf.AvoidSubcommands,),
@@ -705,6 +748,8 @@ def parse_args(argv: list[str]) -> JobConfig:
         # written so that NaN is refused too
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--{flag} must be finite, got {value}")
+        if isinstance(value, int) and flag != "training.seed":
+            _require(value <= _LARGEST_INTEGER, flag, value, f"at most {_LARGEST_INTEGER}")
     return config
 
 

@@ -4,12 +4,11 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,7 +18,16 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from flame.checkpoint_folder import AtomicWriter, fsync, is_complete, read_contents
+from flame.checkpoint_folder import (
+    AtomicWriter,
+    describe_failure,
+    fsync,
+    is_complete,
+    no_process_group,
+    read_contents,
+    remove,
+)
+from flame.cli import Parser
 from flame.data import load_tokenizer
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
@@ -111,18 +119,18 @@ def dcp_to_hf(
                 f"checkpoint {checkpoint} has tied weights {name} that differ from {origin}"
             )
         del weights[name]
-    temporary = _temporary(out)
-    model.config.save_pretrained(temporary)
-    model.generation_config.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    shards = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
-    for file, names in shards.filename_to_tensors.items():
-        tensors = _load(checkpoint, {name: weights[name] for name in names})
-        save_file(tensors, temporary / file, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _publish(temporary, out)
+    with _temporary(out) as temporary:
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shards = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
+        for file, names in shards.filename_to_tensors.items():
+            tensors = _load(checkpoint, {name: weights[name] for name in names})
+            save_file(tensors, temporary / file, metadata={"format": "pt"})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _publish(temporary, out)
 
 
 def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> None:
@@ -150,7 +158,7 @@ def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> N
     )
     if unknown := weights.keys() - _meta_model(config).state_dict().keys():
         raise UsageError(f"{what} is not of the model: {min(unknown)} has no place in it")
-    with _no_process_group():
+    with no_process_group():
         dcp.save(weights, storage_writer=AtomicWriter(out), no_dist=True)
 
 
@@ -165,30 +173,27 @@ def _tied(config: SoftpickTransformerConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 
 
-@contextlib.contextmanager
-def _no_process_group() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torch warns that it takes no_dist=True at its word
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 def _load(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of that name, in the dtype of ``wanted``, which may be on the meta device."""
     tensors = {name: torch.empty_like(x, device="cpu") for name, x in wanted.items()}
-    with _no_process_group():
+    with no_process_group():
         dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)
     return tensors
 
 
-def _temporary(out: Path) -> Path:
-    """An empty folder beside ``out``."""
+@contextlib.contextmanager
+def _temporary(out: Path) -> Iterator[Path]:
+    """An empty folder beside ``out``, which is gone if what follows fails."""
     temporary = out.with_name(out.name + ".saving")
-    if temporary.exists():
+    if os.path.lexists(temporary):
         # of an export that was killed
-        shutil.rmtree(temporary)
+        remove(temporary)
     temporary.mkdir(parents=True)
-    return temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _publish(temporary: Path, out: Path) -> None:
@@ -196,14 +201,14 @@ def _publish(temporary: Path, out: Path) -> None:
     for path in (*temporary.iterdir(), temporary):
         fsync(path)
     old = out.with_name(out.name + ".deleting")
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
+    if os.path.lexists(old):
+        remove(old)
+    if os.path.lexists(out):
         out.rename(old)
     temporary.rename(out)
     fsync(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    if os.path.lexists(old):
+        remove(old)
 
 
 def _read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -279,7 +284,9 @@ def _read_config(path: str, flag: str) -> SoftpickTransformerConfig:
 
 
 def _require_new(out: Path) -> None:
-    if out.exists():
+    if out.name in ("", ".."):
+        raise UsageError(f"--out must be the name of a new folder, got {str(out)!r}")
+    if os.path.lexists(out):
         raise UsageError(f"--out {out} is there already; name a new folder")
 
 
@@ -289,17 +296,10 @@ def _size(text: str) -> str:
     return text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ({self.prog} -h lists the flags)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m flame.convert", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m flame.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser(
-        "dcp-to-hf", help="checkpoint of a run -> Hugging Face folder", allow_abbrev=False
-    )
+    export = commands.add_parser("dcp-to-hf", help="checkpoint of a run -> Hugging Face folder")
     export.add_argument("--checkpoint", type=Path, required=True, help="folder step-N of a run")
     export.add_argument(
         "--model.config", dest="config", required=True, help="model JSON of the run"
@@ -308,22 +308,24 @@ def _parser() -> argparse.ArgumentParser:
         "--model.tokenizer_path",
         dest="tokenizer",
         default="byte",
-        help="tokenizer of the run (default: byte)",
+        help="tokenizer of the run (default: %(default)s)",
     )
     export.add_argument("--out", type=Path, required=True, help="folder to write, a new one")
     export.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights (default: %(default)s)",
     )
     export.add_argument(
         "--max_shard_size",
         type=_size,
         default=MAX_SHARD_SIZE,
-        help=f"largest file of weights (default: {MAX_SHARD_SIZE})",
+        help="largest file of weights (default: %(default)s)",
     )
     start = commands.add_parser(
         "hf-to-dcp",
         help="Hugging Face folder -> checkpoint for --checkpoint.initial_load_path",
-        allow_abbrev=False,
     )
     start.add_argument(
         "--model",
@@ -354,7 +356,10 @@ def main() -> None:
         except OSError as error:
             raise UsageError(f"--out {args.out} cannot be written: {error}") from None
         except CheckpointException as error:
-            raise UsageError(" ".join(str(error).split())[-200:]) from None
+            what = (
+                f"--checkpoint {args.checkpoint}" if "checkpoint" in args else f"--out {args.out}"
+            )
+            raise UsageError(f"{what}: {describe_failure(error)}") from None
     logger.info(f"written to {args.out}")
 
 

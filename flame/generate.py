@@ -11,20 +11,30 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 import flame.models  # teaches transformers the model
+from flame.cli import Parser
 from flame.errors import UsageError, exit_on_usage_error
 from flame.models.key_ranges import count_reads
 
 
 def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """The exported model in ``folder``, ready to generate, and its tokenizer."""
+    """The exported model in ``folder``, ready to generate, and its tokenizer.
+
+    Raises:
+        UsageError: The model has weights that are not finite.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    for name, x in model.named_parameters():
+        if not x.isfinite().all():
+            raise UsageError(f"the model in {folder} cannot write: {name} is not finite")
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -95,36 +105,57 @@ def _stream(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flame.generate", description=__doc__)
+    parser = Parser(
+        prog="python -m flame.generate", description="Lets an exported model continue a text."
+    )
     parser.add_argument("--model", required=True, help="folder of an exported model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument(
         "--interactive", action="store_true", help="continue each line of the input, up to its end"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=200, help="tokens to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="of sampling; 0: the likeliest token each time (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     transformers_logging.disable_progress_bar()
     with exit_on_usage_error():
+        args = parser.parse_args()
+        if not (Path(args.model) / "config.json").is_file():
+            raise UsageError(f"--model must be the folder of an exported model, got {args.model}")
         try:
             config = flame.models.read_config(args.model)
         except ValueError as error:
             raise UsageError(f"--model: {error}") from None
-        if not Path(args.model).is_dir():
-            raise UsageError(f"--model must be the folder of an exported model, got {args.model}")
-        if args.temperature < 0 or args.max_new_tokens < 1:
-            raise UsageError(
-                "--temperature must be at least 0 and --max_new_tokens at least 1, "
-                f"got {args.temperature} and {args.max_new_tokens}"
-            )
+        for flag, value, is_right, right in (
+            ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
+            (
+                "temperature",
+                args.temperature,
+                args.temperature == 0 or 0.01 <= args.temperature <= 100,
+                "0, or between 0.01 and 100",
+            ),
+            ("seed", args.seed, 0 <= args.seed < 2**63, "at least 0 and below 2^63"),
+        ):
+            if not is_right:
+                raise UsageError(f"--{flag} must be {right}, got {value}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         flame.models.require_device(config.attn_impl, device)
         try:
             model, tokenizer = load(args.model, device)
-        except OSError as error:
-            raise UsageError(f"--model {args.model}: {' '.join(str(error).split())}") from None
+        except UsageError:
+            raise
+        # files that are missing or damaged, in the words of transformers, tokenizers and safetensors
+        except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+            raise UsageError(
+                f"--model {args.model} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from None
     torch.manual_seed(args.seed)
     try:
         if not args.interactive:

@@ -17,6 +17,7 @@ from flame.config import parse_args
 from flame.errors import UsageError, exit_on_usage_error
 from flame.folder_lock import wait_until_free
 from flame.log import init_logger, logger
+from flame.stop import STOP_SIGNALS
 
 # the machines of a run start at different times, on a busy cluster minutes apart
 RENDEZVOUS_TIMEOUT_S = 900
@@ -113,12 +114,19 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
     try:
         torchrun.run(torchrun.parse_args([*args, *argv]))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0 and -failure.exitcode not in STOP_SIGNALS:
+            # it could not say so itself
+            name = signal.Signals(-failure.exitcode).name
+            memory = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+            sys.stderr.write(
+                f"flame: error: {name} killed rank {rank}{memory}; the same command continues the run\n"
+            )
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except DistError as error:
         with exit_on_usage_error():

@@ -141,6 +141,10 @@ def _check(folder: Path, run: dict[str, Any]) -> None:
 def _check_checkpoints(config: JobConfig) -> None:
     """Raises UsageError if the run would go on beside newer checkpoints of its own."""
     folder, step = config.dump_folder / config.checkpoint.folder, config.checkpoint.load_step
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(
+            f"--checkpoint.folder {config.checkpoint.folder}: {folder} is a file; move it away"
+        )
     newest = newest_checkpoint(folder)
     if newest is not None and not config.checkpoint.enable_checkpoint:
         raise UsageError(

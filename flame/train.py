@@ -1,9 +1,15 @@
 """``python -m flame.train``: one process of a run. ``bash train.sh`` starts as many as it takes."""
 
+import signal
+
+if __name__ == "__main__":
+    # until the training listens to it, Ctrl-C ends at once and without a traceback, as SIGTERM does; set here,
+    # since importing the rest takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import ctypes
 import os
 import shlex
-import signal
 import socket
 import sys
 from typing import Any, NoReturn
@@ -11,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from huggingface_hub.utils import logging as huggingface_hub_logging
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flame._compat import DEVICE_TYPE
@@ -107,13 +114,19 @@ def finish(
         logger.info("no checkpoint (--checkpoint.no_enable_checkpoint), so no exported model")
         return
     out = config.dump_folder / "hf"
-    dcp_to_hf(
-        checkpoint,
-        config=inputs.model,
-        tokenizer=inputs.tokenizer,
-        out=out,
-        dtype=getattr(torch, config.checkpoint.export_dtype),
-    )
+    try:
+        dcp_to_hf(
+            checkpoint,
+            config=inputs.model,
+            tokenizer=inputs.tokenizer,
+            out=out,
+            dtype=getattr(torch, config.checkpoint.export_dtype),
+        )
+    # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{out} could not be written: {error}; {checkpoint} is kept, which the same command exports"
+        ) from None
     if config.sample.max_new_tokens:
         text = generate(
             str(out),
@@ -216,7 +229,8 @@ def main() -> None:
             f"{stopped.name} after step {trainer.step}: the same command continues from {place}"
         )
     elif dist.get_rank() == 0:
-        finish(config, inputs, asked, loss)
+        with exit_on_usage_error():
+            finish(config, inputs, asked, loss)
     dist.destroy_process_group()
     if stopped is not None:
         sys.exit(128 + stopped)

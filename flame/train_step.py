@@ -26,7 +26,7 @@ import flame._compat  # noqa: F401  # before torchtitan
 from flame.attention_stats import Observer, observe
 from flame.config import JobConfig
 from flame.data import IGNORE_INDEX
-from flame.errors import TrainingError
+from flame.errors import TrainingError, UsageError
 from flame.log import logger
 from flame.models import normalizer_of
 from flame.stop import StopRequest
@@ -96,6 +96,7 @@ class CheckedTrainer(Trainer):
         Raises:
             TrainingError: Loss or gradient norm is not finite and the step is not to be skipped, or
                 ``training.max_skipped_steps`` were skipped in a row. The same on every process.
+            UsageError: The data cannot be read.
         """
         training, dims = self.config.training, self.parallel_dims
         is_first = self.start_step is not None and self.step == self.start_step + 1
@@ -104,7 +105,7 @@ class CheckedTrainer(Trainer):
             _trace_folder(self.config).mkdir(exist_ok=True)
         self.optimizers.zero_grad()
         lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
-        microbatches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        microbatches = self._microbatches(data_iterator)
         tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)
         if dims.dp_enabled:
             dist.all_reduce(tokens, group=dims.get_mesh("batch").get_group())
@@ -146,6 +147,13 @@ class CheckedTrainer(Trainer):
             self.metrics_processor.log_attention(scalars, self.step)
         if is_first:
             self._end_of_first_step()
+
+    def _microbatches(self, data_iterator: Iterator[Microbatch]) -> list[Microbatch]:
+        try:
+            return [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        # a shard of a stream that is damaged, by name
+        except ValueError as error:
+            raise UsageError(f"step {self.step}: {error}") from error
 
     def clip_gradients(self) -> torch.Tensor:
         """Scales gradients down to ``training.max_norm``; returns their norm before, a scalar of the device.

@@ -48,7 +48,7 @@ class JsonLines:
         kept, self.done = [], set()
         self.start_step = start_step
         if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
             for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -395,11 +396,88 @@ def test_a_wrong_start_is_refused(whole, tmp_path, monkeypatch, changed, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_start_that_is_over_is_refused(flags, whole, tmp_path):
+    initial = whole.folder / "checkpoint" / f"step-{STEPS}"
+    start = {
+        "checkpoint.initial_load_path": initial,
+        "checkpoint.initial_load_model_weights_only": False,
+    }
+    run = train(flags | start, tmp_path / "over", code=2)
+    error = f"--training.steps {STEPS} must be more than the {STEPS} that"
+    assert error in run.output().splitlines()[-1]
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None], ids=["empty", "junk", "cut"])
+def test_damaged_metadata_is_one_line_that_says_what_to_do(flags, whole, tmp_path, damage):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint" / f"step-{STEPS}"
+    file = newest / ".metadata"
+    file.write_bytes(file.read_bytes()[:100] if damage is None else damage)
+    run = train(flags, tmp_path / "run", code=2)
+    line = run.output().splitlines()[-1]
+    assert line.startswith(f"flame: error: checkpoint {newest} is damaged: its .metadata")
+    assert line.endswith("delete the folder, or copy it again")
+    shutil.rmtree(newest)
+    train(flags, tmp_path / "run")
+    assert curve(tmp_path / "run") == curve(whole.folder)
+
+
+def test_damaged_data_is_one_line_that_says_what_to_do(flags, whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint" / f"step-{STEPS}"
+    os.truncate(next(newest.glob("*.distcp")), 100)
+    line = train(flags, tmp_path / "run", code=2).output().splitlines()[-1]
+    assert line.startswith(f"flame: error: checkpoint {newest} cannot be loaded (EOFError")
+    assert line.endswith("if it is damaged, delete the folder, or copy it again")
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_refused(flags, whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    (tmp_path / "run" / "checkpoint").touch()
+    line = train(flags, tmp_path / "run", code=2).output().splitlines()[-1]
+    assert line.endswith("checkpoint is a file; move it away")
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_an_export_replaces_what_has_its_name(flags, whole, tmp_path, kind):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    hf = tmp_path / "run" / "hf"
+    hf.rename(tmp_path / "elsewhere")
+    if kind == "link":
+        hf.symlink_to(tmp_path / "elsewhere")
+    else:
+        hf.touch()
+    train(flags, tmp_path / "run")
+    assert (hf / "model.safetensors").is_file()
+    assert not hf.is_symlink()
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+    assert not list((tmp_path / "run").glob("hf.*"))
+
+
+def test_weights_that_are_not_finite_write_no_sample(flags, tmp_path):
+    # 0 / 0 in Adam's step, whose own loss is that of before
+    broken = {"optimizer.eps": 0.0, "optimizer.beta2": 0.0, "optimizer.lr": 1e-300}
+    flags = flags | broken | {"training.steps": 1, "sample.max_new_tokens": 3}
+    line = train(flags, tmp_path / "run", code=2).output().splitlines()[-1]
+    assert line.startswith(f"flame: error: the model in {tmp_path / 'run' / 'hf'} cannot write: ")
+    assert line.endswith("is not finite")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--checkpoint.exclude_from_loading=model"], r"some of optimizer, lr_scheduler"),
         (["--checkpoint.exclude_from_loading=rng"], r"no_initial_load_model_weights_only"),
+        (
+            [
+                "--checkpoint.initial_load_path=x",
+                "--checkpoint.no_initial_load_model_weights_only",
+                "--checkpoint.exclude_from_loading=train_state",
+            ],
+            "lr_scheduler together with train_state",
+        ),
         (["--checkpoint.async_mode=fast"], r"--checkpoint\.async_mode"),
         (["--checkpoint.no_enable_checkpoint", "--checkpoint.initial_load_path=x"], "left out"),
         (["--checkpoint.no_enable_checkpoint", "--checkpoint.create_seed_checkpoint"], "left out"),
@@ -457,6 +535,24 @@ def test_what_is_purged(tmp_path):
     _checkpoint(tmp_path, "step-2.deleting")
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["step-10", "step-4", "step-best"]
+
+
+def test_links_are_deleted_and_not_what_they_lead_to(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoint", tmp_path / "elsewhere"
+    folder.mkdir()
+    _checkpoint(elsewhere, "old")
+    _checkpoint(elsewhere, "half", complete=False)
+    (folder / "step-1").symlink_to(elsewhere / "old")
+    (folder / "step-2").symlink_to(elsewhere / "half")
+    (folder / "step-3").symlink_to(tmp_path / "nowhere")
+    (folder / "step-4").touch()
+    _checkpoint(folder, "step-5")
+    remove_leftovers(folder)
+    assert sorted(os.listdir(folder)) == ["step-1", "step-5"]
+    purge(folder, 1)
+    assert os.listdir(folder) == ["step-5"]
+    assert sorted(os.listdir(elsewhere)) == ["half", "old"]
+    assert is_complete(elsewhere / "old")
 
 
 def test_a_complete_checkpoint_is_never_written_over(tmp_path):

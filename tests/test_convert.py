@@ -178,6 +178,33 @@ def test_what_is_no_source_is_refused(llama, source, tmp_path, monkeypatch, capf
     assert not out.exists()
 
 
+def test_a_damaged_checkpoint_is_named_and_nothing_is_left(source, tmp_path, monkeypatch, capfd):
+    _, file, checkpoint, _ = source
+    words = ["dcp-to-hf", "--checkpoint", checkpoint, "--model.config", file]
+    words += ["--out", tmp_path / "out"]
+    before = sorted(os.listdir(tmp_path))
+    part = next(checkpoint.glob("*.distcp"))
+    os.truncate(part, part.stat().st_size // 2)
+    line = refused(monkeypatch, capfd, *words)
+    assert line.startswith(f"flame: error: --checkpoint {checkpoint}: ")
+    assert "Traceback" not in line
+    (checkpoint / ".metadata").write_bytes(b"junk")
+    line = refused(monkeypatch, capfd, *words)
+    assert f"checkpoint {checkpoint} is damaged: its .metadata cannot be read" in line
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("out", ["", "..", "dangling"])
+def test_a_name_that_is_no_new_folder_is_refused(source, tmp_path, monkeypatch, capfd, out):
+    _, file, checkpoint, _ = source
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    out = tmp_path / out if out else ""
+    words = ["--checkpoint", checkpoint, "--model.config", file, "--out", out]
+    line = refused(monkeypatch, capfd, "dcp-to-hf", *words)
+    assert "--out" in line
+    assert "new folder" in line
+
+
 def test_a_killed_export_leaves_the_earlier_one(source, tmp_path, monkeypatch):
     config, _, checkpoint, _ = source
     arguments = {"config": config, "tokenizer": load_tokenizer("byte"), "out": tmp_path / "hf"}

@@ -1,82 +1,112 @@
-"""`flame.generate` on an exported model: what it prints, counts and refuses."""
+"""`flame.generate` on the command line: what it writes, and one line for every mistake."""
 
 import io
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import flame.models
 from flame import generate
 from flame.data import load_tokenizer
-from flame.models import key_ranges
+from flame.models import SoftpickTransformerForCausalLM, key_ranges, read_config
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    config = flame.models.read_config(ROOT / "configs" / "softpick_transformer_tiny.json")
-    config.num_hidden_layers = 2
-    torch.manual_seed(0)
-    flame.models.SoftpickTransformerForCausalLM(config).save_pretrained(folder)
+@pytest.fixture
+def model(tmp_path):
+    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
+    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "model.json").write_text(json.dumps(raw))
+    folder = tmp_path / "hf"
+    SoftpickTransformerForCausalLM(read_config(tmp_path / "model.json")).save_pretrained(folder)
     load_tokenizer("byte").save_pretrained(folder)
     return folder
 
 
-def run(monkeypatch, *argv, stdin=""):
-    monkeypatch.setattr("sys.argv", ["flame.generate", *map(str, argv)])
+def run(monkeypatch, *words, stdin=""):
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    monkeypatch.setattr(sys, "argv", ["flame.generate", *map(str, words)])
+    # the model has no Triton kernel, and is so small that a GPU has no part in it
+    monkeypatch.setattr(generate.torch.cuda, "is_available", lambda: False)
     generate.main()
 
 
-def test_prompt_is_continued_and_counted(exported, monkeypatch, capsys):
-    flags = ["--model", exported, "--prompt", "The ", "--max_new_tokens", 7, "--temperature", 0]
-    run(monkeypatch, *flags)
-    out, err = capsys.readouterr()
-    expected = generate.generate(str(exported), "The ", max_new_tokens=7, temperature=0)
-    assert out == expected + "\n"
-    assert re.fullmatch(r"\[7 tokens, [\d.]+ tokens/s, \d+\.\d% of the values read\]\n", err)
+def refused(monkeypatch, capfd, *words):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *words)
+    assert end.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
-def test_every_line_of_the_input_is_a_prompt(exported, monkeypatch, capsys):
-    flags = ["--model", exported, "--interactive", "--max_new_tokens", 3, "--temperature", 0]
-    run(monkeypatch, *flags, stdin="one\n\ntwo\n")
-    out, err = capsys.readouterr()
+def test_continues_the_prompt_the_same_for_a_seed(model, monkeypatch, capfd):
+    words = ["--model", model, "--prompt", "abc", "--max_new_tokens", 8]
+    texts = []
+    for seed in (1, 1, 2):
+        run(monkeypatch, *words, "--seed", seed)
+        texts.append(capfd.readouterr().out)
+    assert texts[0].startswith("abc")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_says_how_fast_and_how_much_was_read(model, monkeypatch, capfd):
+    run(monkeypatch, "--model", model, "--prompt", "abc", "--max_new_tokens", 7)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"\[7 tokens, [\d.]+ tokens/s, \d+\.\d% of the values read\]", last)
+
+
+def test_every_line_of_the_input_is_a_prompt(model, monkeypatch, capfd):
+    words = ["--model", model, "--interactive", "--max_new_tokens", 3]
+    run(monkeypatch, *words, stdin="one\n\ntwo\n")
+    out, err = capfd.readouterr()
     assert out.startswith("one")
-    assert "\ntwo" in out
+    assert "two" in out
     assert err.count("[3 tokens") == 3
 
 
-def test_share_of_the_values_read(exported):
-    model, tokenizer = generate.load(str(exported), "cpu")
+def test_share_of_the_values_read(model):
+    hf, tokenizer = generate.load(str(model), "cpu")
     with key_ranges.count_reads() as reads:
-        ids = generate.write(model, tokenizer, "some text", max_new_tokens=4, temperature=0)
-    # of every layer's last query of the steps after the first, as the weights of one pass have it
-    attentions = model(ids[None, :-1], output_attentions=True).attentions
+        ids = generate.write(hf, tokenizer, "some text", max_new_tokens=4, temperature=0)
+    # of every step but the first the last query, as the weights of one pass have it
+    (weights,) = hf(ids[None, :-1], output_attentions=True).attentions
     shares = [
-        (layer[0, :, t, : t + 1] != 0).float().mean(-1)
-        for layer in attentions
-        for t in range(len(ids) - 4, len(ids) - 1)
+        (weights[0, :, t, : t + 1] != 0).float().mean() for t in range(len(ids) - 4, len(ids) - 1)
     ]
     assert reads.share() == pytest.approx(torch.stack(shares).mean().item(), abs=1e-3)
-    assert reads.steps == 3 * 2
+    assert reads.steps == 3
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("words", "message"),
     [
-        (["--model", "./nowhere", "--prompt", "x"], "--model: .*nowhere does not exist"),
-        (["--prompt", "x", "--temperature", "-1"], "--temperature must be at least 0"),
-        (["--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens at least 1"),
+        (["--temperature", "nan"], "--temperature must be 0, or between 0.01 and 100, got nan"),
+        (
+            ["--temperature", "1e-300"],
+            "--temperature must be 0, or between 0.01 and 100, got 1e-300",
+        ),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
+        (["--max_new_tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 2^63, got -1"),
+        (["--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["--model", "/nowhere"], "--model must be the folder of an exported model, got /nowhere"),
     ],
 )
-def test_mistakes_are_one_line(exported, flags, message, monkeypatch, capsys):
-    flags = flags if "--model" in flags else ["--model", exported, *flags]
-    with pytest.raises(SystemExit) as error:
-        run(monkeypatch, *flags)
-    assert error.value.code == 2
-    err = capsys.readouterr().err
-    assert re.fullmatch(rf"flame: error: .*{message}.*\n", err), err
+def test_a_mistake_is_one_line_that_names_it(model, monkeypatch, capfd, words, message):
+    assert message in refused(monkeypatch, capfd, "--model", model, "--prompt", "x", *words)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_files_are_one_line_that_names_the_folder(model, monkeypatch, capfd, file, damage):
+    if damage == "cut":
+        (model / file).write_bytes((model / file).read_bytes()[:50])
+    else:
+        (model / file).unlink()
+    line = refused(monkeypatch, capfd, "--model", model, "--prompt", "x")
+    assert line.startswith(f"flame: error: --model {model} cannot be read: ")

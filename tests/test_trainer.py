@@ -217,6 +217,51 @@ def test_interrupt_of_the_launcher_saves(small, tmp_path):
     assert (tmp_path / "run" / "checkpoint" / f"step-{step}" / ".metadata").exists()
 
 
+def start_launcher(flags):
+    return subprocess.Popen(
+        command(flags, processes=2),
+        cwd=ROOT,
+        env=environment(2),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_interrupt_before_the_training_ends_at_once_without_a_traceback(small, tmp_path):
+    with start_launcher(small | {"job.dump_folder": tmp_path / "run"}) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        # importing torch, so seconds before it trains
+        while not any(
+            "libtorch" in Path(f"/proc/{child}/maps").read_text()
+            for child in children.read_text().split()
+        ):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
+    assert "KeyboardInterrupt" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
+    flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
+    with start_launcher(flags) as process:
+        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+        # as the kernel does when memory runs out
+        os.kill(int((tmp_path / "run" / "lock").read_text().split()[1]), signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGKILL, output
+    lines = [line for line in output.splitlines() if line.startswith("flame: error:")]
+    assert "flame: error: SIGKILL killed rank 0" in lines[-1]
+    assert lines[-1].endswith("the same command continues the run")
+
+
 def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run"}
     train(flags | {"training.batch_size": 2, "training.gradient_accumulation_steps": 2})

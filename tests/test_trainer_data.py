@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from forked_runs import Run
 from test_trainer import FLAGS, ROOT, STEPS, command, curve, environment, train, wait_for
 
 from flame.config import parse_args
@@ -68,6 +69,22 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
         assert max(got) == STEPS
         for step, value in got.items():
             assert value == pytest.approx(expected[step], rel=1e-5), (name, step)
+
+
+def test_damaged_shard_of_a_stream_is_one_line_when_it_is_reached(small, tmp_path):
+    lines = [json.dumps({"text": f"{i} is a number"}) for i in range(4000)]
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines, "{damaged"]))
+    flags = {k: v for k, v in small.items() if k != "training.data_probs"}
+    flags |= {"training.dataset": tmp_path / "text.jsonl", "validation.share": 0}
+    flags |= {"training.steps": 1000, "metrics.log_freq": 1000}
+    flags |= {"training.streaming": True, "job.dump_folder": tmp_path / "run"}
+    with Run(flags) as run:
+        assert run.wait() == 2, run.output()
+    line = run.output().splitlines()[-1]
+    assert line.startswith("flame: error: step ")
+    assert "text.jsonl': line 4001 is not JSON" in line
+    assert "Traceback" not in run.output()
+    assert list((tmp_path / "run" / "checkpoint").glob("step-*[0-9]"))
 
 
 def inputs_of(flags, *more):

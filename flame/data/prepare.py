@@ -19,6 +19,7 @@ from typing import NoReturn
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from flame.cli import Parser
 from flame.config import SHARE_UNITS, DataSource
 from flame.data.prepared import (
     ENDS,
@@ -34,7 +35,7 @@ from flame.data.shards import Shards, open_shards
 from flame.data.tokenizer import load_tokenizer
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
-from flame.errors import UsageError, exit_on_usage_error
+from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
 from flame.log import init_logger, logger
 
 # characters that a process gets at a time, and at least one document
@@ -195,31 +196,33 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m flame.data.prepare",
-        description=__doc__,
-        allow_abbrev=False,
+        description="Writes text as a folder of token files that training maps into memory.",
         epilog="The data flags mean what they mean in training (bash train.sh -h), for one source.",
     )
     parser.add_argument("--out", type=Path, help="folder to write, which must not exist")
     parser.add_argument("--verify", type=Path, help="check a finished folder instead")
-    parser.add_argument("--model.tokenizer_path", dest="tokenizer_path", default="byte")
-    parser.add_argument("--training.dataset", dest="dataset")
-    parser.add_argument("--training.dataset_name", dest="name")
-    parser.add_argument("--training.dataset_split", dest="split", default="train")
-    parser.add_argument("--training.data_dir", dest="data_dir")
-    parser.add_argument("--training.data_files", dest="data_files")
+    for flag, dest, default, text in (
+        ("model.tokenizer_path", "tokenizer_path", "byte", 'folder, hub name or "byte"'),
+        ("training.dataset", "dataset", None, "file, folder, Hugging Face name or python-docs"),
+        ("training.dataset_name", "name", None, "configuration of a Hugging Face dataset"),
+        ("training.dataset_split", "split", "train", "split of a Hugging Face dataset"),
+        ("training.data_dir", "data_dir", None, "folder within a Hugging Face dataset"),
+        ("training.data_files", "data_files", None, "files of it, or a glob pattern in a folder"),
+    ):
+        text += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(f"--{flag}", dest=dest, default=default, help=text)
     parser.add_argument(
-        "--num_proc", type=int, default=1, help="processes that tokenize (default 1)"
+        "--num_proc", type=int, default=1, help="processes that tokenize (default: %(default)s)"
     )
     return parser
 
 
 def main() -> None:
-    parser = _parser()
-    args = parser.parse_args()
     init_logger()
-    with exit_on_usage_error():
+    with exit_on_usage_error(), exit_on_training_error():
+        args = _parser().parse_args()
         if args.verify is not None:
             if len(sys.argv) > 3 or (len(sys.argv) > 2 and "=" in sys.argv[1]):
                 raise UsageError("--verify takes a folder and no other flag")
@@ -231,6 +234,8 @@ def main() -> None:
             return
         if args.out is None or args.dataset is None:
             raise UsageError("--out and --training.dataset are needed, or --verify")
+        if args.out.name in ("", ".."):
+            raise UsageError(f"--out must be the name of a new folder, got {str(args.out)!r}")
         if args.num_proc < 1:
             raise UsageError(f"--num_proc must be at least 1, got {args.num_proc}")
         if "," in args.dataset:

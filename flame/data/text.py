@@ -197,6 +197,9 @@ def read_file(file: Path, start: int = 0) -> Iterator[str]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
         _fail(file, f"its name does not end in {_endings()}", "convert or rename it")
+    if file.exists() and not file.is_file():
+        # reading a pipe would wait for somebody to write
+        _fail(file, "is no regular file", "give a file that can be read")
     is_empty = start == 0
     try:
         for document in reader(file, start):

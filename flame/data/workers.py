@@ -10,6 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from flame.errors import TrainingError
+
 # what a worker was forked with
 _function: Callable[[Any], Any] | None = None
 
@@ -96,7 +98,7 @@ class Workers:
         """The function's result, or what it raised.
 
         Raises:
-            RuntimeError: A worker was killed.
+            TrainingError: A worker was killed.
         """
         with self._broken_is_told():
             return future.result()
@@ -112,7 +114,7 @@ class Workers:
         try:
             yield
         except BrokenProcessPool:
-            raise RuntimeError(
+            raise TrainingError(
                 f"one of the {self._num_workers} data workers (--training.num_workers) was killed; memory "
                 "may have run out"
             ) from None
