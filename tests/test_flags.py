@@ -249,7 +249,10 @@ def test_no_flag_is_both_there_and_refused():
         (["--metrics.attention_freq", "3", "--validation.share", "0"], "attention_freq must be 0"),
         (["--profiling.profile_freq", "3"], "--profiling.profile_freq must be at least 4, got 3"),
         (["--profiling.save_traces_folder", "a/b"], "save_traces_folder must be the name"),
-        (["--comm.train_timeout_seconds", "0"], "train_timeout_seconds must be between 1 and 2000000"),
+        (
+            ["--comm.train_timeout_seconds", "0"],
+            "train_timeout_seconds must be between 1 and 2000000",
+        ),
         (["--training.max_skipped_steps", "0"], "max_skipped_steps must be at least 1"),
         (["--metrics.spike_window", "1"], "spike_window must be at least 2"),
         (["--metrics.max_dumps", "-1"], "max_dumps must be at least 0"),
