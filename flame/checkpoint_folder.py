@@ -18,7 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from flame.errors import UsageError
 from flame.log import logger
@@ -118,6 +120,23 @@ class AtomicWriter(FileSystemWriter):
         super().__init__(path.with_name(path.name + _SAVING), **ahead)
         self.final = path
         self.then = then
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's file.
+
+        Raises:
+            OSError: The file system's error. On a full disk torch's zip writer has one of its own in its place, which
+                says nothing of the disk, and which other ranks get without what it came from.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Runs on the coordinating rank, after all ranks have written and synced their files."""

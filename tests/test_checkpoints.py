@@ -569,3 +569,26 @@ def test_a_complete_checkpoint_is_never_written_over(tmp_path):
     loaded = {"x": torch.zeros(2)}
     dcp.load(loaded, checkpoint_id=path, no_dist=True)
     assert loaded["x"].tolist() == [1, 1]
+
+
+def test_a_full_disk_is_named_wherever_it_is_hit(tmp_path):
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from flame.checkpoint_folder import first_failure
+
+    # objects and tensors; torch writes a tensor as a zip file, which ends with an error of its own
+    state = {"x": torch.ones(40_000), "y": "y" * 9000}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in range(5000, 160_000, 15_000):
+        path = tmp_path / f"step-{size}"
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(CheckpointException) as error:
+                dcp.save(state, storage_writer=AtomicWriter(path), no_dist=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert isinstance(first_failure(error.value), OSError), (size, first_failure(error.value))
+        assert first_failure(error.value).errno == errno.EFBIG
+        assert not path.exists()
