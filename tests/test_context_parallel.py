@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AttentionInterface
 
 from flame.context_parallel import apply_context_parallel, attend, local_rows, shard_batch
-from flame.models import OPERATORS, SoftpickTransformerConfig, SoftpickTransformerForCausalLM
-from flame.models.attention import _attention_forward
+from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
+from flame.models.attention import attention_forward
 
 LONG = 65536
 
@@ -23,14 +23,14 @@ def attention_and_gradients(forward, q, k, v, do):
     return [o.detach(), *(x.grad for x in leaves)]
 
 
-def check_parts(operator, *, T, size, window_size=None, device="cpu", dtype=torch.float32, D=16):
+def check_parts(name, *, T, size, window_size=None, device="cpu", dtype=torch.float32, D=16):
     """Every process's part, put together, against one call; forward and backward."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v, do = (
         torch.randn(2, H, T, D, device=device, generator=generator).to(dtype) for H in (4, 2, 2, 4)
     )
     do = do.transpose(1, 2)
-    attention = _attention_forward(operator)
+    attention = attention_forward(name)
 
     def whole(q, k, v):
         return attention(None, q, k, v, None, sliding_window=window_size)[0]
@@ -64,9 +64,8 @@ def check_parts(operator, *, T, size, window_size=None, device="cpu", dtype=torc
 @pytest.mark.parametrize("window_size", [None, 1, 7])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_parts_of_the_reference_are_the_whole(size, window_size):
-    operator = OPERATORS["naive_softpick_attn"]
     expected, got = check_parts(
-        operator, T=24, size=size, window_size=window_size, dtype=torch.float64
+        "naive_softpick_attn", T=24, size=size, window_size=window_size, dtype=torch.float64
     )
     for name, x, y in zip(("o", "dq", "dk", "dv"), expected, got, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -75,16 +74,16 @@ def test_parts_of_the_reference_are_the_whole(size, window_size):
 @pytest.mark.parametrize("window_size", [None, 7])
 @pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
 def test_parts_of_the_kernel_are_the_whole(device, normalizer, window_size):
-    operator = OPERATORS[f"parallel_{normalizer}_attn"]
-    expected, got = check_parts(operator, T=48, size=2, window_size=window_size, device=device)
+    name = f"parallel_{normalizer}_attn"
+    expected, got = check_parts(name, T=48, size=2, window_size=window_size, device=device)
     for name, x, y in zip(("o", "dq", "dk", "dv"), expected, got, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.gpu
 def test_parts_of_the_kernel_are_the_whole_at_64k_tokens(device):
-    operator = OPERATORS["parallel_softpick_attn"]
-    expected, got = check_parts(operator, T=LONG, size=2, device=device, D=64)
+    name = "parallel_softpick_attn"
+    expected, got = check_parts(name, T=LONG, size=2, device=device, D=64)
     for name, x, y in zip(("o", "dq", "dk", "dv"), expected, got, strict=True):
         # sums over 64k terms, whose order differs
         torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -108,7 +107,7 @@ SAMPLE = sorted(
 def sampled_attention(module, query, key, value, mask, *, scaling, **kwargs):
     """The reference at the places in `SAMPLE` alone, 0 elsewhere: 64k rows of 64k scores take 32 GB."""
     T, S = query.shape[2], key.shape[2]
-    attention = _attention_forward(OPERATORS["naive_softpick_attn"])
+    attention = attention_forward("naive_softpick_attn")
     o = query.new_zeros(query.shape[0], T, query.shape[1], value.shape[-1])
     for place in SAMPLE:
         if S - T <= place < S:
@@ -151,7 +150,7 @@ def attention_layer(mesh=None):
         assert torch.equal(labels, places)
     x.requires_grad_()
     o, _ = layer(x, position_embeddings=model.model.rotary_emb(x, places))
-    AttentionInterface.register(name, _attention_forward(OPERATORS[name]))
+    AttentionInterface.register(name, attention_forward(name))
     o.backward(do)
     weights = {name: p.grad for name, p in layer.named_parameters()}
     return {"places": places[0], "o": o.detach()[0], "dx": x.grad[0]}, weights

@@ -66,7 +66,9 @@ def require_device(name: str, device_type: str) -> None:
         )
 
 
-def _attention_forward(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+def attention_forward(name: str) -> Callable[..., Any]:
+    """The operator of that name as transformers calls attention."""
+    operator = OPERATORS[name]
     normalizer, is_triton = normalizer_of(name), name.startswith("parallel_")
 
     def forward(
@@ -139,5 +141,5 @@ def _attention_forward(name: str, operator: Callable[..., Any]) -> Callable[...,
 def register_operators() -> None:
     """Registers every name of `IMPLEMENTATIONS` with transformers, with the mask that it takes."""
     for name, operator in IMPLEMENTATIONS.items():
-        AttentionInterface.register(name, _attention_forward(operator, OPERATORS[operator]))
+        AttentionInterface.register(name, attention_forward(operator))
         AttentionMaskInterface.register(name, causal_key_ranges)
