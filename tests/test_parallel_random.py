@@ -1,9 +1,10 @@
-"""Random shapes, masks, layouts, dtypes and scores against float64: two minutes of them on a GPU, one round in
-the interpreter."""
+"""Random shapes, masks, layouts, dtypes and scores against float64: one round in every run of the tests, and two
+minutes of them with ``-m gpu``."""
 
 import itertools
 import time
 
+import pytest
 import torch
 from conftest import HAS_GPU
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -12,7 +13,7 @@ from numerics import Inputs, check_attention, draw
 
 from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
 
-SECONDS = 120 if HAS_GPU else 0
+SECONDS = 120
 LENGTHS = st.integers(1, 600 if HAS_GPU else 90)
 # those that models have, and any other
 HEAD_DIMS = (
@@ -58,7 +59,7 @@ def calls(draw_):
     return inputs, kwargs, draw_(st.booleans())
 
 
-def test_random_calls(device):
+def check_random_calls(device, seconds):
     @given(calls())
     def check(call):
         inputs, kwargs, is_strided = call
@@ -82,5 +83,14 @@ def test_random_calls(device):
     start = time.monotonic()
     for round_ in itertools.count():
         seed(round_)(check)()
-        if time.monotonic() - start > SECONDS:
+        if time.monotonic() - start > seconds:
             return
+
+
+def test_random_calls(device):
+    check_random_calls(device, 0)
+
+
+@pytest.mark.gpu
+def test_two_minutes_of_random_calls(device):
+    check_random_calls(device, SECONDS)
