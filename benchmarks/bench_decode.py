@@ -45,7 +45,8 @@ class Result:
     spread_us: float
     gb_per_s: float
     of_copy: float
-    v_read: float
+    v_read: float | None
+    """Share of V, as the operator counts it; None of one that does not count."""
 
 
 def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
@@ -133,6 +134,7 @@ def bench(results: list[Result], names: list[str], heads: str, args: argparse.Na
         for B in args.batches:
             num_bytes = 2 * B * T * H * D * 2
             if num_bytes > MAX_GIB * 2**30:
+                print(f"\n{heads}, B {B}, T {T}: left out, the cache takes more than {MAX_GIB} GiB")
                 continue
             for negative in args.negative:
                 q, k, v = draw(B, T, D, HQ, H, negative)
@@ -156,12 +158,13 @@ def bench(results: list[Result], names: list[str], heads: str, args: argparse.Na
                         spread_us=spread,
                         gb_per_s=num_bytes / us / 1e3,
                         of_copy=num_bytes / us / 1e3 / args.copy,
-                        v_read=share.mean().item() if name == "softpick" else 1.0,
+                        v_read=share.mean().item() if name == "softpick" else None,
                     )
                     results.append(result)
                     print(
                         f"{name:24} {us:8.1f} ±{spread / 2:4.1f} {result.gb_per_s:6.0f} "
-                        f"{result.of_copy:5.2f}x {result.v_read:7.1%}",
+                        f"{result.of_copy:5.2f}x "
+                        + (f"{result.v_read:7.1%}" if result.v_read is not None else "      -"),
                         flush=True,
                     )
 
