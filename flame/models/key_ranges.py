@@ -37,6 +37,11 @@ class KeyRanges(NamedTuple):
     def contiguous(self) -> "KeyRanges":
         return self
 
+    def queries(self, T: int) -> list[tuple[int, int]]:
+        """First and one past the last of a row's ``T`` queries that are no padding: within its start and end."""
+        begin = self.stop - T
+        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]
+
 
 class Reads:
     """How much of the cached values decoding has read, or the reference would have had to read."""
@@ -181,16 +186,12 @@ def attend(
         return o
     if all(bound == (0, ranges.stop) for bound in ranges.bounds):
         return operator(q, k[:, : ranges.stop], v[:, : ranges.stop], scale, **options)
-    # a query before a row's start or behind its end is padding
-    begin = ranges.stop - T
-    spans = [
-        (max(first - begin, 0), max(end - begin, 0), first, end) for first, end in ranges.bounds
-    ]
+    queries = ranges.queries(T)
     if ranges.stop == T:
         # every row at once, as packed sequences
-        rows = [torch.arange(a, b, device=q.device) + i * T for i, (a, b, _, _) in enumerate(spans)]
+        rows = [torch.arange(a, b, device=q.device) + i * T for i, (a, b) in enumerate(queries)]
         rows = torch.cat(rows)
-        lengths = torch.tensor([0, *(b - a for a, b, _, _ in spans)], dtype=torch.int32)
+        lengths = torch.tensor([0, *(b - a for a, b in queries)], dtype=torch.int32)
         packed = [x[:, :T].flatten(0, 1)[rows][None] for x in (q, k, v)]
         cu_seqlens = lengths.cumsum(0, dtype=torch.int32).to(q.device)
         o = q.new_zeros(q.shape[0] * T, HQ, v.shape[-1])
@@ -198,7 +199,7 @@ def attend(
             o = o.index_copy(0, rows, operator(*packed, scale, cu_seqlens, **options)[0])
         return o.unflatten(0, (q.shape[0], T))
     outputs = []
-    for i, (a, b, first, end) in enumerate(spans):
+    for i, ((a, b), (first, end)) in enumerate(zip(queries, ranges.bounds, strict=True)):
         o = q.new_zeros(1, T, HQ, v.shape[-1])
         if a < b:
             own = operator(
@@ -253,10 +254,10 @@ def weights(
         return dense(q, k, v)
     if ranges.bounds is None:
         raise NotImplementedError("no weights (output_attentions) while a static cache is decoded")
-    T, begin = q.shape[1], ranges.stop - q.shape[1]
+    T = q.shape[1]
     w = q.new_zeros(q.shape[0], q.shape[2], T, k.shape[1])
-    for i, (first, end) in enumerate(ranges.bounds):
-        a, b = max(first - begin, 0), max(end - begin, 0)
+    spans = zip(ranges.queries(T), ranges.bounds, strict=True)
+    for i, ((a, b), (first, end)) in enumerate(spans):
         if a < b:
             row = slice(i, i + 1)
             w[row, :, a:b, first:end] = dense(q[row, a:b], k[row, first:end], v[row, first:end])
