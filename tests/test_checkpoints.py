@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked_runs import Run
+from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flame.checkpoint_folder import (
@@ -38,13 +39,7 @@ STEPS, INTERVAL = 12, 3
 def flags(tmp_path_factory):
     """Flags of a small run: 2 layers of width 32 on 20 KB of text."""
     folder = tmp_path_factory.mktemp("small")
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    (folder / "softpick_small.json").write_text(json.dumps(raw))
-    raw["attn_impl"] = "naive_softmax_attn"
-    (folder / "softmax_small.json").write_text(json.dumps(raw))
-    lines = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(600))
-    (folder / "text.txt").write_text("".join(lines))
+    write_model(folder, normalizer="softmax")
     return {
         "training.steps": STEPS,
         "training.batch_size": 4,
@@ -54,8 +49,8 @@ def flags(tmp_path_factory):
         "metrics.log_freq": 1,
         "sample.max_new_tokens": 0,
         "lr_scheduler.warmup_steps": 2,
-        "model.config": folder / "softpick_small.json",
-        "training.dataset": folder / "text.txt",
+        "model.config": write_model(folder),
+        "training.dataset": write_text(folder),
     }
 
 

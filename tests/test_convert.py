@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from small_model import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flame import convert
@@ -23,11 +24,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def source(request, tmp_path):
     """Model configuration, its JSON file, a checkpoint of random weights, and these weights."""
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    raw |= {"num_key_value_heads": 2, "tie_word_embeddings": request.param}
-    file = tmp_path / "model.json"
-    file.write_text(json.dumps(raw))
+    written = write_model(tmp_path, num_key_value_heads=2, tie_word_embeddings=request.param)
+    file = written.rename(tmp_path / "model.json")
     config = read_config(file)
     weights = SoftpickTransformerForCausalLM(config).state_dict()
     # bfloat16's values, so that every dtype here can hold them; no two are swapped unseen

@@ -1,13 +1,13 @@
 """`flame.generate` on the command line: what it writes, and one line for every mistake."""
 
 import io
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_model import write_model
 
 from flame import generate
 from flame.data import load_tokenizer
@@ -18,11 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def model(tmp_path):
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    (tmp_path / "model.json").write_text(json.dumps(raw))
+    config = read_config(write_model(tmp_path, num_hidden_layers=1))
     folder = tmp_path / "hf"
-    SoftpickTransformerForCausalLM(read_config(tmp_path / "model.json")).save_pretrained(folder)
+    SoftpickTransformerForCausalLM(config).save_pretrained(folder)
     load_tokenizer("byte").save_pretrained(folder)
     return folder
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import machine
 import pytest
+from small_model import write_model
 
 from flame import folder_lock, port
 from flame.errors import UsageError
@@ -133,12 +134,9 @@ def free_port():
 def small(tmp_path_factory):
     """Flags of a run that would take hours, of which a second matters."""
     folder = tmp_path_factory.mktemp("small")
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    (folder / "small.json").write_text(json.dumps(raw))
     (folder / "text.txt").write_text("".join(f"{i} and {i} is {i + i}.\n" for i in range(600)))
     flags = {
-        "model.config": folder / "small.json",
+        "model.config": write_model(folder, num_hidden_layers=1),
         "training.dataset": folder / "text.txt",
         "training.seq_len": 32,
         "training.batch_size": 2,

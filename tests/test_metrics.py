@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_flags import README_EXAMPLE, SECTIONS
 
@@ -28,15 +29,10 @@ STEPS = 12
 def small(tmp_path_factory):
     """A model of 2 layers of width 32 and 29 KB of text."""
     folder = tmp_path_factory.mktemp("small")
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    (folder / "softpick_small.json").write_text(json.dumps(raw))
-    lines = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(600))
-    (folder / "text.txt").write_text("".join(lines))
     return {
-        "model.config": str(folder / "softpick_small.json"),
+        "model.config": str(write_model(folder)),
         "model.tokenizer_path": "byte",
-        "training.dataset": str(folder / "text.txt"),
+        "training.dataset": str(write_text(folder)),
         "training.steps": STEPS,
         "training.batch_size": 4,
         "training.seq_len": 32,

@@ -1,7 +1,6 @@
 """The trainer end to end on a CPU: one process and two, killed and continued, refused and exported."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,16 +43,10 @@ FLAGS = {
 def small(tmp_path_factory):
     """Flags of a small run, its model and its text."""
     folder = tmp_path_factory.mktemp("small")
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    (folder / "softpick_small.json").write_text(json.dumps(raw))
-    raw["attn_impl"] = "naive_softmax_attn"
-    (folder / "softmax_small.json").write_text(json.dumps(raw))
-    lines = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(600))
-    (folder / "text.txt").write_text("".join(lines))
+    write_model(folder, normalizer="softmax")
     return FLAGS | {
-        "model.config": folder / "softpick_small.json",
-        "training.dataset": folder / "text.txt",
+        "model.config": write_model(folder),
+        "training.dataset": write_text(folder),
     }
 
 

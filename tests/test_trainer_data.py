@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from forked_runs import Run
+from small_model import write_model
 from test_trainer import FLAGS, ROOT, STEPS, command, curve, environment, train, wait_for
 
 from flame.config import parse_args
@@ -20,14 +21,11 @@ from flame.train import read_inputs
 def small(tmp_path_factory):
     """Flags of a small run on two sources, packed, with workers."""
     folder = tmp_path_factory.mktemp("small")
-    raw = json.loads((ROOT / "configs" / "softpick_transformer_tiny.json").read_text())
-    raw |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    (folder / "small.json").write_text(json.dumps(raw))
     for name, sign in (("times", "*"), ("plus", "+")):
         lines = (json.dumps({"text": f"{i} {sign} {i} is {name} " * (i % 5)}) for i in range(400))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return FLAGS | {
-        "model.config": folder / "small.json",
+        "model.config": write_model(folder),
         "training.dataset": f"{folder / 'times.jsonl'},{folder / 'plus.jsonl'}",
         "training.data_probs": "0.6,0.4",
         "sample.max_new_tokens": 0,
