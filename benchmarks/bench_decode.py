@@ -1,18 +1,21 @@
 """Times decoding beside other people's: python benchmarks/bench_decode.py
 
-One query token a sequence in bfloat16 against a full cache, medians of `triton.testing.do_bench`. Each row is one
-operator, cache and share of keys with a negative score: microseconds with the spread between the 20th and the 80th
-percentile, the bytes of K and V over that time as GB/s and as a share of what a plain device copy moves in the
-same process (it counts what is read and what is written), and the share of V that was read. An operator whose
-output disagrees with float64 is not timed, and the exit code is 1. The rows so far are kept after Ctrl-C or an error.
+One query token a sequence in bfloat16 against a full cache, each operator captured in a CUDA graph over caches of
+at least 1 GiB together, so that none is found in L2, and replayed: medians of `triton.testing.do_bench`. Each row
+is one operator, cache and share of negative keys, which score below 0 with every query of their group, as the others
+score above: microseconds with the spread between the 20th and the 80th percentile, the bytes of K and V over that time as
+GB/s and as a share of what a plain device copy moves in the same process (it counts what is read and what is
+written), and the share of V that was read. An operator whose output disagrees with float64 is not timed, and the
+exit code is 1. The rows so far are kept after Ctrl-C or an error.
 """
 
 import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,9 +30,9 @@ from fla.ops.attn.softpick.decoding import softmax_attn_decode, softpick_attn_de
 
 # name -> head dimension, query heads, key heads
 HEADS = {"D64 MHA": (64, 32, 32), "D128 GQA 4:1": (128, 32, 8)}
-# share of keys with a negative score; random keys have half
-SHARES = (0.5, 0.9, 0.99)
-MAX_GIB = 40
+SHARES = (0.0, 0.5, 0.9, 0.99)
+LEAST_BYTES = 2**30
+MAX_BYTES = 40 * 2**30
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,6 +58,20 @@ def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
     return median * 1e3, (high - low) * 1e3
 
 
+def time_in_graph(f: Callable[..., object], calls: list[tuple[torch.Tensor, ...]]):
+    """Median and spread of one call in microseconds, without the host's part of it."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        f(*calls[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in calls:
+            f(*arguments)
+    us, spread = median_and_spread(graph.replay)
+    return us / len(calls), spread / len(calls)
+
+
 def copy_bandwidth() -> float:
     """GB/s that a device copy of 2 GiB reads and writes."""
     x = torch.empty(2**31, dtype=torch.uint8, device="cuda")
@@ -64,15 +81,13 @@ def copy_bandwidth() -> float:
 
 
 def draw(B: int, T: int, D: int, HQ: int, H: int, negative: float):
-    """q [B, 1, HQ, D], k and v [B, T, H, D]; a share of about `negative` of the scores below 0."""
+    """q [B, 1, HQ, D], k and v [B, T, H, D], lengths [B]; a share of `negative` of the keys scores about -8, the others 8."""
     q = torch.randn(B, 1, HQ, D, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    # all queries of a group share a direction, which the keys lean away from as far as the share asks
+    # scores are k[..., 0] and a normal remainder of variance 1
     q[..., 0] = D**0.5
-    # the rest of a product is normal with variance D - 1
-    score = torch.distributions.Normal(0, (D - 1) ** 0.5).icdf(torch.tensor(negative)).item()
-    k[..., 0] = -score / D**0.5
-    return q, k, v
+    k[..., 0].fill_(8).masked_fill_(torch.rand(B, T, H, device="cuda") < negative, -8)
+    return q, k, v, torch.full((B,), T, dtype=torch.int32, device="cuda")
 
 
 def dense(backend: SDPBackend) -> Callable[..., torch.Tensor]:
@@ -109,8 +124,7 @@ OPERATORS: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
 def check(name: str, D: int, HQ: int, H: int) -> None:
     """Raises RuntimeError if an operator disagrees with the reference in float64."""
     f, normalizer = OPERATORS[name]
-    q, k, v = draw(2, 1024, D, HQ, H, 0.9)
-    lengths = torch.full((2,), 1024, dtype=torch.int32, device="cuda")
+    q, k, v, lengths = draw(2, 1024, D, HQ, H, 0.9)
     o = f(q, k, v, lengths)
     gold = naive_normalized_attn(q.double(), k.double(), v.double(), normalizer=normalizer)
     error = ((o.double() - gold).norm() / gold.norm()).item()
@@ -119,6 +133,28 @@ def check(name: str, D: int, HQ: int, H: int) -> None:
 
 
 HEADER = f"{'':24} {'us':>14} {'GB/s':>6} {'copy':>6} {'V read':>7}"
+
+
+def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, copy: float):
+    """Times operators on caches of one size; yields their rows."""
+    D, HQ, H = HEADS[heads]
+    num_bytes = 2 * B * T * H * D * 2
+    calls = [draw(B, T, D, HQ, H, negative) for _ in range(-(-LEAST_BYTES // num_bytes))]
+    _, share = softpick_attn_decode(*calls[0], return_stats=True)
+    for name in names:
+        us, spread = time_in_graph(OPERATORS[name][0], calls)
+        yield Result(
+            operator=name,
+            heads=heads,
+            B=B,
+            T=T,
+            negative=negative,
+            us=us,
+            spread_us=spread,
+            gb_per_s=num_bytes / us / 1e3,
+            of_copy=num_bytes / us / 1e3 / copy,
+            v_read=share.mean().item() if name == "softpick" else None,
+        )
 
 
 def bench(results: list[Result], names: list[str], heads: str, args: argparse.Namespace) -> None:
@@ -130,53 +166,69 @@ def bench(results: list[Result], names: list[str], heads: str, args: argparse.Na
             right.append(name)
         except RuntimeError as error:
             print(f"{name}, {heads}: {str(error).splitlines()[0]}", flush=True)
-    for T in args.lengths:
-        for B in args.batches:
-            num_bytes = 2 * B * T * H * D * 2
-            if num_bytes > MAX_GIB * 2**30:
-                print(f"\n{heads}, B {B}, T {T}: left out, the cache takes more than {MAX_GIB} GiB")
+    for T, B, negative in itertools.product(args.lengths, args.batches, args.negative):
+        if 2 * B * T * H * D * 2 > MAX_BYTES:
+            print(f"\n{heads}, B {B}, T {T}: left out, the cache takes more than 40 GiB")
+            continue
+        print(f"\n{heads}, B {B}, T {T}, {negative:.0%} negative keys\n{HEADER}", flush=True)
+        for r in bench_cache(right, heads, B, T, negative, args.copy):
+            results.append(r)
+            v_read = "      -" if r.v_read is None else f"{r.v_read:7.1%}"
+            print(
+                f"{r.operator:24} {r.us:8.1f} ±{r.spread_us / 2:4.1f} {r.gb_per_s:6.0f} {r.of_copy:5.2f}x {v_read}",
+                flush=True,
+            )
+
+
+def plot(results: list[Result], path: Path, title: str) -> None:
+    """Speed against the share of negative keys: a row of panels for each kind of heads, a column for each length."""
+    import matplotlib.pyplot as plt
+
+    kinds = [heads for heads in HEADS if any(r.heads == heads for r in results)]
+    lengths = sorted({r.T for r in results})
+    figure, axes = plt.subplots(
+        len(kinds),
+        len(lengths),
+        figsize=(4.2 * len(lengths), 3.4 * len(kinds)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for heads, row in zip(kinds, axes, strict=True):
+        for T, ax in zip(lengths, row, strict=True):
+            here = [r for r in results if (r.heads, r.T) == (heads, T)]
+            if not here:
                 continue
-            for negative in args.negative:
-                q, k, v = draw(B, T, D, HQ, H, negative)
-                lengths = torch.full((B,), T, dtype=torch.int32, device="cuda")
-                is_negative = (q.view(B, H, -1, D)[:1] @ k[:1].permute(0, 2, 3, 1) < 0).float()
-                _, share = softpick_attn_decode(q, k, v, lengths, return_stats=True)
-                print(
-                    f"\n{heads}, B {B}, T {T}, {is_negative.mean().item():.1%} of the scores negative\n{HEADER}",
-                    flush=True,
+            B = max(r.B for r in here)
+            for name in OPERATORS:
+                points = sorted(
+                    (r.negative, r.of_copy) for r in here if (r.operator, r.B) == (name, B)
                 )
-                for name in right:
-                    f, _ = OPERATORS[name]
-                    us, spread = median_and_spread(partial(f, q, k, v, lengths))
-                    result = Result(
-                        operator=name,
-                        heads=heads,
-                        B=B,
-                        T=T,
-                        negative=negative,
-                        us=us,
-                        spread_us=spread,
-                        gb_per_s=num_bytes / us / 1e3,
-                        of_copy=num_bytes / us / 1e3 / args.copy,
-                        v_read=share.mean().item() if name == "softpick" else None,
-                    )
-                    results.append(result)
-                    print(
-                        f"{name:24} {us:8.1f} ±{spread / 2:4.1f} {result.gb_per_s:6.0f} "
-                        f"{result.of_copy:5.2f}x "
-                        + (f"{result.v_read:7.1%}" if result.v_read is not None else "      -"),
-                        flush=True,
-                    )
+                if points:
+                    style = "o-" if name == "softpick" else "o--"
+                    # evenly spaced, since 0.9 and 0.99 are as far apart as they are interesting
+                    ax.plot([y for _, y in points], style, label=name, markersize=3)
+                    ax.set_xticks(range(len(points)), [f"{x:.0%}" for x, _ in points])
+            ax.axhline(1, color="grey", linewidth=0.8)
+            ax.set(xlabel="negative keys", title=f"{heads}, B {B}, T {T}")
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel("bytes of K and V over time,\nof a device copy's")
+    axes[0][0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**12, 2**14, 2**15, 2**17])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**12, 2**14, 2**17])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--negative", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
+    parser.add_argument("--plot", type=Path, help="PNG file for speed against negative keys")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_decode.py needs a GPU")
@@ -196,6 +248,8 @@ def main() -> None:
                 )
                 writer.writeheader()
                 writer.writerows({"machine": title, **asdict(result)} for result in results)
+        if args.plot and results:
+            plot(results, args.plot, title)
     if len({row.operator for row in results}) < len(args.operators):
         sys.exit("some operators were not timed, see above")
 

@@ -36,6 +36,22 @@ def columns(*cells):
     return "{:16} {:>7} {:>8} {:>3} {:>3} {:>9} {:>6} {:>7} {:>7}".format(*cells)
 
 
+# KiB of shared memory of a multiprocessor
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "gfx90a": 64, "gfx942": 64, "gfx950": 160}
+
+
+def is_resident(card, row, shape):
+    """Whether a multiprocessor holds as many programs at a time as decoding counts on."""
+    # a warp's, or on one of AMD's four SIMDs a wave's, in steps of 8
+    registers = -(-row["registers"] // 8) * 8
+    if card.startswith("sm"):
+        fits = registers * 32 * shape.num_warps * shape.programs <= 65536
+    else:
+        fits = registers * shape.num_warps // 4 * shape.programs <= 512
+    # NVIDIA keeps 1 KiB of each program's for itself
+    return fits and (row["shared"] + 1024) * shape.programs <= (SHARED[card] + 1) * 1024
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_fit(card, capsys):
@@ -57,6 +73,11 @@ def test_kernels_fit(card, capsys):
     for row in rows:
         K, V, dtype, _, _ = CASES[row["case"]]
         assert row["shared"] <= CARDS[card].shared, row
+        if row["kernel"] == "normalized_attn_decode_kernel":
+            kind = row["case"].split()[-1].lower() if dtype == torch.float32 else "16bit"
+            if ("decode", kind) not in launch_shapes.TABLE[card]:
+                kind = "ieee"
+            assert is_resident(card, row, launch_shapes.shape_of(card, "decode", kind, K, V)), row
         if max(K, V) <= 128:
             assert row["spills"] <= SPILLS_OF_TIMED_SHAPES.get(card, 0), row
             assert row["scratch"] == (4 * row["spills"] if card.startswith("sm") else 0), row

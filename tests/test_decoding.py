@@ -220,11 +220,6 @@ def test_decode_at_real_size(K, device):
     assert torch.equal(first, softpick_attn_decode(*inputs))
 
 
-def change(**changed):
-    q, k, v, lengths = draw([20, 9], HQ=4, H=2)
-    return {"q": q, "k": k, "v": v, "lengths": lengths} | changed
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -240,9 +235,34 @@ def change(**changed):
         ({"normalizer": "hardmax"}, r"normalizer must be one of softpick, .* 'hardmax'"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_refused(changed, message):
+def test_wrong_arguments_are_refused(changed, message, device):
+    inputs = dict(zip(("q", "k", "v", "lengths"), draw([20, 9], HQ=4, H=2), strict=True))
+    arguments = {
+        name: x.detach().to(device).requires_grad_(x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else x
+        for name, x in (inputs | changed).items()
+    }
     with pytest.raises(ValueError, match=message):
-        normalized_attn_decode(**change(**changed))
+        normalized_attn_decode(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("heads", "S", "splits"),
+    [
+        # 264 places: half of a round, a round, nearly a round, two rounds of a split each
+        (128, 10**6, 2),
+        (8, 10**6, 32),
+        (512, 10**6, 1),
+        # one round would leave 64 places idle, three rounds none
+        (200, 10**6, 5),
+        (8, 4096, 16),
+        (1, 1, 1),
+        (10**5, 10**6, 1),
+    ],
+)
+def test_splits_fill_the_gpu_in_whole_rounds(heads, S, splits):
+    assert decoding_kernels.num_splits(heads, S, 264) == splits
 
 
 def test_every_normalizer_has_its_named_decoder():

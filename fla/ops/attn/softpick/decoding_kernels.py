@@ -11,6 +11,8 @@ Legend: as in `parallel_fwd.py`, and
     o_part             [B, H, NS, BT, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, BT]
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -28,8 +30,8 @@ from fla.ops.attn.softpick.tiles import empty_rows, feature_tile, strides_bth, v
 
 # A split of fewer keys costs more to start and to merge than it saves.
 LEAST_SPLIT = 256
-# Programs a multiprocessor that keep its memory busy.
-PROGRAMS_PER_PROCESSOR = 8
+# Rounds of resident programs that splitting may take.
+MOST_ROUNDS = 4
 # Splits that the merging kernel loads at a time.
 MERGED_SPLITS = 16
 
@@ -221,10 +223,21 @@ def normalized_attn_merge_kernel(
     tl.store(p_lse + tl.arange(0, 1), b_m + tl.log2(b_z))
 
 
-def num_splits(B: int, H: int, S: int, device: torch.device) -> int:
-    """Splits of a cache of S tokens a sequence: enough to fill the GPU, whatever the lengths are."""
-    wanted = -(-num_processors(device.index) * PROGRAMS_PER_PROCESSOR // (B * H))
-    return max(1, min(wanted, -(-S // LEAST_SPLIT)))
+@functools.lru_cache(maxsize=4096)
+def num_splits(heads: int, S: int, programs: int) -> int:
+    """Splits of a cache of S tokens a sequence, whatever the lengths are.
+
+    As few as leave hardly a place idle: a GPU that holds `programs` at a time runs `heads` times as many in rounds, and
+    a last round of a few takes as long as a full one.
+
+    Args:
+        heads: Key heads of all sequences.
+        S: Tokens that a sequence has room for.
+        programs: Programs that are resident on the GPU at a time.
+    """
+    most = max(1, min(MOST_ROUNDS * programs // heads, triton.cdiv(S, LEAST_SPLIT)))
+    shares = [heads * n / (triton.cdiv(heads * n, programs) * programs) for n in range(1, most + 1)]
+    return 1 + next(i for i, share in enumerate(shares) if share >= 0.95 * max(shares))
 
 
 def normalized_attn_decode_launch(
@@ -245,7 +258,7 @@ def normalized_attn_decode_launch(
 
     Returns:
         Outputs like ``q`` with the last dimension of ``v``, the base-2 lse ``[B, HQ, T]`` float32, and the rows of V
-        read ``[B, H]`` int32, of no elements without ``has_stats``.
+        read ``[B, H]`` int32, ``[B, 0]`` without ``has_stats``.
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, HQ, H = q.shape[0], q.shape[time], q.shape[head], k.shape[head]
@@ -253,17 +266,16 @@ def normalized_attn_decode_launch(
     is_paged = block_table is not None
     P = k.shape[time]
     S = block_table.shape[1] * P if is_paged else P
-    NS = num_splits(B, H, S, q.device)
     BT = max(16, triton.next_power_of_2(T * G))
+    with torch.cuda.device_of(q):
+        options = launch_options("decode", q, V)
+    NS = num_splits(B * H, S, options.pop("programs") * num_processors(q.device.index))
     o = empty_rows(q, T, HQ, V, head_first)
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
     o_part = torch.empty(B, H, NS, BT, V, dtype=torch.float32, device=q.device)
     m_part, z_part = torch.empty(2, B, H, NS, BT, dtype=torch.float32, device=q.device)
-    rows_read = torch.empty(B, H, NS * has_stats, dtype=torch.int32, device=q.device)
+    rows_read = torch.empty(B, H * has_stats, NS, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
-        options = launch_options("decode", q, V)
-        options.pop("HAS_DESCRIPTORS")
-        options["BT"] = BT
         normalized_attn_decode_kernel[(B * H * NS,)](
             q,
             k,
@@ -295,6 +307,7 @@ def normalized_attn_decode_launch(
             HAS_STARTS=starts is not None,
             HAS_WINDOW=window_size is not None,
             HAS_STATS=has_stats,
+            BT=BT,
             **options,
         )
         normalized_attn_merge_kernel[(B * HQ * T,)](
@@ -318,4 +331,7 @@ def normalized_attn_decode_launch(
             HAS_SINK=sink_bias is not None,
             num_warps=4,
         )
+    if not has_stats:
+        # no kernel to sum nothing
+        return o, lse, rows_read.view(B, 0)
     return o, lse, rows_read.sum(-1, dtype=torch.int32)

@@ -28,15 +28,30 @@ class LaunchShape(NamedTuple):
     HAS_DESCRIPTORS: bool = False
 
 
+class DecodeShape(NamedTuple):
+    """Programs of which a multiprocessor has registers and shared memory for at least as many at a time, rows of the
+    tile that a program streams, warps, pipeline stages, and on NVIDIA the registers that a thread may take."""
+
+    programs: int
+    BS: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
 # kernel and precision -> shapes for head dimensions up to 64, 128 and 256, and for those that are no
 # multiple of 16: their rows start anywhere and are loaded in small pieces, which takes registers
-Shapes = dict[tuple[str, str], tuple[LaunchShape, LaunchShape, LaunchShape, LaunchShape]]
+Shape = LaunchShape | DecodeShape
+Shapes = dict[tuple[str, str], tuple[Shape, Shape, Shape, Shape]]
 
 
 def _shapes(**rows: tuple[tuple[int, ...], ...]) -> Shapes:
-    return {
-        tuple(name.split("_")): tuple(LaunchShape(*x) for x in row) for name, row in rows.items()
-    }
+    shapes = {}
+    for name, row in rows.items():
+        kernel, precision = name.split("_")
+        kind = DecodeShape if kernel == "decode" else LaunchShape
+        shapes[kernel, precision] = tuple(kind(*x) for x in row)
+    return shapes
 
 
 # IEEE products of float32 run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile
@@ -50,9 +65,9 @@ _NVIDIA = _shapes(
     fwd_ieee=((64, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dq_ieee=((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dkv_ieee=((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    decode_16bit=((16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 2), (16, 32, 4, 1)),
-    decode_tf32=((16, 32, 4, 2), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    decode_ieee=((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    decode_16bit=((3, 64, 4, 3), (2, 32, 4, 3), (2, 32, 4, 2), (2, 32, 4, 1)),
+    decode_tf32=((2, 32, 4, 2), (2, 32, 4, 1), (2, 16, 4, 1), (2, 16, 4, 1)),
+    decode_ieee=((2, 16, 4, 1), (2, 16, 4, 1), (1, 16, 8, 1), (1, 16, 8, 1)),
 )
 # one stage, since more take shared memory that gfx90a and gfx942 lack; 16 rows a warp, since otherwise
 # warps repeat each other's matrix instructions
@@ -63,8 +78,8 @@ _AMD = _shapes(
     fwd_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dq_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dkv_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
-    decode_16bit=((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
-    decode_ieee=((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    decode_16bit=((4, 64, 4, 1), (3, 64, 4, 1), (3, 32, 4, 1), (3, 32, 4, 1)),
+    decode_ieee=((4, 32, 4, 1), (3, 32, 4, 1), (2, 16, 4, 1), (2, 16, 4, 1)),
 )
 # at most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can take them too
 _SM_80 = _NVIDIA | _shapes(
@@ -76,6 +91,7 @@ _SM_90 = _NVIDIA | _shapes(
     fwd_16bit=((128, 64, 8, 3, 128), (64, 64, 4, 3, None, True), (64, 16, 4, 2), (32, 32, 8, 1)),
     dq_16bit=((128, 64, 8, 3, 128), (128, 64, 8, 3, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 64, 4, 3), (64, 64, 4, 2, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
+    decode_16bit=((4, 64, 4, 3, 128), (2, 64, 4, 3), (2, 32, 4, 2), (2, 32, 4, 1)),
 )
 _GFX90A = _AMD | _shapes(
     fwd_16bit=((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
@@ -136,15 +152,22 @@ def dot_precision(dtype: torch.dtype, architecture: str) -> str:
     return "tf32" if ("fwd", "tf32") in TABLE[architecture] else "ieee"
 
 
+def shape_of(row: str, kernel: str, precision: str, K: int, V: int) -> Shape:
+    """The shape of `TABLE` for a kernel, "16bit" or the precision of float32, and head dimensions."""
+    D = max(feature_tile(K), feature_tile(V))
+    return TABLE[row][kernel, precision][
+        3 if K % 16 or V % 16 else 0 if D <= 64 else 1 if D <= 128 else 2
+    ]
+
+
 def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]:
     """Keyword arguments of a launch of "fwd", "dq", "dkv" or "decode" for inputs like ``q`` with values of size V, and
-    HAS_DESCRIPTORS, for `tiles.streamed_descriptors`."""
+    HAS_DESCRIPTORS, for `tiles.streamed_descriptors`, or the resident programs, for `decoding_kernels.num_splits`."""
     row = architecture(q.device.index)
     precision = dot_precision(q.dtype, row)
-    D = max(feature_tile(q.shape[-1]), feature_tile(V))
-    shapes = TABLE[row][kernel, precision if q.dtype == torch.float32 else "16bit"]
-    i = 3 if q.shape[-1] % 16 or V % 16 else 0 if D <= 64 else 1 if D <= 128 else 2
-    options = {name: x for name, x in shapes[i]._asdict().items() if x is not None}
+    kind = precision if q.dtype == torch.float32 else "16bit"
+    shape = shape_of(row, kernel, kind, q.shape[-1], V)
+    options = {name: x for name, x in shape._asdict().items() if x is not None}
     options["PRECISION"] = precision
     if row.startswith("gfx"):
         # the default, 32, repeats matrix instructions and takes more registers
