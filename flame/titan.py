@@ -95,17 +95,20 @@ class TitanModel(ModelProtocol):
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)[None]
         hidden = decoder.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(hidden.device.type):
+            # the sum that runs through the layers is rounded in one process as FSDP2's policy rounds it in several
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         position_embeddings = decoder.rotary_emb(hidden, positions)
         for layer in decoder.layers:
             hidden = layer(hidden, position_embeddings=position_embeddings, **packed)
         hidden = decoder.norm(hidden)
         if linear_loss is not None:
             # here, where FSDP has the weights of the head whole
-            dtype = hidden.dtype
+            weight = self.lm_head.weight
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype)
-            return linear_loss(hidden, weight, labels.flatten())
+                hidden, weight = hidden.to(dtype), weight.to(dtype)
+            return linear_loss(hidden.flatten(0, 1), weight, labels.flatten())
         logits = self.lm_head(hidden)
         return logits.view(B, T, -1) if packed else logits
 

@@ -76,6 +76,8 @@ TIED = {"FSDP 2 x TP 2, tied": (2, 1, TP)}
 HALF = {"FSDP, bf16": (2, 1, BF16), "DDP, bf16": (2, 1, f"{DDP} {BF16}")}
 HALF |= {"TP, bf16": (1, 1, f"{TP} {BF16}"), "CP, bf16": (1, 1, f"{CP} {BF16}")}
 
+SPREAD = {"FSDP of softpick, bf16": (2, 1, BF16)}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -126,7 +128,7 @@ def curves(folder, processes, groups):
 def two(folder):
     softmax = {"one process, softmax": (1, 1, "")} | HALF
     shallow = {"one process, shallow": (1, 1, "")} | COMPILED
-    return curves(folder, 2, {"model": ONE | TWO, "softmax": softmax, "shallow": shallow})
+    return curves(folder, 2, {"model": ONE | TWO | SPREAD, "softmax": softmax, "shallow": shallow})
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,14 @@ def test_half_precision(two, name):
     # weights and activations are rounded to 8 bits: losses and norms agree to one unit of those
     assert_equal(two[name], two["one process, softmax"], 2**-8)
     assert two[name] != two["one process, softmax"]
+
+
+def test_several_processes_round_as_one_does(two):
+    # while the norms' weights are 1; in the gradients of softpick any other rounding would show
+    [name] = SPREAD
+    (loss, norm), (expected_loss, expected_norm) = two[name][0], two["one process, bf16"][0]
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert norm == pytest.approx(expected_norm, rel=3e-4)
 
 
 @pytest.mark.parametrize("name", FOUR)
