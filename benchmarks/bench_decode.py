@@ -61,6 +61,7 @@ def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
 def time_in_graph(f: Callable[..., object], calls: list[tuple[torch.Tensor, ...]]):
     """Median and spread of one call in microseconds, without the host's part of it."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         f(*calls[0])
     torch.cuda.current_stream().wait_stream(stream)

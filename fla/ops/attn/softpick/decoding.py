@@ -46,7 +46,7 @@ def _(
     H = k.shape[1 if head_first else 2]
     o = empty_rows(q, T, HQ, v.shape[-1], head_first)
     lse = q.new_empty((B, HQ, T), dtype=torch.float32)
-    return o, lse, q.new_empty((B, H * has_stats), dtype=torch.int32)
+    return o, lse, q.new_empty((B, H if has_stats else 0), dtype=torch.int32)
 
 
 _decode = torch.ops.softpick.normalized_attn_decode.default

@@ -274,7 +274,7 @@ def normalized_attn_decode_launch(
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
     o_part = torch.empty(B, H, NS, BT, V, dtype=torch.float32, device=q.device)
     m_part, z_part = torch.empty(2, B, H, NS, BT, dtype=torch.float32, device=q.device)
-    rows_read = torch.empty(B, H * has_stats, NS, dtype=torch.int32, device=q.device)
+    rows_read = torch.empty(B, H if has_stats else 0, NS, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         normalized_attn_decode_kernel[(B * H * NS,)](
             q,
