@@ -199,6 +199,26 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
+def test_layers_spread_by_a_device_map_compute_the_same(tmp_path):
+    model = model_of(FAMILIES["llama"])
+    model.save_pretrained(tmp_path / "model")
+    # places that every machine has; a layer on disk is brought in for its turn by accelerate's hooks
+    places_of = {"model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "disk"}
+    places_of |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        attn_implementation="naive_softpick",
+        device_map=places_of,
+        offload_folder=tmp_path / "offload",
+    ).eval()
+    assert next(spread.model.layers[0].parameters()).is_meta
+    ids, mask, _ = prompts([9, 5], "left")
+    options = {"attention_mask": mask, "position_ids": places(mask)}
+    torch.testing.assert_close(spread(ids, **options).logits, model(ids, **options).logits)
+    both = [m.generate(ids, attention_mask=mask, **GREEDY) for m in (spread, model)]
+    assert torch.equal(*both)
+
+
 def test_weights_are_returned_on_request(model):
     ids, mask, _ = prompts([9, 5], "left")
     options = {"attention_mask": mask, "position_ids": places(mask)}
