@@ -1,6 +1,7 @@
 """How a `TitanModel` is spread over processes, compiled, and made to compute activations again."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -9,7 +10,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -111,6 +112,7 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.g_proj": ColwiseParallel(),
         "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         "post_attention_layernorm": SequenceParallel(),
         "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
@@ -118,8 +120,14 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
     }
+    if not model.hf.config.attn_gate:
+        del layer_plan["self_attn.g_proj"]
     for layer in model.model.layers:
         parallelize_module(layer, mesh, layer_plan)
+        # what is one number a head goes with its head
+        for name, x in layer.self_attn.named_parameters(recurse=False):
+            shards = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]))
+            layer.self_attn.register_parameter(name, shards)
     # the embedding's result is on its way still (AsyncCollectiveTensor); as the input of a compiled layer it
     # would get no gradient, without an error (torch 2.13)
     model.model.embed_tokens.register_forward_hook(lambda module, args, hidden: hidden.clone())

@@ -85,22 +85,25 @@ class TitanModel(ModelProtocol):
         """
         decoder = self.model
         B, T = input_ids.shape
-        packed = {}
+        extra = {}
         if cu_seqlens is not None:
             # the names that transformers has for flash attention
-            packed = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+            extra = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
             input_ids, positions = input_ids.view(1, B * T), positions.view(1, B * T)
             # each batch has another number of sequences, and layers are not to be compiled for each
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)[None]
+        if self.hf.config.attn_log_scale:
+            # told, since under context parallelism a layer does not have the keys
+            extra["num_keys"] = positions + 1
         hidden = decoder.embed_tokens(input_ids)
         if torch.is_autocast_enabled(hidden.device.type):
             # the sum that runs through the layers is rounded in one process as FSDP2's policy rounds it in several
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         position_embeddings = decoder.rotary_emb(hidden, positions)
         for layer in decoder.layers:
-            hidden = layer(hidden, position_embeddings=position_embeddings, **packed)
+            hidden = layer(hidden, position_embeddings=position_embeddings, **extra)
         hidden = decoder.norm(hidden)
         if linear_loss is not None:
             # here, where FSDP has the weights of the head whole
@@ -110,7 +113,7 @@ class TitanModel(ModelProtocol):
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
             return linear_loss(hidden.flatten(0, 1), weight, labels.flatten())
         logits = self.lm_head(hidden)
-        return logits.view(B, T, -1) if packed else logits
+        return logits if cu_seqlens is None else logits.view(B, T, -1)
 
 
 def titan_config(config: JobConfig) -> TitanConfig:

@@ -145,6 +145,30 @@ def _runs(padding: torch.Tensor) -> list[tuple[int, int]]:
     return bounds
 
 
+def num_visible_keys(
+    T: int,
+    S: int,
+    ranges: KeyRanges | None,
+    cu_seqlens: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """How many keys each of ``T`` queries sees, itself included: ``[1 or B, T]`` integers, at least 1.
+
+    Args:
+        S: Keys, of which the queries are the last without ``ranges``.
+        ranges: Which of them are a row's.
+        cu_seqlens: Bounds of packed sequences ``[N + 1]``, ``S == T``.
+    """
+    places = torch.arange(T, device=device)
+    if cu_seqlens is not None:
+        own = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1
+        return (places - cu_seqlens[own] + 1)[None]
+    if ranges is None:
+        return (S - T + places + 1)[None]
+    # a query that is padding sees none, and its output is not used
+    return (ranges.stop - T + places - ranges.starts[:, None] + 1).clamp(min=1)
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -1,4 +1,4 @@
-"""``softpick_transformer``: Llama's block (RMSNorm, RoPE, SwiGLU) with the attention operator as a field.
+"""``softpick_transformer``: Llama's block (RMSNorm, RoPE, SwiGLU) with the attention as fields.
 
 The operator is saved with the weights. Weights trained with one normaliser compute something else with
 another, so loading them with another is an error unless the field itself is set.
@@ -13,25 +13,38 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import initialization as init
 
-from flame.models.attention import OPERATORS, normalizer_of
+from flame.models.attention import IMPLEMENTATIONS, OPERATORS, normalizer_of
+from flame.models.attention_layer import LOG_SCALE_START, SoftpickAttention
+
+ADDITIONS = ("attn_sink", "attn_gate", "attn_log_scale")
+"""Fields of the configuration that add something to the attention of every arm."""
 
 
 @strict
 class SoftpickTransformerConfig(LlamaConfig):
-    """Llama's configuration with one more field.
+    """Llama's configuration with the fields in which the arms of an ablation differ; `SoftpickAttention` has the formulas.
 
     Args:
         attn_impl: Attention operator by name, see `flame.models.attention.OPERATORS`. Saved with the
             model. ``from_pretrained(..., attn_implementation=...)`` may pick another operator with the
             same normaliser, say the PyTorch reference on a CPU; another normaliser takes
             ``from_pretrained(..., attn_impl=...)``.
+        attn_sink: A learned score of each query head takes part in the denominator (gpt-oss).
+        attn_gate: A sigmoid of the layer's normalised input gates each element of the heads' outputs.
+        attn_log_scale: A learned factor of each query head, times the logarithm of the number of keys a query
+            sees, multiplies its scores (SSMax).
     """
 
     model_type = "softpick_transformer"
 
     attn_impl: str = "parallel_softpick_attn"
+    attn_sink: bool = False
+    attn_gate: bool = False
+    attn_log_scale: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.attn_impl not in OPERATORS:
@@ -39,6 +52,14 @@ class SoftpickTransformerConfig(LlamaConfig):
                 f"attn_impl must be one of {', '.join(OPERATORS)}; got {self.attn_impl!r}"
             )
         super().__post_init__(**kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved; additions that are off are not, so that models and runs from before they existed are the same."""
+        return {
+            name: value
+            for name, value in super().to_diff_dict().items()
+            if value or name not in ADDITIONS
+        }
 
     # transformers reads and sets this property wherever it chooses an implementation, and would choose
     # its own softmax where nothing was asked for
@@ -51,11 +72,47 @@ class SoftpickTransformerConfig(LlamaConfig):
         self._attn_implementation_internal = value
 
 
-class SoftpickTransformerForCausalLM(LlamaForCausalLM):
-    """Llama with the attention operator of its configuration."""
+class _Initialized:
+    """Initial values of what `SoftpickAttention` adds to Llama's; a decoder initialises its own modules in transformers."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SoftpickAttention):
+            if self.config.attn_sink:
+                # as in transformers' gpt-oss
+                init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
+            if self.config.attn_log_scale:
+                init.constant_(module.log_scale, LOG_SCALE_START)
+
+
+class SoftpickTransformerModel(_Initialized, LlamaModel):
+    """Llama's decoder with `SoftpickAttention` in its layers."""
 
     config_class = SoftpickTransformerConfig
     config: SoftpickTransformerConfig
+
+    def __init__(self, config: SoftpickTransformerConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = SoftpickAttention(config, index)
+        # once more, for the new modules
+        self.post_init()
+
+
+class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
+    """Llama with the attention of its configuration."""
+
+    config_class = SoftpickTransformerConfig
+    config: SoftpickTransformerConfig
+
+    def __init__(self, config: SoftpickTransformerConfig) -> None:
+        # Llama's own constructor would build Llama's decoder
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = SoftpickTransformerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     # transformers asks this whenever an implementation is chosen or changed
     def get_correct_attn_implementation(
@@ -68,6 +125,13 @@ class SoftpickTransformerForCausalLM(LlamaForCausalLM):
                 f"attn_implementation={requested!r} computes {normalizer_of(requested)}, but the model "
                 f"was made for attn_impl={attn_impl!r}; to change the function on purpose, pass attn_impl"
             )
+        for field in ("attn_sink", "attn_log_scale"):
+            # they take no sinks, and masks that do not say where a row begins
+            if getattr(self.config, field) and requested not in IMPLEMENTATIONS:
+                raise ValueError(
+                    f"attn_implementation={requested!r} does not go with {field}; take one of "
+                    f"{', '.join(IMPLEMENTATIONS)}"
+                )
         return super().get_correct_attn_implementation(requested, is_init_check)
 
 
