@@ -12,7 +12,7 @@ from flame.models import OPERATORS, normalizer_of, read_config, require_device
 from flame.titan import ModelArgs, TitanModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-MILLIONS = {"tiny": 0.858, "120M": 119.947, "340M": 373.868, "1B": 1775.372}
+MILLIONS = {"tiny": 0.858, "35M": 33.694, "120M": 119.947, "340M": 373.868, "1B": 1775.372}
 
 
 def small(**changes):
