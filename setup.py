@@ -2,6 +2,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# what flame.analyze --bits and flame.lm_eval need
+EVAL = [
+    "hqq>=0.2.8,<0.3",
+    "lm_eval>=0.4.13,<0.5",
+    # lm_eval's models of transformers import it without declaring it in the base
+    "accelerate>=1.0,<2",
+]
+
 setup(
     name="softpick",
     version="0.1.0",
@@ -31,8 +39,15 @@ setup(
     ],
     extras_require={
         "cpu": ["triton>=3.6,<3.10"],
+        "eval": EVAL,
         # setuptools builds the wheel that tests/test_packaging.py installs, from 70.1 on without the package wheel
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "setuptools>=70.1"],
+        "test": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.9,<1",
+            "setuptools>=70.1",
+            *EVAL,
+        ],
         "baselines": ["flash-linear-attention==0.6.0"],
         "dev": ["pyright>=1.1.390,<2", "matplotlib>=3.8,<4", "build>=1.2,<2"],
     },

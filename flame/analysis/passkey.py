@@ -1,0 +1,247 @@
+"""Passkey retrieval: a random number of five digits, planted in a text that says nothing, is asked for at its end.
+
+The texts are those of Mohtashami and Jaggi (arXiv:2305.16300). Length is counted in tokens of the model's own tokenizer,
+and is that of the whole prompt. `passkey_accuracy` lets the model write the key; `passkey_loss` is for models too small
+to: what the key costs, beside the same text with another key and without any.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from flame.errors import UsageError
+
+# every piece but the first starts with its space, where byte-level BPE tokenizers part words: the ids of the pieces,
+# put together, are those of the text
+_INTRO = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
+    " I will quiz you about the important information there."
+)
+_FILLER = (
+    " The grass is green.",
+    " The sky is blue.",
+    " The sun is yellow.",
+    " Here we go.",
+    " There and back again.",
+)
+_NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
+_QUESTION = " What is the pass key? The pass key is"
+# " 12345" is at most six tokens, and one more tells whether the number ends there
+_NEW_TOKENS = 7
+# prompts of one batch; enough to keep a GPU busy, little enough for the references, which hold every score
+_BATCH_TOKENS = 8192
+
+
+@dataclass
+class _Sample:
+    """What the prompts of one sample have in common at every length and depth."""
+
+    key: str
+    other_key: str
+    last_sentence: int
+
+
+def passkey_accuracy(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+) -> dict[float, float]:
+    """Share of the keys that the model writes, by greedy decoding through its own cache.
+
+    A key counts if the first number of the answer is the key, no digit more or less. The keys are the same at every
+    depth and length.
+
+    Args:
+        model: Anything with transformers' ``generate``, in evaluation mode.
+        length: Tokens of the prompt, from the beginning to the question's last word.
+        depths: Where the key stands in the filler, 0 at its beginning and 1 at its end; the nearest end of a
+            sentence is taken.
+        samples: Keys, from 10000 to 99999, drawn with ``seed``.
+
+    Returns:
+        Depth -> share, from 0 to 1.
+
+    Raises:
+        UsageError: A length that the texts do not fit in, a depth outside 0 to 1, no depth, or no sample.
+    """
+    cases = _draw(tokenizer, length, depths, samples, seed)
+    shares = {}
+    for depth in depths:
+        correct = 0
+        for batch in _batches(cases, length):
+            ids = _stack(
+                [_prompt(tokenizer, length, depth, case, case.key) for case in batch], model
+            )
+            written = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=_NEW_TOKENS,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.eos_token_id,
+            )[:, length:]
+            for case, answer in zip(batch, written, strict=True):
+                text = tokenizer.decode(answer, skip_special_tokens=True)
+                number = re.match(r"\s*([0-9]+)", text)
+                correct += number is not None and number[1] == case.key
+        shares[depth] = correct / samples
+    return shares
+
+
+@torch.no_grad()
+def passkey_loss(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+) -> dict[float, dict[str, float]]:
+    """What the key costs as the answer, in nats for its five digits, mean over the samples.
+
+    Summed over the tokens that hold digits, so that tokenizers compare; a guess costs ln 90000 = 11.4. A model that
+    retrieves has a lower loss ``with_key`` than with ``other_key``. Lower than ``without_key`` alone only says that the
+    needle makes digits likelier.
+
+    Args: As `passkey_accuracy`; ``model`` must take ``logits_to_keep``.
+
+    Returns:
+        Depth -> ``with_key``: the key is in the text, as `passkey_accuracy` asks for it; ``other_key``: another one is
+        in its place; ``without_key``: the text is all filler, of the same length.
+    """
+    cases = _draw(tokenizer, length, depths, samples, seed)
+
+    def mean(depth: float, planted: Callable[[_Sample], str | None]) -> float:
+        total = 0.0
+        for batch in _batches(cases, length):
+            prompts = [_prompt(tokenizer, length, depth, case, planted(case)) for case in batch]
+            answers = [_encode(tokenizer, f" {case.key}") for case in batch]
+            total += _loss_of(model, tokenizer, prompts, answers)
+        return total / samples
+
+    # nothing is planted, at any depth
+    without_key = mean(0, lambda case: None)
+    return {
+        depth: {
+            "with_key": mean(depth, lambda case: case.key),
+            "other_key": mean(depth, lambda case: case.other_key),
+            "without_key": without_key,
+        }
+        for depth in depths
+    }
+
+
+def _loss_of(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    answers: list[list[int]],
+) -> float:
+    """Sum of the losses of all tokens of the answers that hold a digit."""
+    longest = max(map(len, answers))
+    # no mask: what fills a short answer comes after all that counts
+    ids = _stack(
+        [p + a + a[-1:] * (longest - len(a)) for p, a in zip(prompts, answers, strict=True)], model
+    )
+    # [B, longest, V]: the last one would predict what comes after the answer
+    logits = model(ids, logits_to_keep=longest + 1).logits[:, :-1].float()
+    loss = F.cross_entropy(logits.transpose(1, 2), ids[:, -longest:], reduction="none")
+    counts = torch.tensor(
+        [[i < len(a) and _has_digit(tokenizer, a[i]) for i in range(longest)] for a in answers],
+        device=loss.device,
+    )
+    return loss[counts].double().sum().item()
+
+
+def _has_digit(tokenizer: Tokenizer, token: int) -> bool:
+    return any(character in "0123456789" for character in tokenizer.decode([token]))
+
+
+def _draw(
+    tokenizer: Tokenizer, length: int, depths: Sequence[float], samples: int, seed: int
+) -> list[_Sample]:
+    """The samples, after the arguments have been checked."""
+    if not depths:
+        raise UsageError("depths must name at least one depth")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise UsageError(f"depths must lie between 0 and 1, got {depth}")
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, got {samples}")
+    rng = random.Random(seed)
+    cases = []
+    for _ in range(samples):
+        key, other_key = rng.sample(range(10_000, 100_000), 2)
+        cases.append(_Sample(str(key), str(other_key), rng.randrange(len(_FILLER))))
+    shortest = max(
+        sum(len(part) for part in _fixed_parts(tokenizer, key))
+        for case in cases
+        for key in (case.key, case.other_key)
+    )
+    if length < shortest:
+        raise UsageError(
+            f"length must be at least {shortest} tokens of this tokenizer, for the task and the key, got {length}"
+        )
+    return cases
+
+
+def _batches(cases: list[_Sample], length: int) -> Iterator[list[_Sample]]:
+    size = max(1, _BATCH_TOKENS // length)
+    for start in range(0, len(cases), size):
+        yield cases[start : start + size]
+
+
+def _prompt(
+    tokenizer: Tokenizer, length: int, depth: float, case: _Sample, key: str | None
+) -> list[int]:
+    """``length`` tokens; with no ``key`` there is filler in place of the needle."""
+    intro, needle, question = _fixed_parts(tokenizer, key)
+    room = length - len(intro) - len(needle) - len(question)
+    texts = [_encode(tokenizer, text) for text in _FILLER]
+    # from the end, so that it is the first sentence that is cut
+    sentences: list[list[int]] = []
+    number, total = case.last_sentence, 0
+    while total < room:
+        sentence = texts[number % len(texts)][-(room - total) :]
+        sentences.append(sentence)
+        total += len(sentence)
+        number -= 1
+    sentences.reverse()
+    ends = [0]
+    for sentence in sentences:
+        ends.append(ends[-1] + len(sentence))
+    split = min(ends, key=lambda end: abs(end - depth * room))
+    filler = [token for sentence in sentences for token in sentence]
+    return intro + filler[:split] + needle + filler[split:] + question
+
+
+def _fixed_parts(tokenizer: Tokenizer, key: str | None) -> tuple[list[int], list[int], list[int]]:
+    """Intro, needle, which is empty without a key, and question."""
+    # a text begins as the tokenizer itself begins it
+    opening = tokenizer("").input_ids
+    starts_with_bos = bool(opening) and opening[0] == tokenizer.bos_token_id
+    return (
+        opening[:starts_with_bos] + _encode(tokenizer, _INTRO),
+        _encode(tokenizer, _NEEDLE.format(key=key)) if key else [],
+        _encode(tokenizer, _QUESTION),
+    )
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _stack(rows: list[list[int]], model: PreTrainedModel) -> torch.Tensor:
+    """Ids ``[B, T]`` where the model is."""
+    return torch.tensor(rows, device=model.device)

@@ -1,0 +1,63 @@
+"""Weights of few bits: what a model computes when its linear layers hold quantised values.
+
+HQQ's half-quadratic solver (Badri and Shaji, mobiusml.github.io/hqq_blog), one of the quantisers of the paper's table,
+as the package ``hqq`` has it. The values are what is measured, not the speed: they are put back in the model's own
+dtype, so that every arm goes on through the same layers and the same attention kernel, on any device.
+"""
+
+import torch
+from torch import nn
+
+from flame.errors import UsageError
+
+BITS = (2, 3, 4, 8)
+
+
+@torch.no_grad()
+def quantize_weights(model: nn.Module, bits: int, group_size: int = 64) -> None:
+    """Replaces the weights of the linear layers by what their ``bits``-bit values dequantise to, in place.
+
+    ``group_size`` weights that follow each other in a row share a scale and a zero point, kept in float32; where a row
+    is no multiple of it, a group goes on in the next row. Quantised are all `nn.Linear` but ``lm_head``, which the
+    tools that the paper used leave out too; embeddings, norms and biases stay as they are.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: A multiple of 8 that divides the number of weights of each layer.
+
+    Raises:
+        UsageError: Another ``bits`` or ``group_size``, no linear layer, or the package hqq is missing. The model is
+            then as it was.
+    """
+    if bits not in BITS:
+        raise UsageError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    if group_size < 8 or group_size % 8:
+        raise UsageError(f"group_size must be a multiple of 8, got {group_size}")
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+    }
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no linear layer to quantise")
+    for name, layer in layers.items():
+        if layer.weight.numel() % group_size:
+            raise UsageError(
+                f"group_size must divide the {layer.weight.numel()} weights of {name}, got {group_size}"
+            )
+    try:
+        # an extra, so not every installation has it
+        from hqq.core.quantize import BaseQuantizeConfig, Quantizer
+    except ImportError as error:
+        raise UsageError(
+            f"quantised weights need the package hqq ({error}): pip install -e '.[eval]'"
+        ) from None
+    # groups along the input, as the kernels of quantised inference want them; at 4 bits hqq rounds the first zero point
+    options = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)["weight_quant_params"]
+    for layer in layers.values():
+        # NOTE(numerics): in float32 on the CPU whatever the model is on: on a GPU hqq solves in float16, and the
+        # arms' weights would depend on the machine
+        values, meta = Quantizer.quantize(
+            layer.weight.detach().float().cpu(), device="cpu", bitpack=False, **options
+        )
+        layer.weight.copy_(Quantizer.dequantize(values, meta | {"compute_dtype": torch.float32}))
