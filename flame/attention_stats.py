@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,7 @@ def attention_counts(
     scale: float | None = None,
     window_size: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> AttentionCounts:
     """Counts the weights of causal attention, a tile of query rows of one sequence at a time.
@@ -94,6 +96,7 @@ def attention_counts(
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
         cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``; each non-empty one counts as a sequence.
+        sink_bias: A score of each query head ``[HQ]`` that stands in the denominator alone.
         tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
 
     Raises:
@@ -107,7 +110,7 @@ def attention_counts(
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit together")
     scale = K**-0.5 if scale is None else scale
     counts = AttentionCounts.empty(q.device)
-    # NOTE(numerics): scores and weights in float32 whatever the model's dtype, as in the operators
+    # NOTE(numerics): scores and weights in float32 at least whatever the model's dtype, as in the operators
     with torch.autocast(q.device.type, enabled=False):
         for i in range(B):
             bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
@@ -116,32 +119,56 @@ def attention_counts(
                     keys = k[i] if cu_seqlens is None else k[i, start:end]
                     counts.add(
                         _count_sequence(
-                            q[i, start:end].float(),
-                            keys.float(),
+                            q[i, start:end],
+                            keys,
                             normalizer=normalizer,
                             scale=scale,
                             window_size=window_size,
-                            rows=max(1, tile_elements // (HQ * len(keys))),
+                            sink_bias=sink_bias,
+                            tile_elements=tile_elements,
                         )
                     )
     return counts
 
 
-def _count_sequence(
-    q: torch.Tensor,  # [T, HQ, K]
-    k: torch.Tensor,  # [S, H, K]
+class WeightBlock(NamedTuple):
+    """Some query rows of one sequence; ``[H, G, rows, keys]`` with the query heads of a key head side by side."""
+
+    start: int
+    """First query row."""
+    end: int
+    """One past the last query row."""
+    scores: torch.Tensor
+    weights: torch.Tensor
+    visible: torch.Tensor
+    """``[rows, keys]``, bool: what causality and window let a query see. Later keys than that are left out."""
+
+
+def weight_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
     *,
     normalizer: str,
     scale: float,
-    window_size: int | None,
-    rows: int,
-) -> AttentionCounts:
-    counts = AttentionCounts.empty(q.device)
+    window_size: int | None = None,
+    sink_bias: torch.Tensor | None = None,
+    tile_elements: int = TILE_ELEMENTS,
+) -> Iterator[WeightBlock]:
+    """The weights of causal attention within one sequence, a block of query rows at a time.
+
+    Args:
+        q: Queries ``[T, HQ, K]``; weights are computed in their dtype, in float32 at least.
+        k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
+        tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
     (T, HQ, K), (S, H, _) = q.shape, k.shape
-    # query heads of a group stand side by side: [H, G, T, K], [H, 1, K, S]
-    q = q.view(T, H, HQ // H, K).permute(1, 2, 0, 3)
-    k = k.permute(1, 2, 0)[:, None]
-    first_weight = torch.zeros(H, HQ // H, dtype=torch.float64, device=q.device)
+    rows = max(1, tile_elements // (HQ * S))
+    # [H, G, T, K] and [H, 1, K, S]
+    q = q.to(dtype).view(T, H, HQ // H, K).permute(1, 2, 0, 3)
+    k = k.to(dtype).permute(1, 2, 0)[:, None]
+    sink = None if sink_bias is None else sink_bias.to(dtype).view(H, HQ // H, 1, 1)
     for start in range(0, T, rows):
         end = min(start + rows, T)
         # positions among the keys, of which those after the last query's are left out
@@ -151,15 +178,31 @@ def _count_sequence(
         if window_size is not None:
             visible &= j > i - window_size
         x = q[:, :, start:end] @ k[..., : len(j)] * scale
-        n, d, c, _ = NORMALIZERS[normalizer](x, -1, visible, True, -math.inf)
+        n, d, c, m = NORMALIZERS[normalizer](
+            x, -1, visible, True, -math.inf if sink is None else sink
+        )
         z = d.sum(-1, keepdim=True) + c
+        if sink is not None:
+            z = z + torch.exp(sink - m)
         # n <= d, so a zero denominator stands under zeros only
-        weights = n / z.masked_fill(z == 0, 1.0)
+        yield WeightBlock(start, end, x, n / z.masked_fill(z == 0, 1.0), visible)
+
+
+def _count_sequence(
+    q: torch.Tensor,  # [T, HQ, K]
+    k: torch.Tensor,  # [S, H, K]
+    **options: Any,
+) -> AttentionCounts:
+    counts = AttentionCounts.empty(q.device)
+    T, HQ = q.shape[:2]
+    first_weight = torch.zeros(k.shape[1], HQ // k.shape[1], dtype=torch.float64, device=q.device)
+    for block in weight_blocks(q, k, **options):
+        weights, visible = block.weights, block.visible
         first_weight += weights[..., 0].sum(-1, dtype=torch.float64)
         counts.sums[0] += visible.sum() * HQ
         counts.sums[1] += ((weights == 0) & visible).sum()
         counts.sums[2] += ((weights <= SMALL) & visible).sum()
-        top = x.masked_fill(~visible, -math.inf).amax()
+        top = block.scores.masked_fill(~visible, -math.inf).amax()
         counts.max_score = torch.maximum(counts.max_score, top.double())
     counts.sums[3] = HQ
     for place, eps in enumerate(SINK_EPS, start=4):
@@ -207,6 +250,7 @@ class Observer:
         scaling: float | None,
         window_size: int | None,
         cu_seqlens: torch.Tensor | None,
+        sink_bias: torch.Tensor | None,
     ) -> None:
         if self.is_counting:
             self.counts[layer].add(
@@ -217,14 +261,13 @@ class Observer:
                     scale=scaling,
                     window_size=window_size,
                     cu_seqlens=cu_seqlens,
+                    sink_bias=_local(sink_bias),
                 )
             )
 
     def see_output(self, place: int, output: torch.Tensor) -> None:
         if self.is_counting:
-            self.powers[place] += power_sums(
-                output.to_local() if isinstance(output, DTensor) else output
-            )
+            self.powers[place] += power_sums(_local(output))
 
     def reduce(self) -> None:
         """Sums over all processes. What several of them hold alike counts several times in the numerator and in
@@ -269,8 +312,10 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
         sliding_window: int | None = None,
         **kwargs: object,
     ) -> object:
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        observer.see_attention(module.layer_idx, query, key, scaling, sliding_window, cu_seqlens)
+        cu_seqlens, sink_bias = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux")
+        observer.see_attention(
+            module.layer_idx, query, key, scaling, sliding_window, cu_seqlens, sink_bias
+        )
         kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         return operator(module, query, key, *args, **kwargs)
 
@@ -293,6 +338,10 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
         del ALL_ATTENTION_FUNCTIONS[attn_impl]
         for hook in hooks:
             hook.remove()
+
+
+def _local(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _see_output(
