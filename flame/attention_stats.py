@@ -165,7 +165,7 @@ def weight_blocks(
     dtype = torch.promote_types(q.dtype, torch.float32)
     (T, HQ, K), (S, H, _) = q.shape, k.shape
     rows = max(1, tile_elements // (HQ * S))
-    # [H, G, T, K] and [H, 1, K, S]
+    # query heads of a group stand side by side: [H, G, T, K] against [H, 1, K, S]
     q = q.to(dtype).view(T, H, HQ // H, K).permute(1, 2, 0, 3)
     k = k.to(dtype).permute(1, 2, 0)[:, None]
     sink = None if sink_bias is None else sink_bias.to(dtype).view(H, HQ // H, 1, 1)

@@ -10,15 +10,13 @@ import torch.distributed as dist
 import flame._compat  # noqa: F401  # before torchtitan
 from flame.config import JobConfig
 from flame.log import logger
-from flame.writers import JsonLines, TensorBoard, WeightsAndBiases, Writer
+from flame.writers import METRICS_FILE, JsonLines, TensorBoard, WeightsAndBiases, Writer
 
 # isort: split
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import JobConfig as TitanConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import NoColor
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics(MetricsProcessor):

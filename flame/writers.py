@@ -14,6 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from flame.config import JobConfig
 from flame.errors import UsageError
 
+METRICS_FILE = "metrics.jsonl"
+"""Of a run's folder."""
+
 
 class Writer(Protocol):
     def write(self, scalars: dict[str, float], step: int) -> None: ...

@@ -1,0 +1,224 @@
+"""What each attention head does with one sequence, from a block of query rows at a time.
+
+Definitions are those of arXiv:2504.20966, as `docs/softpick/ANALYSIS.md` writes them out. Weights are computed by the
+formula of the model's normaliser, in float32 at least, and so is the output; no operator is called, so that nothing is
+held but a block, on any device.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from flame.attention_stats import TILE_ELEMENTS, WeightBlock, weight_blocks
+
+DEAD = 1e-6
+"""Outputs below this in absolute value count as none."""
+DORMANT = 0.9
+"""Weights on the first key above this count as all."""
+MOST = 0.95
+"""Share of the tokens that makes a head dead or dormant, to be exceeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What counts as a sink and as a small weight."""
+
+    sink_eps: tuple[float, ...] = (0.2, 0.3)
+    """Mean weights on the first key above which a head of a sample counts as a sink."""
+    small_eps: tuple[float, ...] = (1e-5,)
+    """Weights up to these are counted beside the exact zeros."""
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    see: Callable[[WeightBlock], None] | None,
+    *,
+    normalizer: str,
+    scale: float,
+    window_size: int | None = None,
+    sink_bias: torch.Tensor | None = None,
+    tile_elements: int = TILE_ELEMENTS,
+) -> torch.Tensor:
+    """Causal attention within one sequence, which shows its weights to ``see`` on the way.
+
+    Args:
+        q: ``[T, HQ, K]``; ``k [S, H, K]`` and ``v [S, H, V]``, ``S >= T``. Other arguments as in `weight_blocks`.
+
+    Returns:
+        ``[T, HQ, V]``, float32 at least.
+    """
+    (T, HQ, _), V = q.shape, v.shape[-1]
+    v = v.to(torch.promote_types(v.dtype, torch.float32)).transpose(0, 1)[:, None]
+    o = v.new_empty(T, HQ, V)
+    for block in weight_blocks(
+        q,
+        k,
+        normalizer=normalizer,
+        scale=scale,
+        window_size=window_size,
+        sink_bias=sink_bias,
+        tile_elements=tile_elements,
+    ):
+        if see is not None:
+            see(block)
+        # [H, G, rows, V] -> [rows, HQ, V]
+        own = block.weights @ v[:, :, : block.weights.shape[-1]]
+        o[block.start : block.end] = own.flatten(0, 1).transpose(0, 1)
+    return o
+
+
+def position_buckets(length: int) -> list[tuple[int, int]]:
+    """First and one past the last query position: 0, 1, 2-3, 4-7, and so on by powers of two."""
+    edges = [0, *(1 << n for n in range(length.bit_length())), length]
+    return [(a, min(b, length)) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+@dataclass
+class HeadTotals:
+    """Sums over samples of one length in one layer, float64 on the device; `of` makes those of one sample.
+
+    The attributes are ``[HQ]`` where nothing else is said, ``[P, HQ]`` by position (`position_buckets`).
+    """
+
+    samples: int
+    rows: int
+    """Queries."""
+    weights: int
+    """Visible weights of one head."""
+    bucket_rows: list[int]
+    first: torch.Tensor
+    """Mean weight on the first key, summed over samples."""
+    sinks: torch.Tensor
+    """``[eps, HQ]``: samples whose mean weight on the first key exceeds each eps."""
+    zeros: torch.Tensor
+    small: torch.Tensor
+    """``[eps, HQ]``."""
+    row_sums: torch.Tensor
+    """``[P, HQ]``."""
+    tops: torch.Tensor
+    """``[P, HQ]``: largest weights of the rows."""
+    entropy: torch.Tensor
+    """Of normalised rows that have weight, in nats."""
+    empty: torch.Tensor
+    """Rows without any weight."""
+    dormant: torch.Tensor
+    """Rows that have more than `DORMANT` on the first key."""
+    dead: torch.Tensor
+    """Rows whose output is below `DEAD`."""
+    largest_output: torch.Tensor = field(metadata={"maximum": True})
+    max_score: torch.Tensor = field(metadata={"maximum": True})
+
+    def add(self, other: "HeadTotals") -> None:
+        """Adds another sample of the same length."""
+        for name, options in self.__dataclass_fields__.items():
+            a, b = getattr(self, name), getattr(other, name)
+            if options.metadata.get("maximum"):
+                setattr(self, name, torch.maximum(a, b))
+            elif name == "bucket_rows":
+                self.bucket_rows = [x + y for x, y in zip(a, b, strict=True)]
+            else:
+                setattr(self, name, a + b)
+
+
+class HeadObserver:
+    """Counts the weights of one sequence; give `see` to `attend`, then its output to `finish`."""
+
+    def __init__(
+        self, length: int, num_heads: int, thresholds: Thresholds, device: torch.device
+    ) -> None:
+        self.length, self.thresholds = length, thresholds
+        self.buckets = position_buckets(length)
+        starts = torch.tensor([a for a, _ in self.buckets], device=device)
+        positions = torch.arange(length, device=device)
+        self.bucket_of = torch.searchsorted(starts, positions, right=True) - 1
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, num_heads, dtype=torch.float64, device=device)
+
+        self.totals = HeadTotals(
+            samples=1,
+            rows=length,
+            weights=0,
+            bucket_rows=[b - a for a, b in self.buckets],
+            first=zeros(),
+            sinks=zeros(len(thresholds.sink_eps)),
+            zeros=zeros(),
+            small=zeros(len(thresholds.small_eps)),
+            row_sums=zeros(len(self.buckets)),
+            tops=zeros(len(self.buckets)),
+            entropy=zeros(),
+            empty=zeros(),
+            dormant=zeros(),
+            dead=zeros(),
+            largest_output=zeros(),
+            max_score=zeros() - math.inf,
+        )
+
+    def see(self, block: WeightBlock) -> None:
+        totals = self.totals
+        # heads of all groups in one row: [HQ, rows, keys]
+        w, scores = block.weights.flatten(0, 1), block.scores.flatten(0, 1)
+        visible = block.visible
+        bucket = self.bucket_of[block.start : block.end]
+        totals.weights += int(visible.sum())
+        first = w[..., 0]
+        totals.first += first.sum(-1, dtype=torch.float64)
+        totals.dormant += (first > DORMANT).sum(-1)
+        totals.zeros += ((w == 0) & visible).sum((-1, -2))
+        for place, eps in enumerate(self.thresholds.small_eps):
+            totals.small[place] += ((w <= eps) & visible).sum((-1, -2))
+        sums = w.sum(-1, dtype=torch.float64)
+        totals.row_sums.index_add_(0, bucket, sums.T)
+        totals.tops.index_add_(0, bucket, w.amax(-1).double().T)
+        # of w / sum: log sum - sum w log w / sum
+        logs = torch.special.xlogy(w, w).sum(-1, dtype=torch.float64)
+        is_empty = sums == 0
+        whole = sums.masked_fill(is_empty, 1.0)
+        totals.entropy += (whole.log() - logs / whole).masked_fill(is_empty, 0.0).sum(-1)
+        totals.empty += is_empty.sum(-1)
+        top = scores.masked_fill(~visible, -math.inf).amax((-1, -2)).double()
+        totals.max_score = torch.maximum(totals.max_score, top)
+
+    def finish(self, output: torch.Tensor) -> HeadTotals:
+        """The totals of the sequence, whose output is ``[T, HQ, V]``."""
+        totals = self.totals
+        # a mean of the sample from here on
+        totals.first /= self.length
+        for place, eps in enumerate(self.thresholds.sink_eps):
+            totals.sinks[place] = totals.first > eps
+        largest = output.abs().amax(-1)
+        totals.dead += (largest < DEAD).sum(0)
+        totals.largest_output = largest.amax(0).double()
+        return totals
+
+
+class MapObserver:
+    """The weights of one head of one sequence, pooled to ``cells`` by ``cells``.
+
+    A cell holds the weight that a query of its rows puts on all keys of its columns, in the mean over these rows. So
+    the cells of a row add up to the row's sum of weights.
+    """
+
+    def __init__(self, length: int, head: int, cells: int) -> None:
+        self.head, self.length = head, length
+        self.size = math.ceil(length / cells)
+        """Tokens in a cell."""
+        n = math.ceil(length / self.size)
+        self.sums = torch.zeros(n, n, dtype=torch.float64)
+
+    def see(self, block: WeightBlock) -> None:
+        w = block.weights.flatten(0, 1)[self.head].double().cpu()
+        rows = torch.arange(block.start, block.end) // self.size
+        columns = torch.arange(w.shape[1]) // self.size
+        pooled = w.new_zeros(len(w), len(self.sums)).index_add_(1, columns, w)
+        self.sums.index_add_(0, rows, pooled)
+
+    def cells(self) -> list[list[float]]:
+        """Rows of the lower triangle, diagonal included."""
+        n = len(self.sums)
+        counts = [min(self.size, self.length - i * self.size) for i in range(n)]
+        return [(self.sums[i, : i + 1] / counts[i]).tolist() for i in range(n)]

@@ -1,0 +1,355 @@
+"""The report as one page that needs nothing else: tables, and charts drawn from the records."""
+
+import math
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+from flame.analysis import tables
+from flame.analysis.records import Mean, Record, Results, mean_of
+from flame.analysis.style import style_sheet
+from flame.analysis.svg import (
+    Axis,
+    Line,
+    color_bar,
+    heat_map,
+    legend,
+    line_chart,
+    triangle_map,
+)
+
+_LAYER = Axis("layer (−1: embedding)")
+_STEP = Axis("step")
+
+
+def page(results: Results) -> str:
+    """The whole of ``report.html``."""
+    sections = [
+        ("summary", "Summary", _summary),
+        ("sinks", "Attention sinks", _sinks),
+        ("activations", "Activations", _activations),
+        ("weights", "Sparsity and sums of weights", _weights),
+        ("maps", "Attention maps", _maps),
+        ("training", "Training", _training),
+        ("robustness", "Quantised weights and retrieval", _robustness),
+    ]
+    drawn = [(name, title, draw(results)) for name, title, draw in sections]
+    drawn = [(name, title, body) for name, title, body in drawn if body]
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in drawn)
+    bodies = "".join(
+        f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in drawn
+    )
+    facts = "".join(f"<li>{escape(fact)}</li>" for fact in tables.facts(results))
+    command = f"<details><summary>Command</summary><pre>{escape(results.setup['command'])}</pre></details>"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Attention normalisers compared</title><style>{style_sheet()}</style></head><body>"
+        f'<h1>Attention normalisers compared</h1><ul class="facts">{facts}</ul>{command}'
+        f"<nav>{links}</nav>{bodies}</body></html>\n"
+    )
+
+
+def _table(table: tables.Table) -> str:
+    head = "".join(f'<th scope="col">{escape(x)}</th>' for x in table.header)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(x)}</td>" for x in row[1:])
+        + "</tr>"
+        for row in table.rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _figure(title: str, unit: str, drawing: str) -> str:
+    if not drawing:
+        return ""
+    note = f" <span>{escape(unit)}</span>" if unit else ""
+    return f"<figure><figcaption>{escape(title)}{note}</figcaption>{drawing}</figure>"
+
+
+def _grid(figures: list[str], results: Results | None, kind: str = "") -> str:
+    """Figures side by side, as many as there is room for, with the legend of the arms above."""
+    figures = [figure for figure in figures if figure]
+    if not figures:
+        return ""
+    above = legend(results.labels) if results else ""
+    return f'{above}<div class="grid-of {kind}">{"".join(figures)}</div>'
+
+
+def _lines(
+    results: Results,
+    metric: str,
+    x: Callable[[Record], float | None],
+    *,
+    factor: float = 1.0,
+    **keys: Any,
+) -> list[Line]:
+    lines = []
+    for index, label in enumerate(results.labels):
+        series = results.series(metric, label, x, **keys)
+        points = {
+            place: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
+            for place, m in series.items()
+        }
+        lines.append(Line(index, label, points))
+    return lines
+
+
+def _by_length(
+    results: Results,
+    metric: str,
+    y: Axis,
+    *,
+    factor: float = 1.0,
+    **keys: Any,
+) -> str:
+    keys |= {"layer": None, "head": None}
+    lines = _lines(results, metric, lambda r: r["length"], factor=factor, **keys)
+    return line_chart(lines, Axis("length, tokens", log=True, ticks=tuple(results.lengths)), y)
+
+
+def _summary(results: Results) -> str:
+    first, *others = sorted(results.lengths, reverse=True)
+    shown = f"<h3>At {first:,} tokens</h3>" + _table(tables.summary(results, first))
+    for length in others:
+        table = _table(tables.summary(results, length))
+        shown += f"<details><summary>At {length:,} tokens</summary>{table}</details>"
+    loss = _by_length(results, "loss", Axis("loss, nats a token"))
+    return shown + _grid([_figure("Loss by length", "nats a token", loss)], results)
+
+
+def _sinks(results: Results) -> str:
+    figures = [
+        _figure(
+            "Sink rate by length",
+            f"% of (sample, layer, head) with more than {eps:g} on key 0 in the mean",
+            _by_length(results, "sink_rate", Axis("sink rate, %", low=0), factor=100, eps=eps),
+        )
+        for eps in results.setup["sink_eps"]
+    ]
+    length = max(results.lengths)
+    layers = _lines(
+        results, "first_weight", lambda r: r["layer"], length=length, head=None, factor=1.0
+    )
+    drawing = line_chart(layers, Axis("layer"), Axis("mean weight on key 0", low=0))
+    figures.append(_figure("Weight on key 0 by layer", f"mean, {length:,} tokens", drawing))
+    maps = []
+    for label in results.labels:
+        cells: dict[int, dict[int, list[float]]] = {}
+        for r in results.where("first_weight", label=label, length=length):
+            if r["head"] is not None:
+                cells.setdefault(r["layer"], {}).setdefault(r["head"], []).append(r["value"])
+        values = [[mean_of(cells[i][j]).mean for j in sorted(cells[i])] for i in sorted(cells)]
+        what = f"mean weight on key 0 by layer and head, {label}"
+        maps.append(_figure(label, "", heat_map(values, "layer", "head", what)))
+    bar = color_bar({0: "0", 0.5: "0.5", 1: "1"}, "mean weight on key 0")
+    return (
+        "<p>A head that puts its weight on the first key, whatever that is, is a sink.</p>"
+        + _grid(figures, results)
+        + f"<h3>Mean weight on key 0 by layer and head, {length:,} tokens</h3>{bar}"
+        + _grid(maps, None, "maps")
+    )
+
+
+def _activations(results: Results) -> str:
+    length = max(results.lengths)
+    lines = []
+    for index, label in enumerate(results.labels):
+        # of each model the larger of its two ends
+        sides = {
+            (r["model"], r["layer"]): 0.0
+            for r in results.where("max", label=label, length=length)
+            if r["layer"] is not None
+        }
+        for metric in ("min", "max"):
+            for r in results.where(metric, label=label, length=length):
+                if r["layer"] is not None:
+                    key = r["model"], r["layer"]
+                    value = math.nan if r["value"] is None else abs(r["value"])
+                    sides[key] = max(value, sides[key])
+        layers = sorted({layer for _, layer in sides})
+        points = {n: mean_of(v for (_, x), v in sides.items() if x == n) for n in layers}
+        lines.append(Line(index, label, points))
+    magnitude = line_chart(lines, _LAYER, Axis("largest |activation|", log=True))
+    by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
+    kurtosis = line_chart(by_layer, _LAYER, Axis("kurtosis", log=True))
+    figures = [
+        _figure(
+            "Largest |activation| by layer", f"of the layer's output, {length:,} tokens", magnitude
+        ),
+        _figure("Kurtosis by layer", f"3 for a normal distribution, {length:,} tokens", kurtosis),
+        _figure(
+            "Kurtosis by length",
+            "embedding and all layers pooled",
+            _by_length(results, "kurtosis", Axis("kurtosis", log=True)),
+        ),
+    ]
+    rows = []
+    for model in results.models:
+        for metric in ("min", "max"):
+            keys = {"model": model["model"], "label": model["label"], "layer": None}
+            for r in results.where(metric, length=length, **keys):
+                where = [str(r[key]) for key in ("in_layer", "sample", "position", "channel")]
+                value = "not finite" if r["value"] is None else tables.number(r["value"])
+                rows.append([f"{model['label']}, {model['model']}", metric, value, *where])
+    header = ["model", "", "value", "layer", "sample", "position", "channel"]
+    table = _table(tables.Table("", header, rows))
+    return (
+        "<p>Massive activations: a few channels of a few tokens, often the first, that are far larger than the rest.</p>"
+        + _grid(figures, results)
+        + f"<details><summary>Where the extremes are, {length:,} tokens (layer −1: embedding)</summary>{table}</details>"
+    )
+
+
+def _weights(results: Results) -> str:
+    length = max(results.lengths)
+    position = Axis("query position (0 as 0.5)", log=True)
+
+    def middle(r: Record) -> float:
+        # the geometric middle of a bucket; position 0 has no logarithm
+        start, end = r["position_start"], r["position_end"] - 1
+        return math.sqrt(start * end) if start else 0.5
+
+    keys = {"length": length, "layer": None, "head": None}
+    sums = _lines(results, "row_sum_at", middle, **keys)
+    tops = _lines(results, "top_weight_at", middle, **keys)
+    share = Axis("%", low=0, high=100)
+    figures = [
+        _figure(
+            "Exact zeros by length",
+            "% of the weights of the lower triangle",
+            _by_length(results, "zeros", share, factor=100),
+        ),
+        *(
+            _figure(
+                f"Weights up to {eps:g} by length",
+                "% of the lower triangle",
+                _by_length(results, "at_most", share, factor=100, eps=eps),
+            )
+            for eps in results.setup["sparsity_eps"]
+        ),
+        _figure(
+            "Sum of a row by position",
+            f"mean over heads, {length:,} tokens",
+            line_chart(sums, position, Axis("sum of weights", low=0, high=1)),
+        ),
+        _figure(
+            "Top weight by position",
+            f"largest of a row, mean over heads, {length:,} tokens",
+            line_chart(tops, position, Axis("weight", low=0, high=1)),
+        ),
+        _figure(
+            "Entropy by length",
+            "of normalised rows that have weight, nats",
+            _by_length(results, "entropy", Axis("entropy, nats", low=0)),
+        ),
+        _figure(
+            "Rows without any weight by length",
+            "% of (query, head)",
+            _by_length(results, "empty_rows", Axis("%", low=0), factor=100),
+        ),
+        _figure(
+            "Dead heads by length",
+            "% of heads whose output is below 1e-6 for over 95 % of tokens",
+            _by_length(results, "dead_head", Axis("%", low=0), factor=100),
+        ),
+    ]
+    table = "".join(_table(tables.attention(results, length)))
+    return (
+        "<p>Underscoring: where each key that is not wanted adds to the denominator, sums and top weights fall with the "
+        "position.</p>"
+        + _grid(figures, results)
+        + f"<details><summary>In numbers, at {length:,} tokens</summary>{table}</details>"
+    )
+
+
+def _maps(results: Results) -> str:
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for r in results.where("attention_map"):
+        groups.setdefault((r["layer"], r["head"]), []).append(r)
+    if not groups:
+        return ""
+    any_map = next(iter(groups.values()))[0]
+    length, size = any_map["length"], any_map["tokens_in_cell"]
+    pooled = f", a cell {size} × {size} tokens" if size > 1 else ""
+    parts = [
+        f"<p>One sequence of {length:,} tokens, the same for all models{pooled}. A cell's shade is the weight that a query "
+        "of its rows puts on the keys of its columns; blank is exactly 0. The first model of each arm.</p>",
+        color_bar(
+            {0: "0", math.sqrt(0.05): ".05", 0.5: ".25", math.sqrt(0.5): ".5", 1: "1"},
+            "weight on the keys of a cell",
+        ),
+    ]
+    for (layer, head), records in groups.items():
+        figures = []
+        for r in records:
+            what = f"attention of layer {layer}, head {head}, {r['label']}"
+            unit = f"{tables.number(r['value'])} on key 0 in the mean"
+            figures.append(_figure(r["label"], unit, triangle_map(r["map"], length, what)))
+        parts.append(f"<h3>Layer {layer}, head {head}: {escape(records[0]['chosen'])}</h3>")
+        parts.append(_grid(figures, None, "maps"))
+    return "".join(parts)
+
+
+def _training(results: Results) -> str:
+    names = list(dict.fromkeys(r["name"] for r in results.where("curve")))
+    # losses last long: the first steps would press the rest flat
+    units = {"loss": "nats a token, log scale", "validation_loss": "nats a token, log scale"}
+    logs = ("loss", "validation_loss", "grad_norm", "attention/kurtosis")
+    figures = []
+    for name in names:
+        lines = _lines(results, "curve", lambda r: r["step"], name=name)
+        drawing = line_chart(lines, _STEP, Axis(name, log=name in logs))
+        title = name.removeprefix("attention/").replace("_", " ")
+        figures.append(
+            _figure(f"{title[0].upper()}{title[1:]} by step", units.get(name, ""), drawing)
+        )
+    return _grid(figures, results)
+
+
+def _robustness(results: Results) -> str:
+    parts = []
+    table = tables.quantized(results)
+    if table is not None:
+        records = [r for r in results.where("perplexity") if "bits" in r]
+        length, bits = max(r["length"] for r in records), sorted({r["bits"] for r in records})
+        keys = {"length": length, "layer": None, "head": None}
+        # the unquantised stand at the end, as 32 bits
+        lines = _lines(results, "perplexity", lambda r: r.get("bits", 32), **keys)
+        ticks = (*bits, 32)
+        drawing = line_chart(
+            lines, Axis("bits a weight", log=True, ticks=ticks), Axis("perplexity", log=True)
+        )
+        parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
+        parts.append(_grid([_figure("Perplexity by bits", "log scale", drawing)], results))
+    table = tables.passkey(results)
+    if table is not None:
+        records = results.where("passkey")
+        lengths = tuple(sorted({r["length"] for r in records}))
+        lines = _passkey_means(results)
+        drawing = line_chart(
+            lines,
+            Axis("length, tokens", log=True, ticks=lengths),
+            Axis("retrieved, %", low=0, high=100),
+        )
+        parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
+        figure = _figure("Passkeys retrieved by length", "%, mean over depths", drawing)
+        parts.append(_grid([figure], results))
+    return "".join(parts)
+
+
+def _passkey_means(results: Results) -> list[Line]:
+    """Over depths within a model, then over the seeds."""
+    lines = []
+    for index, label in enumerate(results.labels):
+        by_model: dict[tuple[int, str], list[float]] = {}
+        for r in results.where("passkey", label=label):
+            by_model.setdefault((r["length"], r["model"]), []).append(r["value"] * 100)
+        lengths = sorted({length for length, _ in by_model})
+        points = {
+            n: mean_of(mean_of(v).mean for (length, _), v in by_model.items() if length == n)
+            for n in lengths
+        }
+        lines.append(Line(index, label, points))
+    return lines

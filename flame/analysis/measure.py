@@ -1,0 +1,383 @@
+"""Runs a decoder over sequences and turns what its heads and layers do into records.
+
+The model's attention is computed by `flame.analysis.heads.attend` in the place of its operator: the same function, a
+block of query rows at a time, so that no map of all weights ever exists, and the same code for every arm.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from flame.analysis.heads import (
+    DEAD,
+    MOST,
+    HeadObserver,
+    HeadTotals,
+    MapObserver,
+    Thresholds,
+    attend,
+    position_buckets,
+)
+from flame.analysis.records import Recorder
+from flame.attention_stats import TILE_ELEMENTS, kurtosis, power_sums
+from flame.errors import UsageError
+from flame.models.attention import IMPLEMENTATIONS, normalizer_of
+
+EMBEDDING = -1
+"""The "layer" of the embedding's output, in records of activations."""
+
+# sequence, its attention: q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend` -> [T, HQ, V]
+_Attend = Callable[..., torch.Tensor]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a decoder of transformers, first to last.
+
+    Raises:
+        UsageError: They are not where transformers' decoders have them.
+    """
+    decoder = model.get_decoder()
+    for name in ("layers", "h", "blocks"):
+        layers = getattr(decoder, name, None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == model.config.num_hidden_layers:
+            return list(layers)
+    raise UsageError(
+        f"{type(model).__name__} is not a decoder that can be measured: {type(decoder).__name__} has no list of "
+        f"{model.config.num_hidden_layers} layers"
+    )
+
+
+@contextlib.contextmanager
+def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterator[None]:
+    """Calls ``attend_layer(layer, q, k, v, **options)`` for each sequence in the place of the model's operator.
+
+    Raises:
+        ValueError: The model runs none of `flame.models.attention.IMPLEMENTATIONS`.
+    """
+    name = model.config._attn_implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"the model must run one of {', '.join(IMPLEMENTATIONS)}; got {name!r}; for a model's own softmax give "
+            'attn_implementation="naive_softmax" to from_pretrained'
+        )
+    normalizer = normalizer_of(name)
+
+    def forward(
+        module: nn.Module,
+        query: torch.Tensor,  # [B, HQ, T, K]
+        key: torch.Tensor,  # [B, H, S, K]
+        value: torch.Tensor,  # [B, H, S, V]
+        attention_mask: object,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        refused = {
+            "a mask": attention_mask is not None,
+            "packed sequences": kwargs.get("cu_seq_lens_q") is not None,
+            "capped scores (softcap)": kwargs.get("softcap") is not None,
+            "attention that is not causal": not getattr(module, "is_causal", True),
+        }
+        for what, is_there in refused.items():
+            if is_there:
+                raise NotImplementedError(f"attention with {what} is not measured")
+        options = {
+            "normalizer": normalizer,
+            "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "window_size": sliding_window,
+            "sink_bias": s_aux,
+        }
+        outputs = [
+            attend_layer(module.layer_idx, *(x.transpose(0, 1) for x in qkv), **options)
+            for qkv in zip(query, key, value, strict=True)
+        ]
+        return torch.stack(outputs).to(query.dtype), None
+
+    precision = torch.get_float32_matmul_precision()
+    # an entry of this table's own, on top of the registered one
+    ALL_ATTENTION_FUNCTIONS[name] = forward
+    try:
+        # NOTE(numerics): TF32 would round float32 scores and blur which of them are zero
+        torch.set_float32_matmul_precision("highest")
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        del ALL_ATTENTION_FUNCTIONS[name]
+
+
+@torch.no_grad()
+def sequence_loss(model: PreTrainedModel, sequence: torch.Tensor) -> float:
+    """Mean negative log-likelihood, nats a token, of ``sequence[1:]``; ``sequence [length + 1]`` on any device."""
+    sequence = sequence.to(model.device)
+    logits = model(sequence[None, :-1], use_cache=False).logits[0]
+    # in float32 at least, a piece at a time for large vocabularies
+    pieces = zip(logits.split(1024), sequence[1:].split(1024), strict=True)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    total = sum(F.cross_entropy(x.to(dtype), y, reduction="sum").double() for x, y in pieces)
+    return total.item() / (len(sequence) - 1)
+
+
+def loss_of(
+    model: PreTrainedModel,
+    samples: torch.Tensor,
+    *,
+    tick: Callable[[], None] = lambda: None,
+    tile_elements: int = TILE_ELEMENTS,
+) -> float:
+    """Mean loss of ``samples [N, length + 1]``, nats a token."""
+
+    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        return attend(*qkv, None, **options, tile_elements=tile_elements)
+
+    total = 0.0
+    with replaced_attention(model, attend_layer):
+        for sequence in samples:
+            total += sequence_loss(model, sequence)
+            tick()
+    return total / len(samples)
+
+
+def perplexity(loss: float) -> float:
+    """e^loss; infinite where float64 ends."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass
+class Extreme:
+    """The smallest or largest activation so far, and where it is."""
+
+    value: float = math.nan
+    place: dict[str, int] = field(default_factory=dict)
+
+
+class Activations:
+    """Moments and extremes of what the embedding and each layer put out; index 0 is the embedding."""
+
+    def __init__(self, num_layers: int, device: torch.device) -> None:
+        self.powers = torch.zeros(1 + num_layers, 5, dtype=torch.float64, device=device)
+        self.minima = [Extreme() for _ in range(1 + num_layers)]
+        self.maxima = [Extreme() for _ in range(1 + num_layers)]
+
+    def see(self, index: int, x: torch.Tensor, sample: int) -> None:
+        """``x [1, T, hidden]`` of a sample."""
+        self.powers[index] += power_sums(x)
+        channels = x.shape[-1]
+        for extremes, at in ((self.minima, x.argmin()), (self.maxima, x.argmax())):
+            at, known = at.item(), extremes[index]
+            value = x.flatten()[at].item()
+            sign = -1 if extremes is self.minima else 1
+            if not known.place or value * sign > known.value * sign:
+                place = {"sample": sample, "position": at // channels, "channel": at % channels}
+                extremes[index] = Extreme(value, place)
+
+
+@contextlib.contextmanager
+def _observed_layers(
+    layers: list[nn.Module], see: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """``see(index, output)``: what enters the first layer as index 0, then each layer's output."""
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        see(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(index: int, module: nn.Module, args: tuple, output: Any) -> None:
+        see(index, output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [
+        layer.register_forward_hook(partial(after, index))
+        for index, layer in enumerate(layers, start=1)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def measure(
+    model: PreTrainedModel,
+    samples: torch.Tensor,
+    recorder: Recorder,
+    *,
+    thresholds: Thresholds,
+    tick: Callable[[], None] = lambda: None,
+    tile_elements: int = TILE_ELEMENTS,
+) -> None:
+    """Adds every record of one length.
+
+    Args:
+        model: In evaluation mode, running one of `flame.models.attention.IMPLEMENTATIONS`.
+        samples: Token ids ``[N, length + 1]``.
+        tick: Called after each sample.
+        tile_elements: Scores that exist at a time, as in `flame.attention_stats.weight_blocks`.
+
+    Raises:
+        UsageError: A layer has no attention of this kind.
+    """
+    length = samples.shape[1] - 1
+    layers = decoder_layers(model)
+    heads: list[HeadTotals | None] = [None] * len(layers)
+    activations = Activations(len(layers), model.device)
+
+    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        q = qkv[0]
+        observer = HeadObserver(length, q.shape[1], thresholds, q.device)
+        output = attend(*qkv, observer.see, **options, tile_elements=tile_elements)
+        totals = observer.finish(output)
+        if heads[layer] is None:
+            heads[layer] = totals
+        else:
+            heads[layer].add(totals)
+        return output
+
+    loss = 0.0
+    with replaced_attention(model, attend_layer):
+        for sample, sequence in enumerate(samples):
+            with _observed_layers(layers, partial(activations.see, sample=sample)):
+                loss += sequence_loss(model, sequence)
+            tick()
+    if None in heads:
+        raise UsageError(
+            f"layer {heads.index(None)} of {type(model).__name__} has no attention that transformers' attention "
+            "interface runs, so its heads cannot be measured"
+        )
+    loss /= len(samples)
+    recorder.add("loss", loss, length=length)
+    recorder.add("perplexity", perplexity(loss), length=length)
+    _record_heads(recorder, heads, length, thresholds)
+    _record_activations(recorder, activations, length)
+
+
+def _record_heads(
+    recorder: Recorder, heads: list[HeadTotals], length: int, thresholds: Thresholds
+) -> None:
+    buckets = position_buckets(length)
+    by_layer = [_values(totals, buckets, thresholds) for totals in heads]
+    for (metric, extra), _ in by_layer[0].items():
+        keys = dict(extra) | {"length": length}
+        whole = []
+        for layer, values in enumerate(by_layer):
+            numbers = values[metric, extra].tolist()
+            for head, value in enumerate(numbers):
+                recorder.add(metric, value, layer=layer, head=head, **keys)
+            recorder.add(metric, _summary(metric, numbers), layer=layer, **keys)
+            whole += numbers
+        recorder.add(metric, _summary(metric, whole), **keys)
+
+
+def _summary(metric: str, numbers: list[float]) -> float:
+    """Of several heads: the largest score or output is a maximum, everything else a mean over those that have it."""
+    if metric in ("max_score", "largest_output"):
+        return max(numbers)
+    numbers = [x for x in numbers if not math.isnan(x)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _values(
+    totals: HeadTotals, buckets: list[tuple[int, int]], thresholds: Thresholds
+) -> dict[tuple[str, tuple[tuple[str, Any], ...]], torch.Tensor]:
+    """Metric and its extra keys -> ``[HQ]``."""
+    rows = totals.rows
+    values = {
+        ("first_weight", ()): totals.first / totals.samples,
+        ("zeros", ()): totals.zeros / totals.weights,
+        ("row_sum", ()): totals.row_sums.sum(0) / rows,
+        ("top_weight", ()): totals.tops.sum(0) / rows,
+        # NaN for a head that no row has weight in
+        ("entropy", ()): totals.entropy / (rows - totals.empty),
+        ("empty_rows", ()): totals.empty / rows,
+        ("dead_head", ()): (totals.dead / rows > MOST).double(),
+        ("dead_everywhere", ()): (totals.largest_output < DEAD).double(),
+        ("dormant_head", ()): (totals.dormant / rows > MOST).double(),
+        ("largest_output", ()): totals.largest_output,
+        ("max_score", ()): totals.max_score,
+    }
+    for place, eps in enumerate(thresholds.sink_eps):
+        values["sink_rate", (("eps", eps),)] = totals.sinks[place] / totals.samples
+    for place, eps in enumerate(thresholds.small_eps):
+        values["at_most", (("eps", eps),)] = totals.small[place] / totals.weights
+    for place, (start, end) in enumerate(buckets):
+        key = (("position_start", start), ("position_end", end))
+        n = totals.bucket_rows[place]
+        values["row_sum_at", key] = totals.row_sums[place] / n
+        values["top_weight_at", key] = totals.tops[place] / n
+    return values
+
+
+def _record_activations(recorder: Recorder, activations: Activations, length: int) -> None:
+    for index, powers in enumerate(activations.powers):
+        layer = EMBEDDING if index == 0 else index - 1
+        recorder.add("kurtosis", kurtosis(powers), layer=layer, length=length)
+        for metric, extremes in (("min", activations.minima), ("max", activations.maxima)):
+            extreme = extremes[index]
+            recorder.add(metric, extreme.value, layer=layer, length=length, **extreme.place)
+    recorder.add("kurtosis", kurtosis(activations.powers.sum(0)), length=length)
+    for metric, extremes, best in (
+        ("min", activations.minima, min),
+        ("max", activations.maxima, max),
+    ):
+        index = best(range(len(extremes)), key=lambda i, e=extremes: e[i].value)
+        where = {"in_layer": EMBEDDING if index == 0 else index - 1} | extremes[index].place
+        recorder.add(metric, extremes[index].value, length=length, **where)
+
+
+def record_maps(
+    model: PreTrainedModel,
+    sequence: torch.Tensor,
+    heads: list[tuple[int, int]],
+    recorder: Recorder,
+    *,
+    cells: int,
+    why: dict[tuple[int, int], str],
+) -> None:
+    """Adds the pooled maps of single heads on one sequence.
+
+    Args:
+        sequence: Token ids ``[length]``.
+        heads: ``(layer, head)``, which the model must have.
+        cells: Largest number of rows of a map.
+        why: What each head was chosen for.
+    """
+    length = len(sequence)
+    observers = {place: MapObserver(length, place[1], cells) for place in heads}
+
+    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        own = [observer for place, observer in observers.items() if place[0] == layer]
+
+        def see(block: Any) -> None:
+            for observer in own:
+                observer.see(block)
+
+        return attend(*qkv, see, **options)
+
+    with torch.no_grad(), replaced_attention(model, attend_layer):
+        model(sequence[None].to(model.device), use_cache=False)
+    first = {
+        (r["layer"], r["head"]): r["value"]
+        for r in recorder.records
+        if r["metric"] == "first_weight" and r["length"] == length
+    }
+    for place, observer in observers.items():
+        recorder.add(
+            "attention_map",
+            first[place],
+            layer=place[0],
+            head=place[1],
+            length=length,
+            tokens_in_cell=observer.size,
+            chosen=why[place],
+            map=[[float(f"{x:.4g}") for x in row] for row in observer.cells()],
+        )

@@ -1,0 +1,126 @@
+"""Which held-out sequences the models are measured on: the same for all of them, and for every length the same beginnings."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from flame.data.locate import local_path
+from flame.data.prepared import is_prepared, read_prepared
+from flame.data.text import PYTHON_DOCS, load_documents
+from flame.data.tokens import Encoder
+from flame.errors import UsageError
+
+FIRST_TOKENS = ("text", "bos", "eos")
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sequences and where they are from."""
+
+    tokens: torch.Tensor
+    """Ids ``[N, length + 1]``, the first of them the one that ``--first_token`` asks for."""
+    share_from_end: float
+    """The part of the data, counted from its end, that the sequences lie in."""
+    num_documents: int
+    """Documents that they are from."""
+
+
+def read_samples(
+    data: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    number: int,
+    length: int,
+    first_token: str,
+    is_held_out: bool,
+) -> Samples:
+    """``number`` sequences of ``length`` inputs and a last label, each within one document and without padding.
+
+    Args:
+        data: A text file, a folder of text, a folder of `flame.data.prepare`, or another value of --training.dataset.
+        first_token: ``text``: the sequence as it is. ``bos``, ``eos``: this token before one that is shorter by one.
+        is_held_out: All of the data is held out: take sequences evenly spaced through it. Otherwise the last
+            ones, since training holds out the end.
+
+    Raises:
+        UsageError: There is no such data, or not enough of it.
+    """
+    prefix = []
+    if first_token != "text":
+        token = getattr(tokenizer, f"{first_token}_token_id")
+        if token is None:
+            raise UsageError(f"--first_token {first_token}: the tokenizer has no such token")
+        prefix = [token]
+    try:
+        count, document, size = _open(data, tokenizer)
+    except ValueError as error:
+        raise UsageError(str(error).replace("--training.dataset", "--data")) from None
+    # tokens of text in a sequence; the label of one may be the first input of the next
+    need = length + 1 - len(prefix)
+    # document, first token, as many as are wanted from the end, or all
+    places: list[tuple[int, int]] = []
+    longest = 0
+    for i in reversed(range(count)):
+        tokens = len(document(i))
+        longest = max(longest, tokens)
+        starts = range(0, tokens - need + 1, length)
+        places += [(i, start) for start in reversed(starts)]
+        if len(places) >= number and not is_held_out:
+            break
+    if len(places) < number:
+        raise UsageError(
+            f"--samples {number}: --data {data} has {len(places)} sequences of {length} tokens that lie within one "
+            f"document (its longest has {longest}); give shorter --lengths, fewer --samples or more text"
+        )
+    chosen = [places[n * len(places) // number] for n in range(number)] if is_held_out else places
+    chosen = chosen[:number]
+    rows = [[*prefix, *document(i)[start : start + need].tolist()] for i, start in chosen]
+    first = min(chosen)
+    before = sum(size(i) for i in range(first[0])) + size(first[0]) * first[1] / len(
+        document(first[0])
+    )
+    total = sum(size(i) for i in range(count))
+    return Samples(torch.tensor(rows), 1 - before / total, len({i for i, _ in chosen}))
+
+
+def _open(
+    data: str, tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, Callable[[int], np.ndarray], Callable[[int], int]]:
+    """Number of documents, the tokens of one, and its size in tokens or, of text, in characters."""
+    if data != PYTHON_DOCS:
+        path = local_path("--data", data, "a text file, or a folder of text or of token files")
+        if path is not None and is_prepared(Path(path)):
+            source = read_prepared(data, path, tokenizer)
+            starts = np.concatenate([[0], source.ends[:-1]])
+
+            def tokens_of(i: int) -> np.ndarray:
+                return source.tokens[starts[i] : source.ends[i]]
+
+            return len(starts), tokens_of, lambda i: int(source.ends[i] - starts[i])
+    documents = load_documents(data)
+    return len(documents), _Encoded(documents, Encoder(tokenizer)), lambda i: len(documents[i])
+
+
+class _Encoded:
+    """Tokens of documents, encoded a few at a time when they are asked for."""
+
+    def __init__(self, documents: Sequence[str], encoder: Encoder) -> None:
+        self.documents, self.encoder = documents, encoder
+        self.known: dict[int, np.ndarray] = {}
+
+    def __call__(self, i: int) -> np.ndarray:
+        if i not in self.known:
+            first = i // _BATCH * _BATCH
+            texts = [self.documents[n] for n in range(first, min(first + _BATCH, self._count()))]
+            tokens, lengths = self.encoder(texts)
+            parts = np.split(tokens, np.cumsum(lengths)[:-1])
+            self.known |= dict(enumerate(parts, start=first))
+        return self.known[i]
+
+    def _count(self) -> int:
+        return len(self.documents)

@@ -1,0 +1,69 @@
+"""The style sheet of a report: legible from 390 px on, light and dark; seven colours that colour-blind readers can tell apart."""
+
+from flame.analysis.svg import HUES, LEVELS
+
+_RULES = """
+:root {
+  color-scheme: light dark;
+  --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --rule: #d8dee4; --panel: #f6f8fa; --hot: #08306b;
+  --c0: #0067a5; --c1: #c94f00; --c2: #00845d; --c3: #a8447f; --c4: #946c00; --c5: #2a9fd6; --c6: #555b61;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #0f1318; --ink: #e6e9ec; --soft: #9aa4ae; --rule: #2c343d; --panel: #171c22; --hot: #d6e9ff;
+    --c0: #58a9e8; --c1: #ff914d; --c2: #35c79a; --c3: #e694c3; --c4: #e3b341; --c5: #9fd8f7; --c6: #b4bcc4;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 16px; max-width: 1240px; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 8px 0 4px; }
+h2 { font-size: 1.2rem; margin: 40px 0 4px; padding-top: 12px; border-top: 1px solid var(--rule); }
+h3 { font-size: 1rem; margin: 20px 0 6px; }
+p { margin: 4px 0 12px; max-width: 75ch; color: var(--soft); }
+ul.facts { margin: 8px 0 12px; padding-left: 18px; color: var(--soft); font-size: 0.9rem; max-width: 90ch; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 0.9rem; margin: 12px 0; }
+a { color: var(--c0); }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0; padding: 0; font-size: 0.875rem; }
+.legend li { display: flex; align-items: center; gap: 6px; }
+.grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px 24px; align-items: end; }
+.grid-of.maps { align-items: start; }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: 0.875rem; font-weight: 600; line-height: 1.3; margin-bottom: 6px; overflow-wrap: anywhere; }
+figcaption span { font-weight: 400; color: var(--soft); }
+svg { display: block; width: 100%; max-width: 100%; height: auto; overflow: visible; }
+.legend svg { width: 34px; flex: none; }
+.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; margin-bottom: 12px; max-width: 100%; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+tbody tr:last-child > * { border-bottom: 0; }
+thead th { background: var(--panel); vertical-align: bottom; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--panel); font-weight: 600; border-right: 1px solid var(--rule); }
+details { margin-bottom: 8px; }
+summary { cursor: pointer; font-size: 0.9rem; padding: 4px 0; }
+pre { overflow-x: auto; background: var(--panel); padding: 10px; border-radius: 6px; font-size: 0.8rem; }
+text { font-size: 12px; fill: var(--soft); }
+text.label { fill: var(--ink); }
+.end { text-anchor: end; } .middle { text-anchor: middle; } .start { text-anchor: start; }
+.grid { stroke: var(--rule); stroke-width: 1; fill: none; }
+.axis, .frame { stroke: var(--soft); stroke-width: 1; fill: none; }
+.axis { opacity: 0.7; }
+.s polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
+.s .mark { fill: var(--c); stroke: var(--paper); stroke-width: 0.8; }
+.s .bar { stroke: var(--c); stroke-width: 1.4; fill: none; }
+.s .band { fill: var(--c); opacity: 0.18; }
+.l0 { fill: var(--paper); }
+@media print { nav { display: none; } details { display: block; } }
+"""
+
+
+def style_sheet() -> str:
+    """The rules, with those of the shades of heat maps and of the colours of lines."""
+    hues = "".join(f".s{n} {{ --c: var(--c{n}); }}\n" for n in range(HUES))
+    shades = "".join(
+        f".l{n} {{ fill: color-mix(in srgb, var(--hot) {6 + 94 * n / LEVELS:.1f}%, var(--paper)); }}\n"
+        for n in range(1, LEVELS + 1)
+    )
+    return _RULES + hues + shades

@@ -1,0 +1,306 @@
+"""Charts as inline SVG: lines with their spread, heat maps. Colours are classes, so that the page's style decides them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from flame.analysis.records import Mean
+
+WIDTH, HEIGHT = 380, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
+HUES = 7
+"""Colours and markers before dashes tell lines apart too."""
+_DASHES = ("", "6 3", "2 2")
+LEVELS = 20
+"""Shades of a heat map."""
+_MARKS_AT_MOST = 12
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm in a chart."""
+
+    index: int
+    """Decides colour, marker and dash, the same in every chart."""
+    label: str
+    points: dict[float, Mean]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale and its label, with the unit."""
+
+    label: str
+    log: bool = False
+    ticks: tuple[float, ...] = ()
+    """Where they are wanted; otherwise round numbers."""
+    low: float | None = None
+    """Where it is to begin; otherwise what fits."""
+    high: float | None = None
+
+
+def tick_text(x: float) -> str:
+    """A number short enough for an axis."""
+    if x == 0:
+        return "0"
+    magnitude = abs(x)
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if limit <= magnitude < 1e12:
+            divisor = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
+            return f"{x / divisor:g}{unit}"
+    return f"{x:.0e}".replace("e-0", "e-") if magnitude < 1e-3 or magnitude >= 1e12 else f"{x:g}"
+
+
+class _Scale:
+    """Values to places between two ends."""
+
+    def __init__(
+        self, axis: Axis, values: Sequence[float], start: float, end: float, count: int
+    ) -> None:
+        self.axis, self.start, self.end = axis, start, end
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        low = low if axis.low is None else axis.low
+        high = high if axis.high is None else max(axis.high, high)
+        if axis.log:
+            low, high = math.log10(low), math.log10(high)
+        if high - low < 1e-12:
+            low, high = low - (0.5 if axis.low is None else 0.0), high + 0.5
+        if axis.ticks:
+            self.ticks = list(axis.ticks)
+        elif axis.log:
+            self.ticks, low, high = _log_ticks(low, high, count)
+        else:
+            step = _round_step((high - low) / count)
+            low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+            self.ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
+            # what is 0 but for rounding is 0
+            self.ticks = [0.0 if abs(x) < step / 1e6 else float(f"{x:.10g}") for x in self.ticks]
+        self.low, self.high = low, high
+
+    def __call__(self, x: float) -> float:
+        x = math.log10(x) if self.axis.log else x
+        place = (x - self.low) / (self.high - self.low)
+        return round(self.start + min(max(place, 0.0), 1.0) * (self.end - self.start), 1)
+
+
+def _round_step(least: float) -> float:
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * n for n in (1, 2, 5, 10) if power * n >= least * (1 - 1e-9))
+
+
+def _log_ticks(low: float, high: float, count: int) -> tuple[list[float], float, float]:
+    """Powers of ten where they are enough, else 1, 2 and 5 of each; log10 of the ends."""
+    if high - low >= 2:
+        low, high = math.floor(low + 1e-9), math.ceil(high - 1e-9)
+        stride = max(1, math.ceil((high - low) / count))
+        return [10.0**n for n in range(low, high + 1, stride)], low, high
+    candidates = [
+        n * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for n in (1, 2, 5)
+    ]
+    below = [math.log10(x) for x in candidates if math.log10(x) <= low + 1e-9]
+    above = [math.log10(x) for x in candidates if math.log10(x) >= high - 1e-9]
+    low, high = max(below, default=low), min(above, default=high)
+    return [x for x in candidates if low - 1e-9 <= math.log10(x) <= high + 1e-9], low, high
+
+
+def _usable(lines: Iterable[Line], x: Axis, y: Axis) -> list[Line]:
+    """Without the points that are not finite, or have no logarithm."""
+
+    def fits(place: float, value: Mean) -> bool:
+        is_finite = math.isfinite(place) and math.isfinite(value.mean)
+        return is_finite and (not x.log or place > 0) and (not y.log or value.mean > 0)
+
+    return [
+        Line(line.index, line.label, {a: m for a, m in line.points.items() if fits(a, m)})
+        for line in lines
+    ]
+
+
+def line_chart(lines: Sequence[Line], x: Axis, y: Axis) -> str:
+    """Lines with markers, and bars or bands of one standard deviation; "" where there is nothing to draw."""
+    lines = [line for line in _usable(lines, x, y) if line.points]
+    if not lines:
+        return ""
+    ends = []
+    for line in lines:
+        for mean, std, _ in line.points.values():
+            spread = [mean - (std or 0.0), mean + (std or 0.0)]
+            ends += [v for v in [mean, *spread] if not y.log or v > 0]
+    to_x = _Scale(x, [a for line in lines for a in line.points], _LEFT, WIDTH - _RIGHT, 5)
+    to_y = _Scale(y, ends, HEIGHT - _BOTTOM, _TOP, 5)
+    parts = []
+    for tick in to_y.ticks:
+        at = to_y(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT} {at}H{WIDTH - _RIGHT}"/>')
+        parts.append(
+            f'<text class="tick end" x="{_LEFT - 6}" y="{at + 4:g}">{tick_text(tick)}</text>'
+        )
+    last = -math.inf
+    for tick in to_x.ticks:
+        at = to_x(tick)
+        parts.append(f'<path class="axis" d="M{at} {HEIGHT - _BOTTOM}v4"/>')
+        text = tick_text(tick)
+        # as many as have room
+        if at - last >= 7 * len(text) + 8:
+            place = "end" if at > WIDTH - _RIGHT - 8 else "middle"
+            parts.append(
+                f'<text class="tick {place}" x="{at}" y="{HEIGHT - _BOTTOM + 17}">{text}</text>'
+            )
+            last = at
+    parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    parts.append(
+        f'<text class="label middle" x="{middle:g}" y="{HEIGHT - 4}">{escape(x.label)}</text>'
+    )
+    parts += [_line(line, to_x, to_y) for line in lines]
+    return _svg(WIDTH, HEIGHT, f"{y.label} by {x.label}", parts)
+
+
+def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
+    hue, dash = line.index % HUES, _DASHES[line.index // HUES % len(_DASHES)]
+    points = line.points
+    places = [(to_x(a), to_y(m.mean)) for a, m in points.items()]
+    few = len(points) <= _MARKS_AT_MOST
+    parts = []
+    spreads = [(a, m) for a, m in points.items() if m.std is not None and math.isfinite(m.std)]
+    floor = 10.0**to_y.low if to_y.axis.log else to_y.low
+    bars = [(to_x(a), to_y(max(m.mean - m.std, floor)), to_y(m.mean + m.std)) for a, m in spreads]
+    if few:
+        parts += [f'<path class="bar" d="M{a} {low}V{high}"/>' for a, low, high in bars]
+    elif bars:
+        there = " ".join(f"{a},{high}" for a, _, high in bars)
+        back = " ".join(f"{a},{low}" for a, low, _ in reversed(bars))
+        parts.append(f'<polygon class="band" points="{there} {back}"/>')
+    if len(places) > 1:
+        d = " ".join(f"{a},{b}" for a, b in places)
+        parts.append(f'<polyline stroke-dasharray="{dash}" points="{d}"/>')
+    stride = 1 if few else math.ceil(len(points) / 6)
+    for n, ((a, mean), (px, py)) in enumerate(zip(points.items(), places, strict=True)):
+        # several lines would put their markers on top of each other
+        if few or n % stride == (line.index * 2) % stride:
+            spread = "" if mean.std is None else f" ± {mean.std:.4g}"
+            title = f"{line.label}, {a:g}: {mean.mean:.6g}{spread}"
+            parts.append(
+                f'<path class="mark" d="{_mark(hue, px, py)}"><title>{escape(title)}</title></path>'
+            )
+    return f'<g class="s s{hue}">{"".join(parts)}</g>'
+
+
+def _mark(hue: int, x: float, y: float) -> str:
+    """Path of one of the `HUES` markers."""
+    shapes = (
+        "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
+        "m-3 -3h6v6h-6z",
+        "m0 -4l4 7h-8z",
+        "m0 -4.5l4.5 4.5l-4.5 4.5l-4.5 -4.5z",
+        "m0 4l4 -7h-8z",
+        "m-1.3 -4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
+        "m-4.5 -1.5h9v3h-9z",
+    )
+    return f"M{x} {y}{shapes[hue]}"
+
+
+def legend(labels: Sequence[str]) -> str:
+    """The arms with colour, marker and dash, as a list of HTML."""
+    items = []
+    for index, label in enumerate(labels):
+        hue, dash = index % HUES, _DASHES[index // HUES % len(_DASHES)]
+        swatch = (
+            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="s s{hue}">'
+            f'<polyline stroke-dasharray="{dash}" points="1,6 33,6"/><path class="mark" d="{_mark(hue, 17, 6)}"/></g></svg>'
+        )
+        items.append(f"<li>{swatch}{escape(label)}</li>")
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def level(share: float) -> int:
+    """Shade of a share in [0, 1]: 0 for 0 exactly, 1 to `LEVELS` for what is more."""
+    return 0 if share <= 0 else min(LEVELS, max(1, math.ceil(share * LEVELS)))
+
+
+def heat_map(values: list[list[float]], rows: str, columns: str, what: str) -> str:
+    """One cell a number in [0, 1]; ``values[row][column]``, row 0 on top."""
+    n, m = len(values), len(values[0])
+    side = min(30.0, (WIDTH - 46) / m, 330 / n)
+    left, top = 40, 4
+    cells = []
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            title = f"{rows} {i}, {columns} {j}: {value:.4g}"
+            box = f'x="{left + j * side:.1f}" y="{top + i * side:.1f}" width="{side:.2f}" height="{side:.2f}"'
+            cells.append(f'<rect class="l{level(value)}" {box}><title>{title}</title></rect>')
+    height = n * side
+    frame = f'<path class="frame" d="M{left} {top}h{m * side:.1f}v{height:.1f}h-{m * side:.1f}z"/>'
+    texts = []
+    for i in _some(n, math.ceil(n * 14 / height)):
+        texts.append(
+            f'<text class="tick end" x="{left - 5}" y="{top + (i + 0.5) * side + 4:.1f}">{i}</text>'
+        )
+    for j in _some(m, math.ceil(m * 18 / (m * side))):
+        x = left + (j + 0.5) * side
+        texts.append(
+            f'<text class="tick middle" x="{x:.1f}" y="{top + height + 14:.1f}">{j}</text>'
+        )
+    texts.append(
+        f'<text class="label" x="{left}" y="{top + height + 30:.1f}">{columns} →, {rows} ↓</text>'
+    )
+    return _svg(left + m * side + 6, top + height + 36, what, [*cells, frame, *texts], grow=False)
+
+
+def _some(n: int, stride: int) -> range:
+    return range(0, n, max(1, stride))
+
+
+def triangle_map(cells: list[list[float]], length: int, what: str) -> str:
+    """An attention map: rows of the lower triangle, shares in [0, 1], shaded by their root."""
+    n = len(cells)
+    left, top, side = 40, 4, 300
+    unit = side / n
+    paths: dict[int, list[str]] = {}
+    for i, row in enumerate(cells):
+        for j, value in enumerate(row):
+            if shade := level(math.sqrt(max(value, 0.0))):
+                paths.setdefault(shade, []).append(f"M{j} {i}h1v1h-1z")
+    shades = "".join(f'<path class="l{s}" d="{"".join(d)}"/>' for s, d in sorted(paths.items()))
+    parts = [
+        f'<g transform="translate({left} {top}) scale({unit:.5g})" shape-rendering="crispEdges">{shades}</g>',
+        f'<path class="frame" d="M{left} {top}h{side}v{side}h-{side}z"/>',
+        f'<path class="axis" d="M{left} {top}l{side} {side}"/>',
+    ]
+    for share in (0.0, 0.5, 1.0):
+        at, text = share * side, f"{share * length:g}"
+        parts.append(
+            f'<text class="tick end" x="{left - 5}" y="{top + max(10, at):g}">{text}</text>'
+        )
+        place = "end" if share == 1 else "middle" if share else "start"
+        parts.append(
+            f'<text class="tick {place}" x="{left + at:g}" y="{top + side + 14}">{text}</text>'
+        )
+    label = "key position →, query position ↓"
+    parts.append(f'<text class="label" x="{left}" y="{top + side + 30}">{label}</text>')
+    return _svg(left + side + 6, top + side + 36, what, parts)
+
+
+def color_bar(marks: dict[float, str], title: str) -> str:
+    """The shades from none to all; ``marks``: share -> text."""
+    left, width, height = 4, 210, 12
+    parts = [
+        f'<rect class="l{n}" x="{left + (n - 1) * width / LEVELS:.1f}" y="2" width="{width / LEVELS + 0.3:.2f}" height="{height}"/>'
+        for n in range(1, LEVELS + 1)
+    ]
+    parts.append(f'<path class="frame" d="M{left} 2h{width}v{height}h-{width}z"/>')
+    for share, text in marks.items():
+        place = "start" if share == 0 else "end" if share == 1 else "middle"
+        parts.append(
+            f'<text class="tick {place}" x="{left + share * width:g}" y="{height + 15}">{text}</text>'
+        )
+    return _svg(left + width + 4, height + 20, title, parts, grow=False)
+
+
+def _svg(width: float, height: float, what: str, parts: Iterable[str], grow: bool = True) -> str:
+    fixed = "" if grow else f' style="width:{width:.0f}px"'
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(what)}"{fixed}>'
+        f"{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,169 @@
+"""The tables of a report, as cells of text: `report.md` and the page show the same ones."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flame.analysis.records import Mean, Results
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows; the first column names the row."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", ""]
+        lines += ["| " + " | ".join(self.header) + " |"]
+        lines += ["|---" + "|---:" * (len(self.header) - 1) + "|"]
+        lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in self.rows]
+        return "\n".join(lines + ([f"\n{self.note}"] if self.note else [])) + "\n"
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    metric: str
+    show: Callable[[float], str]
+    factor: float = 1.0
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+def number(x: float) -> str:
+    """Some four digits of it."""
+    if not math.isfinite(x):
+        return "not finite"
+    if x == 0:
+        return "0"
+    if abs(x) >= 1e6 or abs(x) < 1e-3:
+        return f"{x:.2e}"
+    return f"{x:,.{max(0, 3 - math.floor(math.log10(abs(x))))}f}"
+
+
+def percent(x: float) -> str:
+    return f"{x:.2f}" if math.isfinite(x) else "not finite"
+
+
+def loss(x: float) -> str:
+    return f"{x:.4f}" if math.isfinite(x) else "not finite"
+
+
+def cell(value: Mean | None, show: Callable[[float], str], factor: float = 1.0) -> str:
+    """Mean and standard deviation over seeds."""
+    if value is None:
+        return "–"
+    text = show(value.mean * factor)
+    return text if value.std is None else f"{text} ± {show(value.std * factor)}"
+
+
+def _columns(results: Results) -> list[_Column]:
+    sinks, small = results.setup["sink_eps"], results.setup["sparsity_eps"]
+    return [
+        _Column("loss", "loss", loss),
+        # without the quantised
+        _Column("ppl", "perplexity", number, keys={"bits": None}),
+        *(_Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}) for e in sinks),
+        _Column("kurtosis", "kurtosis", number),
+        _Column("min", "min", number),
+        _Column("max", "max", number),
+        _Column("zeros %", "zeros", percent, 100),
+        *(_Column(f"≤{e:g} %", "at_most", percent, 100, {"eps": e}) for e in small),
+        _Column("dead %", "dead_head", percent, 100),
+        _Column("dead everywhere %", "dead_everywhere", percent, 100),
+        _Column("dormant %", "dormant_head", percent, 100),
+    ]
+
+
+_ATTENTION = [
+    _Column("weight on key 0", "first_weight", number),
+    _Column("sum of a row", "row_sum", number),
+    _Column("top weight", "top_weight", number),
+    _Column("entropy, nats", "entropy", number),
+    _Column("rows without weight %", "empty_rows", percent, 100),
+    _Column("largest score", "max_score", number),
+    _Column("largest output", "largest_output", number),
+]
+
+
+def _by_label(results: Results, title: str, columns: list[_Column], length: int) -> Table:
+    rows = []
+    for label in results.labels:
+        seeds = sum(r["label"] == label for r in results.models)
+        means = [results.of_model(c.metric, label, length, **c.keys) for c in columns]
+        cells = [cell(m, c.show, c.factor) for m, c in zip(means, columns, strict=True)]
+        rows.append([label, str(seeds), *cells])
+    return Table(title, ["arm", "seeds", *(c.title for c in columns)], rows)
+
+
+def summary(results: Results, length: int) -> Table:
+    """The paper's table at one length."""
+    return _by_label(results, f"{length:,} tokens", _columns(results), length)
+
+
+def attention(results: Results, length: int) -> Table:
+    """What else the heads do at one length, in the mean over heads (the largest: over all of them)."""
+    return _by_label(results, f"Attention at {length:,} tokens", _ATTENTION, length)
+
+
+def quantized(results: Results) -> Table | None:
+    """Perplexity by bits a weight, or None where it was not measured."""
+    bits = sorted({r["bits"] for r in results.where("perplexity") if "bits" in r}, reverse=True)
+    if not bits:
+        return None
+    length = max(r["length"] for r in results.where("perplexity") if "bits" in r)
+    rows = []
+    for label in results.labels:
+        means = [results.of_model("perplexity", label, length, bits=n) for n in (None, *bits)]
+        rows.append([label, *(cell(m, number) for m in means)])
+    title = f"Perplexity with quantised weights, {length:,} tokens"
+    return Table(title, ["arm", "32 bits", *(f"{n} bits" for n in bits)], rows)
+
+
+def passkey(results: Results) -> Table | None:
+    """Share of passkeys retrieved, %, by length and depth, or None where it was not measured."""
+    records = results.where("passkey")
+    if not records:
+        return None
+    depths = sorted({r["depth"] for r in records})
+    rows = []
+    for label in results.labels:
+        for length in sorted({r["length"] for r in records}):
+            means = [results.of_model("passkey", label, length, depth=d) for d in depths]
+            rows.append([f"{label}, {length:,}", *(cell(m, percent, 100) for m in means)])
+    title = "Passkeys retrieved, %, by depth"
+    return Table(title, ["arm, length", *(f"{d:g}" for d in depths)], rows)
+
+
+def all_tables(results: Results) -> list[Table]:
+    """Longest length first: what a reader looks for stands on top."""
+    lengths = sorted(results.lengths, reverse=True)
+    found = [summary(results, n) for n in lengths] + [attention(results, n) for n in lengths]
+    return found + [t for t in (quantized(results), passkey(results)) if t is not None]
+
+
+def report(results: Results) -> str:
+    """The whole of ``report.md``."""
+    head = ["# Attention normalisers compared", "", *(f"- {x}" for x in facts(results)), ""]
+    return "\n".join(head) + "\n" + "\n".join(t.markdown() for t in all_tables(results))
+
+
+def facts(results: Results) -> list[str]:
+    """How the numbers came about, a sentence each."""
+    setup = results.setup
+    first = {"text": "a token of the text, as in training", "bos": "bos", "eos": "eos"}
+    seeds = any(sum(r["label"] == x for r in results.models) > 1 for x in results.labels)
+    return [
+        f"data: {setup['data']}, {setup['samples']} sequences from {setup['documents']} documents, which lie in "
+        f"the last {setup['share_from_end']:.2%} of it",
+        f"token 0 of every sequence: {first[setup['first_token']]}",
+        f"lengths: {', '.join(f'{n:,}' for n in results.lengths)} tokens, of the same beginnings",
+        *(["a ± b: mean and standard deviation over the seeds of an arm"] if seeds else []),
+        "definitions: docs/softpick/ANALYSIS.md, after arXiv:2504.20966; percentages of heads are of (layer, head), sink "
+        "rates of (sample, layer, head)",
+        f"{setup['date']}, {setup['device']}, torch {setup['torch']}, float32",
+    ]
