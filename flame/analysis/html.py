@@ -18,7 +18,6 @@ from flame.analysis.svg import (
     triangle_map,
 )
 
-_LAYER = Axis("layer (−1: embedding)")
 _STEP = Axis("step")
 
 
@@ -54,11 +53,17 @@ def _table(table: tables.Table) -> str:
     head = "".join(f'<th scope="col">{escape(x)}</th>' for x in table.header)
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(x)}</td>" for x in row[1:])
+        + "".join(f"<td>{_cell(x)}</td>" for x in row[1:])
         + "</tr>"
         for row in table.rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """A mean with its spread below it, so that wide tables stay on the screen."""
+    mean, sign, spread = escape(text).partition(" ± ")
+    return f"{mean}<small> ± {spread}</small>" if sign else mean
 
 
 def _figure(title: str, unit: str, drawing: str) -> str:
@@ -96,6 +101,13 @@ def _lines(
     return lines
 
 
+def _layers(results: Results, first: int = 0) -> Axis:
+    """Whole numbers, not too many; ``first`` is -1 where the embedding is a layer too."""
+    last = max(r["layer"] for r in results.where("kurtosis") if r["layer"] is not None)
+    ticks = [-1] * (first < 0) + list(range(0, last + 1, 1 + last // 8))
+    return Axis("layer (−1: embedding)" if first < 0 else "layer", ticks=tuple(ticks))
+
+
 def _by_length(
     results: Results,
     metric: str,
@@ -123,7 +135,7 @@ def _sinks(results: Results) -> str:
     figures = [
         _figure(
             "Sink rate by length",
-            f"% of (sample, layer, head) with more than {eps:g} on key 0 in the mean",
+            f"% of (sample, layer, head) with more than {eps:g} on key 0",
             _by_length(results, "sink_rate", Axis("sink rate, %", low=0), factor=100, eps=eps),
         )
         for eps in results.setup["sink_eps"]
@@ -132,7 +144,7 @@ def _sinks(results: Results) -> str:
     layers = _lines(
         results, "first_weight", lambda r: r["layer"], length=length, head=None, factor=1.0
     )
-    drawing = line_chart(layers, Axis("layer"), Axis("mean weight on key 0", low=0))
+    drawing = line_chart(layers, _layers(results), Axis("mean weight on key 0", low=0))
     figures.append(_figure("Weight on key 0 by layer", f"mean, {length:,} tokens", drawing))
     maps = []
     for label in results.labels:
@@ -153,7 +165,7 @@ def _sinks(results: Results) -> str:
 
 
 def _activations(results: Results) -> str:
-    length = max(results.lengths)
+    length, axis = max(results.lengths), _layers(results, first=-1)
     lines = []
     for index, label in enumerate(results.labels):
         # of each model the larger of its two ends
@@ -171,9 +183,9 @@ def _activations(results: Results) -> str:
         layers = sorted({layer for _, layer in sides})
         points = {n: mean_of(v for (_, x), v in sides.items() if x == n) for n in layers}
         lines.append(Line(index, label, points))
-    magnitude = line_chart(lines, _LAYER, Axis("largest |activation|", log=True))
+    magnitude = line_chart(lines, axis, Axis("largest |activation|", log=True))
     by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
-    kurtosis = line_chart(by_layer, _LAYER, Axis("kurtosis", log=True))
+    kurtosis = line_chart(by_layer, axis, Axis("kurtosis", log=True))
     figures = [
         _figure(
             "Largest |activation| by layer", f"of the layer's output, {length:,} tokens", magnitude
@@ -204,7 +216,8 @@ def _activations(results: Results) -> str:
 
 def _weights(results: Results) -> str:
     length = max(results.lengths)
-    position = Axis("query position (0 as 0.5)", log=True)
+    ticks = tuple(4**n for n in range(12) if 4**n < length)
+    position = Axis("query position (0 as 0.5)", log=True, ticks=ticks)
 
     def middle(r: Record) -> float:
         # the geometric middle of a bucket; position 0 has no logarithm
@@ -285,7 +298,7 @@ def _maps(results: Results) -> str:
         figures = []
         for r in records:
             what = f"attention of layer {layer}, head {head}, {r['label']}"
-            unit = f"{tables.number(r['value'])} on key 0 in the mean"
+            unit = f"{tables.number(r['value'])} on key 0"
             figures.append(_figure(r["label"], unit, triangle_map(r["map"], length, what)))
         parts.append(f"<h3>Layer {layer}, head {head}: {escape(records[0]['chosen'])}</h3>")
         parts.append(_grid(figures, None, "maps"))

@@ -29,7 +29,7 @@ a { color: var(--c0); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0; padding: 0; font-size: 0.875rem; }
 .legend li { display: flex; align-items: center; gap: 6px; }
 .grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px 24px; align-items: end; }
-.grid-of.maps { align-items: start; }
+.grid-of.maps { align-items: start; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 0.875rem; font-weight: 600; line-height: 1.3; margin-bottom: 6px; overflow-wrap: anywhere; }
 figcaption span { font-weight: 400; color: var(--soft); }
@@ -37,7 +37,9 @@ svg { display: block; width: 100%; max-width: 100%; height: auto; overflow: visi
 .legend svg { width: 34px; flex: none; }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; margin-bottom: 12px; max-width: 100%; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 6px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
+td, tbody th { white-space: nowrap; }
+td small { display: block; color: var(--soft); }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--panel); vertical-align: bottom; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--panel); font-weight: 600; border-right: 1px solid var(--rule); }
@@ -52,6 +54,7 @@ text.label { fill: var(--ink); }
 .axis { opacity: 0.7; }
 .s polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .s .mark { fill: var(--c); stroke: var(--paper); stroke-width: 0.8; }
+.s.hollow .mark { fill: var(--paper); stroke: var(--c); stroke-width: 1.5; }
 .s .bar { stroke: var(--c); stroke-width: 1.4; fill: none; }
 .s .band { fill: var(--c); opacity: 0.18; }
 .l0 { fill: var(--paper); }

@@ -38,6 +38,7 @@ class Axis:
     low: float | None = None
     """Where it is to begin; otherwise what fits."""
     high: float | None = None
+    """Where it is to end, though rounding may have carried a number past it; otherwise what fits."""
 
 
 def tick_text(x: float) -> str:
@@ -61,7 +62,7 @@ class _Scale:
         self.axis, self.start, self.end = axis, start, end
         low, high = min(values, default=0.0), max(values, default=1.0)
         low = low if axis.low is None else axis.low
-        high = high if axis.high is None else max(axis.high, high)
+        high = high if axis.high is None else axis.high
         if axis.log:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12:
@@ -184,7 +185,12 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
             parts.append(
                 f'<path class="mark" d="{_mark(hue, px, py)}"><title>{escape(title)}</title></path>'
             )
-    return f'<g class="s s{hue}">{"".join(parts)}</g>'
+    return f'<g class="{_kind(line.index)}">{"".join(parts)}</g>'
+
+
+def _kind(index: int) -> str:
+    """Classes of an arm: its colour, and hollow markers where the colours begin anew."""
+    return f"s s{index % HUES}" + (" hollow" if index >= HUES else "")
 
 
 def _mark(hue: int, x: float, y: float) -> str:
@@ -207,7 +213,7 @@ def legend(labels: Sequence[str]) -> str:
     for index, label in enumerate(labels):
         hue, dash = index % HUES, _DASHES[index // HUES % len(_DASHES)]
         swatch = (
-            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="s s{hue}">'
+            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="{_kind(index)}">'
             f'<polyline stroke-dasharray="{dash}" points="1,6 33,6"/><path class="mark" d="{_mark(hue, 17, 6)}"/></g></svg>'
         )
         items.append(f"<li>{swatch}{escape(label)}</li>")

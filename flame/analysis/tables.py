@@ -34,15 +34,15 @@ class _Column:
     keys: dict[str, Any] = field(default_factory=dict)
 
 
-def number(x: float) -> str:
-    """Some four digits of it."""
+def number(x: float, digits: int = 4) -> str:
+    """With so many digits."""
     if not math.isfinite(x):
         return "not finite"
     if x == 0:
         return "0"
     if abs(x) >= 1e6 or abs(x) < 1e-3:
-        return f"{x:.2e}"
-    return f"{x:,.{max(0, 3 - math.floor(math.log10(abs(x))))}f}"
+        return f"{x:.{min(digits, 3) - 1}e}"
+    return f"{x:,.{max(0, digits - 1 - math.floor(math.log10(abs(x))))}f}"
 
 
 def percent(x: float) -> str:
@@ -58,7 +58,11 @@ def cell(value: Mean | None, show: Callable[[float], str], factor: float = 1.0) 
     if value is None:
         return "–"
     text = show(value.mean * factor)
-    return text if value.std is None else f"{text} ± {show(value.std * factor)}"
+    if value.std is None:
+        return text
+    # of a spread two digits say enough
+    spread = show(value.std * factor) if show is not number else number(value.std, digits=2)
+    return f"{text} ± {spread}"
 
 
 def _columns(results: Results) -> list[_Column]:
