@@ -90,15 +90,17 @@ def _lines(
     factor: float = 1.0,
     **keys: Any,
 ) -> list[Line]:
-    lines = []
-    for index, label in enumerate(results.labels):
-        series = results.series(metric, label, x, **keys)
-        points = {
-            place: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
-            for place, m in series.items()
-        }
-        lines.append(Line(index, label, points))
-    return lines
+    return [
+        Line(index, label, _scaled(results.series(metric, label, x, **keys), factor))
+        for index, label in enumerate(results.labels)
+    ]
+
+
+def _scaled(points: dict[float, Mean], factor: float) -> dict[float, Mean]:
+    return {
+        place: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
+        for place, m in points.items()
+    }
 
 
 def _layers(results: Results, first: int = 0) -> Axis:
@@ -336,33 +338,27 @@ def _robustness(results: Results) -> str:
         )
         parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
         parts.append(_grid([_figure("Perplexity by bits", "log scale", drawing)], results))
-    table = tables.passkey(results)
+    table, losses = tables.passkey(results), tables.passkey_losses(results)
     if table is not None:
-        records = results.where("passkey")
-        lengths = tuple(sorted({r["length"] for r in records}))
-        lines = _passkey_means(results)
-        drawing = line_chart(
-            lines,
-            Axis("length, tokens", log=True, ticks=lengths),
-            Axis("retrieved, %", low=0, high=100),
-        )
         parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
-        figure = _figure("Passkeys retrieved by length", "%, mean over depths", drawing)
-        parts.append(_grid([figure], results))
+        lengths = tuple(sorted({r["length"] for r in results.where("passkey")}))
+        axis = Axis("length, tokens", log=True, ticks=lengths)
+        share = Axis("retrieved, %", low=0, high=100)
+        figure = line_chart(_by_depths(results, "passkey", 100), axis, share)
+        figures = [_figure("Passkeys retrieved by length", "%, mean over depths", figure)]
+        if losses is not None:
+            keyed = _by_depths(results, "passkey_loss", planted="with_key")
+            figure = line_chart(keyed, axis, Axis("nats", low=0))
+            note = "nats, the key in the text; a guess costs ln 90000 = 11.4"
+            figures.append(_figure("Loss of the key's digits by length", note, figure))
+        parts.append(_grid(figures, results))
+        if losses is not None:
+            parts.append(f"<h3>{escape(losses.title)}</h3>" + _table(losses))
     return "".join(parts)
 
 
-def _passkey_means(results: Results) -> list[Line]:
-    """Over depths within a model, then over the seeds."""
-    lines = []
-    for index, label in enumerate(results.labels):
-        by_model: dict[tuple[int, str], list[float]] = {}
-        for r in results.where("passkey", label=label):
-            by_model.setdefault((r["length"], r["model"]), []).append(r["value"] * 100)
-        lengths = sorted({length for length, _ in by_model})
-        points = {
-            n: mean_of(mean_of(v).mean for (length, _), v in by_model.items() if length == n)
-            for n in lengths
-        }
-        lines.append(Line(index, label, points))
-    return lines
+def _by_depths(results: Results, metric: str, factor: float = 1.0, **keys: Any) -> list[Line]:
+    return [
+        Line(index, label, _scaled(tables.over_depths(results, metric, label, **keys), factor))
+        for index, label in enumerate(results.labels)
+    ]

@@ -35,8 +35,8 @@ figcaption { font-size: 0.875rem; font-weight: 600; line-height: 1.3; margin-bot
 figcaption span { font-weight: 400; color: var(--soft); }
 svg { display: block; width: 100%; max-width: 100%; height: auto; overflow: visible; }
 .legend svg { width: 34px; flex: none; }
-.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; margin-bottom: 12px; max-width: 100%; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; width: 100%; }
+.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; margin-bottom: 12px; max-width: 100%; width: fit-content; }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td, tbody th { white-space: nowrap; }
 td small { display: block; color: var(--soft); }

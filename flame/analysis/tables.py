@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flame.analysis.records import Mean, Results
+from flame.analysis.records import Mean, Results, mean_of
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,42 @@ def passkey(results: Results) -> Table | None:
     return Table(title, ["arm, length", *(f"{d:g}" for d in depths)], rows)
 
 
+def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[int, Mean]:
+    """Length -> a number of passkeys: mean over the depths of a model, then over the seeds."""
+    by_model: dict[int, dict[str, list[float | None]]] = {}
+    for r in results.where(metric, label=label, **keys):
+        by_model.setdefault(r["length"], {}).setdefault(r["model"], []).append(r["value"])
+    return {
+        length: mean_of(mean_of(values).mean for values in models.values())
+        for length, models in sorted(by_model.items())
+    }
+
+
+PLANTED = ("with_key", "other_key", "without_key")
+"""What stands in the text when the key is asked for."""
+
+
+def passkey_losses(results: Results) -> Table | None:
+    """What the key costs as the answer, or None where it was not measured."""
+    if not results.where("passkey_loss"):
+        return None
+    rows = []
+    for label in results.labels:
+        losses = [over_depths(results, "passkey_loss", label, planted=p) for p in PLANTED]
+        for length in losses[0]:
+            cells = [cell(by_length.get(length), number) for by_length in losses]
+            rows.append([f"{label}, {length:,}", *cells])
+    title = "Loss of the passkey's digits, nats, mean over depths"
+    header = ["arm, length", "the key in the text", "another in its place", "none"]
+    return Table(title, header, rows)
+
+
 def all_tables(results: Results) -> list[Table]:
     """Longest length first: what a reader looks for stands on top."""
     lengths = sorted(results.lengths, reverse=True)
     found = [summary(results, n) for n in lengths] + [attention(results, n) for n in lengths]
-    return found + [t for t in (quantized(results), passkey(results)) if t is not None]
+    more = (quantized(results), passkey(results), passkey_losses(results))
+    return found + [table for table in more if table is not None]
 
 
 def report(results: Results) -> str:
