@@ -83,6 +83,8 @@ def _measure_all(
             recorder = Recorder(str(args.model[number]), label)
             bar.set_description(label)
             model = source.load()
+            # first, since a package may be missing or a length too short
+            _measure_robustness(args, source, model, samples, recorder, bar.update)
             try:
                 for length in lengths:
                     tokens = samples.tokens[:, : length + 1]
@@ -97,7 +99,6 @@ def _measure_all(
                 raise UsageError(f"--model {source.path}: {error}") from None
             parameters = sum(p.numel() for p in model.parameters())
             recorder.add("model", parameters, **source.fields())
-            _measure_robustness(args, source, model, samples, recorder, bar.update)
             if args.run is not None:
                 record_curves(find_curves(args.run[number]), recorder)
             loss = next(r for r in recorder.records if r["metric"] == "loss")["value"]

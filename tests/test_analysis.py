@@ -217,6 +217,19 @@ def test_a_model_that_runs_something_else_is_refused():
         model(torch.zeros(1, 3).long(), attention_mask=mask)
 
 
+def test_dead_is_what_the_output_projection_sees_behind_a_gate(tmp_path):
+    model = tiny(tmp_path, "softmax")
+    # closed for head 1 of layer 0
+    gate = torch.ones(32)
+    gate[8:16] = 0
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda m, a: (a[0] * gate,))
+    recorder = Recorder("m", "l")
+    measure(model, torch.arange(LENGTH + 1)[None], recorder, thresholds=THRESHOLDS)
+    found = {(r["metric"], r["layer"], r["head"]): r["value"] for r in recorder.records}
+    assert [found["dead_head", 0, head] for head in range(4)] == [0, 1, 0, 0]
+    assert found["empty_rows", 0, 1] == 0
+
+
 def heads_by_hand(scores, values, normalizer, tile_elements=1):
     """The totals of heads whose score of key j is ``scores[head][j]`` for every query."""
     scores, values = torch.tensor(scores).double(), torch.tensor(values).double()

@@ -130,7 +130,7 @@ class HeadObserver:
     def __init__(
         self, length: int, num_heads: int, thresholds: Thresholds, device: torch.device
     ) -> None:
-        self.length, self.thresholds = length, thresholds
+        self.length, self.num_heads, self.thresholds = length, num_heads, thresholds
         self.buckets = position_buckets(length)
         starts = torch.tensor([a for a, _ in self.buckets], device=device)
         positions = torch.arange(length, device=device)
@@ -184,7 +184,7 @@ class HeadObserver:
         totals.max_score = torch.maximum(totals.max_score, top)
 
     def finish(self, output: torch.Tensor) -> HeadTotals:
-        """The totals of the sequence, whose output is ``[T, HQ, V]``."""
+        """The totals of the sequence, whose output ``[T, HQ, V]`` is what the output projection sees."""
         totals = self.totals
         # a mean of the sample from here on
         totals.first /= self.length

@@ -232,23 +232,46 @@ def measure(
     heads: list[HeadTotals | None] = [None] * len(layers)
     activations = Activations(len(layers), model.device)
 
-    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
-        q = qkv[0]
-        observer = HeadObserver(length, q.shape[1], thresholds, q.device)
-        output = attend(*qkv, observer.see, **options, tile_elements=tile_elements)
-        totals = observer.finish(output)
+    projections = [getattr(getattr(x, "self_attn", None), "o_proj", None) for x in layers]
+    # of the layers that have not come to their projection
+    observers: dict[int, HeadObserver] = {}
+
+    def add(layer: int, totals: HeadTotals) -> None:
         if heads[layer] is None:
             heads[layer] = totals
         else:
             heads[layer].add(totals)
+
+    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        q = qkv[0]
+        observer = HeadObserver(length, q.shape[1], thresholds, q.device)
+        output = attend(*qkv, observer.see, **options, tile_elements=tile_elements)
+        if projections[layer] is None:
+            add(layer, observer.finish(output))
+        else:
+            observers[layer] = observer
         return output
 
+    def see_projected(layer: int, module: nn.Module, args: tuple) -> None:
+        # what a gate has left of the output, [1, T, HQ * V]
+        observer = observers.pop(layer)
+        add(layer, observer.finish(args[0][0].unflatten(-1, (observer.num_heads, -1))))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(see_projected, layer))
+        for layer, module in enumerate(projections)
+        if module is not None
+    ]
     loss = 0.0
-    with replaced_attention(model, attend_layer):
-        for sample, sequence in enumerate(samples):
-            with _observed_layers(layers, partial(activations.see, sample=sample)):
-                loss += sequence_loss(model, sequence)
-            tick()
+    try:
+        with replaced_attention(model, attend_layer):
+            for sample, sequence in enumerate(samples):
+                with _observed_layers(layers, partial(activations.see, sample=sample)):
+                    loss += sequence_loss(model, sequence)
+                tick()
+    finally:
+        for hook in hooks:
+            hook.remove()
     if None in heads:
         raise UsageError(
             f"layer {heads.index(None)} of {type(model).__name__} has no attention that transformers' attention "
