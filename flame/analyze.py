@@ -83,9 +83,9 @@ def _measure_all(
             recorder = Recorder(str(args.model[number]), label)
             bar.set_description(label)
             model = source.load()
-            # first, since a package may be missing or a length too short
-            _measure_robustness(args, source, model, samples, recorder, bar.update)
             try:
+                # first, since a package may be missing or a length too short
+                _measure_robustness(args, source, model, samples, recorder, bar.update)
                 for length in lengths:
                     tokens = samples.tokens[:, : length + 1]
                     measure(model, tokens, recorder, thresholds=thresholds, tick=bar.update)

@@ -85,6 +85,28 @@ def test_the_statistics_tell_the_normalisers_apart():
     assert softmax["max_score"] == softpick["max_score"]
 
 
+@pytest.mark.parametrize("normalizer", ["softmax", "softpick"])
+def test_a_learned_sink_takes_weight(normalizer):
+    q, k = heads_with_sinks(33, 33, HQ=4, H=2)
+    sink = torch.tensor([-1.0, 0.5, 3.0, 9.0])
+    options = {"normalizer": normalizer, "sink_bias": sink}
+    result = attention_counts(q, k, **options, tile_elements=5 * 4 * 33).ratios()
+    for name, value in by_definition(q, k, eps=0.3, **options).items():
+        assert result[name] == pytest.approx(value, abs=1e-6), name
+    without = attention_counts(q, k, normalizer=normalizer).ratios()
+    assert result["sink_rate_0.3"] < without["sink_rate_0.3"]
+    # and the one that a model hands to its operator is seen
+    decoder = torch.nn.Module()
+    decoder.embed_tokens, decoder.layers = torch.nn.Identity(), torch.nn.ModuleList()
+    observer, module = Observer(1, normalizer, torch.device("cpu")), torch.nn.Module()
+    module.layer_idx = 0
+    operator = f"naive_{normalizer}_attn"
+    states = (x.transpose(1, 2) for x in (q, k, k))
+    with observe(decoder, operator, observer):
+        ALL_ATTENTION_FUNCTIONS[operator](module, *states, None, s_aux=sink)
+    assert observer.counts[0].ratios() == attention_counts(q, k, **options).ratios()
+
+
 def test_packed_sequences_are_sequences():
     q, k = heads_with_sinks(30, 30, HQ=4, H=2)
     packed_q, packed_k = q.flatten(0, 1)[None], k.flatten(0, 1)[None]

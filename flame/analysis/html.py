@@ -137,7 +137,7 @@ def _sinks(results: Results) -> str:
     figures = [
         _figure(
             "Sink rate by length",
-            f"% of (sample, layer, head) with more than {eps:g} on key 0",
+            f"% of (sample, layer, head) whose mean weight on key 0 exceeds {eps:g}",
             _by_length(results, "sink_rate", Axis("sink rate, %", low=0), factor=100, eps=eps),
         )
         for eps in results.setup["sink_eps"]
