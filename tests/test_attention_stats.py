@@ -88,7 +88,7 @@ def test_the_statistics_tell_the_normalisers_apart():
 @pytest.mark.parametrize("normalizer", ["softmax", "softpick"])
 def test_a_learned_sink_takes_weight(normalizer):
     q, k = heads_with_sinks(33, 33, HQ=4, H=2)
-    sink = torch.tensor([-1.0, 0.5, 3.0, 9.0])
+    sink = torch.tensor([-1.0, 0.5, 3.0, 12.0])
     options = {"normalizer": normalizer, "sink_bias": sink}
     result = attention_counts(q, k, **options, tile_elements=5 * 4 * 33).ratios()
     for name, value in by_definition(q, k, eps=0.3, **options).items():
