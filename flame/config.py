@@ -702,12 +702,22 @@ def _flags_of_toml(path: Path) -> list[str]:
         raise UsageError(
             f"--job.config_file must be a TOML file, got {str(path)!r}: {error}"
         ) from None
+    try:
+        return flags_of_sections(sections)
+    except UsageError as error:
+        raise UsageError(f"--job.config_file {path}: {error}") from None
+
+
+def flags_of_sections(sections: dict[str, Any]) -> list[str]:
+    """The tables of a recipe, section -> option -> value, as flags.
+
+    Raises:
+        UsageError: A key stands outside a section.
+    """
     flags: list[str] = []
     for section, options in sections.items():
         if not isinstance(options, dict):
-            raise UsageError(
-                f"--job.config_file {path}: key {section!r} stands outside a [section]"
-            )
+            raise UsageError(f"key {section!r} stands outside a [section]")
         for name, value in options.items():
             if isinstance(value, bool):
                 flags.append(f"--{section}.{name}" if value else f"--{section}.no_{name}")

@@ -95,12 +95,12 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
     """
     folder = config.dump_folder
     try:
-        _check(folder, run)
+        require_same_run(folder, run)
         _check_checkpoints(config)
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder)
         # while this run waited for the lock, another may have written
-        _check(folder, run)
+        require_same_run(folder, run)
         # in one move: with this file the folder counts as a run's
         (folder / _TEMPORARY).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         (folder / _TEMPORARY).replace(folder / RUN_FILE)
@@ -110,7 +110,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
     return lock
 
 
-def _check(folder: Path, run: dict[str, Any]) -> None:
+def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     """Raises UsageError unless ``folder`` is new, empty, or holds this very run."""
     if not folder.exists():
         return

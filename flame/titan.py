@@ -182,9 +182,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def global_batch_size(config: JobConfig) -> int:
-    """Sequences in an optimizer step."""
+def global_batch_size(config: JobConfig, num_processes: int | None = None) -> int:
+    """Sequences in an optimizer step of a run of ``num_processes``, by default this one's."""
     t = config.training
     # processes that see the same sequences
     shared = t.tensor_parallel_degree * config.experimental.context_parallel_degree
-    return t.batch_size * t.gradient_accumulation_steps * (world_size() // shared)
+    return (
+        t.batch_size * t.gradient_accumulation_steps * ((num_processes or world_size()) // shared)
+    )

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub.utils import logging as huggingface_hub_logging
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from flame._compat import DEVICE_TYPE
@@ -32,7 +33,7 @@ from flame.layout import check_layout
 from flame.log import init_logger, logger
 from flame.loss import linear_loss
 from flame.memory_estimation import estimate_memory
-from flame.models import read_config, require_device
+from flame.models import SoftpickTransformerConfig, read_config, require_device
 from flame.run_folder import claim, identity
 from flame.run_record import write_record
 from flame.titan import global_batch_size, world_size
@@ -41,11 +42,11 @@ from flame.trainer import FlameTrainer, RunInputs, describe
 from flame.writers import require_wandb
 
 
-def read_inputs(config: JobConfig) -> RunInputs:
-    """Reads and checks everything the run needs.
+def read_model(config: JobConfig, num_processes: int) -> SoftpickTransformerConfig:
+    """The model of a run of ``num_processes``, if it and the flags fit each other and this machine.
 
     Raises:
-        UsageError: A flag or file that the user must mend.
+        UsageError: They do not.
     """
     try:
         model = read_config(config.model.config)
@@ -61,7 +62,7 @@ def read_inputs(config: JobConfig) -> RunInputs:
             "--profiling.enable_memory_snapshot records a GPU's allocator, and this machine has none"
         )
     t = config.training
-    check_layout(config, model, num_processes=world_size(), device_type=DEVICE_TYPE)
+    check_layout(config, model, num_processes=num_processes, device_type=DEVICE_TYPE)
     if t.seq_len > model.max_position_embeddings:
         raise UsageError(
             f"--training.seq_len {t.seq_len} must be at most max_position_embeddings "
@@ -72,6 +73,15 @@ def read_inputs(config: JobConfig) -> RunInputs:
             f'--training.varlen with --training.compile needs a Triton attn_impl, got "{model.attn_impl}", '
             "which reads cu_seqlens on the host; leave out --training.compile"
         )
+    return model
+
+
+def read_tokenizer(config: JobConfig, model: SoftpickTransformerConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer, if its ids fit the model.
+
+    Raises:
+        UsageError: It cannot be read, or they do not.
+    """
     try:
         tokenizer = load_tokenizer(config.model.tokenizer_path)
     except ValueError as error:
@@ -83,11 +93,28 @@ def read_inputs(config: JobConfig) -> RunInputs:
             f"--model.tokenizer_path {config.model.tokenizer_path} has {num_ids} tokens, more than "
             f"vocab_size {model.vocab_size} of --model.config {config.model.config}"
         )
+    return tokenizer
+
+
+def read_inputs(config: JobConfig) -> RunInputs:
+    """Reads and checks everything the run needs.
+
+    Raises:
+        UsageError: A flag or file that the user must mend.
+    """
+    model = read_model(config, world_size())
+    tokenizer = read_tokenizer(config, model)
     try:
         data = open_data(config, tokenizer)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return RunInputs(tokenizer=tokenizer, data=data, model=model)
+
+
+def set_precision(config: JobConfig) -> None:
+    """Sets the dtype that this machine's runs compute in where no flag does."""
+    if config.training.mixed_precision_param is None:
+        config.training.mixed_precision_param = "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
 
 
 def _join_launcher() -> None:
@@ -184,10 +211,7 @@ def main() -> None:
     with exit_on_usage_error():
         config = parse_args(sys.argv[1:])
         asked = config.flags()
-        if config.training.mixed_precision_param is None:
-            config.training.mixed_precision_param = (
-                "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
-            )
+        set_precision(config)
         inputs = read_inputs(config)
         if config.memory_estimation.enabled:
             estimate_memory(config, inputs)

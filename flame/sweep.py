@@ -1,0 +1,199 @@
+"""``python -m flame.sweep FILE``: arms x seeds x learning rates, trained and compared; docs/softpick/SWEEPS.md."""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from flame.cli import Parser
+from flame.errors import UsageError, exit_on_usage_error
+from flame.log import init_logger, logger
+from flame.sweeps.cost import estimate, require_disk
+from flame.sweeps.plan import Sweep, read_sweep
+from flame.sweeps.report import (
+    LOSS_TABLE,
+    analysis_flags,
+    analyze,
+    best_runs,
+    loss_table,
+    report_folder,
+)
+from flame.sweeps.runner import Runner, command_line
+from flame.sweeps.slots import Slot, find_slots, require_own_variables
+from flame.sweeps.state import State, read_state
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """Does what is left of a sweep; returns its exit code.
+
+    Raises:
+        UsageError: The file, the machine, the data or a run folder is not as it must be; nothing was started.
+    """
+    sweep = read_sweep(args.file)
+    require_own_variables(os.environ)
+    config = sweep.runs[0].config
+    slots = find_slots(
+        ngpu=sweep.ngpu,
+        parallel=sweep.parallel,
+        allow_cross_numa=config.job.allow_cross_numa,
+        env=os.environ,
+    )
+    # seconds of imports, which a mistake in the file need not wait for
+    from flame.sweeps.check import check_runs, measure_arms, model_json
+    from flame.titan import global_batch_size
+
+    sizes = measure_arms(sweep)
+    states = _states(sweep)
+    cost = estimate(
+        sweep,
+        states,
+        {arm: size.parameters for arm, size in sizes.items()},
+        {arm: size.flops_per_token for arm, size in sizes.items()},
+        sequences=global_batch_size(config, sweep.ngpu),
+        slots=len(slots),
+        tokens_per_second=args.tokens_per_second,
+    )
+    for line in [*cost.lines, *(f"slot    {slot.name}, NGPU={sweep.ngpu}" for slot in slots)]:
+        logger.info(line)
+    if args.dry_run:
+        _print_commands(sweep, states)
+    check_runs(sweep)
+    require_disk(sweep, cost)
+    if args.dry_run:
+        logger.info("all checks passed; --dry_run: nothing was written or started")
+        return 0
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    with _held(sweep):
+        sweep.model_file("").parent.mkdir(exist_ok=True)
+        for arm in sweep.arms:
+            sweep.model_file(arm.name).write_text(model_json(sweep, arm), encoding="utf-8")
+        return _run(sweep, states, slots, args.summary_seconds)
+
+
+def _run(sweep: Sweep, states: dict[str, State], slots: list[Slot], summary_s: float) -> int:
+    left = [run for run in sweep.runs if not states[run.name].is_finished]
+    done = len(sweep.runs) - len(left)
+    if done:
+        logger.info(f"{done} of {len(sweep.runs)} runs are finished and skipped")
+    runner = Runner(sweep, left, slots, done=done, summary_s=summary_s)
+    runner.run()
+    if runner.stopped is not None:
+        logger.info(f"{runner.stopped.name}: the same command continues")
+        return 128 + runner.stopped
+    failed = {f"run {name}": why for name, why in runner.failed.items()}
+    states = _states(sweep)
+    best = [run for runs in best_runs(sweep, states).values() for run in runs]
+    report = report_folder(sweep)
+    if sweep.analyze is not None and best:
+        why = analyze(sweep, best, slots[0], is_new=bool(left))
+        failed |= {"the analysis": why} if why else {}
+    table = loss_table(sweep, states)
+    report.mkdir(exist_ok=True)
+    (report / LOSS_TABLE).write_text(table, encoding="utf-8")
+    logger.info(f"losses, in {report / LOSS_TABLE}\n{table}")
+    if sweep.analyze is not None and "the analysis" not in failed and best:
+        logger.info(f"report {report}")
+    for what, why in failed.items():
+        sys.stderr.write(f"flame: error: {what} failed, {why}\n")
+    if failed:
+        sys.stderr.write("flame: error: the same command tries again what failed, and that alone\n")
+    return 1 if failed else 0
+
+
+def _states(sweep: Sweep) -> dict[str, State]:
+    return {run.name: read_state(run) for run in sweep.runs}
+
+
+def _print_commands(sweep: Sweep, states: dict[str, State]) -> None:
+    """What the sweep would start, as a shell takes it; the GPUs are those of the slot that is free then."""
+    sys.stdout.write(f"# {sweep.out / 'models'} is written when the sweep starts\n")
+    for run in sweep.runs:
+        mark = "# finished: " if states[run.name].is_finished else ""
+        sys.stdout.write(f"{mark}{command_line(sweep, run, Slot('any'))}\n")
+    if sweep.analyze is not None:
+        # which rate is best, losses will tell
+        runs = [run for run in sweep.runs if run.learning_rate == _first_rate(sweep, run.arm)]
+        words = shlex.join(["python", "-m", "flame.analyze", *analysis_flags(sweep, runs)])
+        note = "# of several learning rates the best will stand in this command\n"
+        sys.stdout.write((note if len(runs) < len(sweep.runs) else "") + words + "\n")
+
+
+def _first_rate(sweep: Sweep, arm: str) -> float:
+    return next(a.learning_rates[0] for a in sweep.arms if a.name == arm)
+
+
+@contextlib.contextmanager
+def _held(sweep: Sweep) -> Iterator[None]:
+    """Keeps a second sweep of the same ``out`` away."""
+    with open(sweep.out / "lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UsageError(
+                f"{sweep.file}: out {sweep.out} is in use by another sweep ({lock.read().strip()}); wait for it, stop "
+                "it, or name another `out`"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m flame.sweep",
+        description="Trains arms x seeds x learning rates and compares them; repeating the command continues.",
+        epilog="docs/softpick/SWEEPS.md explains the file.",
+    )
+    # argparse names a type in its complaint
+    _positive.__name__ = "positive number"
+    parser.add_argument(
+        "file", type=Path, help="TOML file of a sweep, such as those of configs/sweeps"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what it costs and every command, check everything, and start nothing",
+    )
+    parser.add_argument(
+        "--tokens_per_second",
+        type=_positive,
+        help="of one run, for the hours (default: as finished runs of the sweep had)",
+    )
+    parser.add_argument(
+        "--summary_seconds",
+        type=_positive,
+        default=60.0,
+        help="between two lines on what is running (default: %(default)s)",
+    )
+    return parser
+
+
+def main() -> None:
+    init_logger()
+    with exit_on_usage_error():
+        args = _parser().parse_args()
+        try:
+            code = run_sweep(args)
+        except KeyboardInterrupt:
+            logger.info("SIGINT: the same command continues")
+            code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

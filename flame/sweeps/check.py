@@ -1,0 +1,131 @@
+"""Everything that can be known to go wrong before the first run of a sweep starts."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flame._compat import DEVICE_TYPE  # before torchtitan
+from flame.checkpoint import check_start
+from flame.config import JobConfig
+from flame.data import open_data
+from flame.errors import UsageError
+from flame.folder_lock import wait_until_free
+from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
+from flame.run_folder import identity, require_same_run
+from flame.sweeps.plan import Arm, Run, Sweep
+from flame.sweeps.state import read_state, require_same_steps
+from flame.titan import ModelArgs, global_batch_size
+from flame.train import read_model, read_tokenizer, set_precision
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    parameters: int
+    flops_per_token: int
+    """Of training, by torchtitan's convention, see `flame.titan.ModelArgs`."""
+
+
+def measure_arms(sweep: Sweep) -> dict[str, Size]:
+    """Size of each arm's model, if every one can be built.
+
+    Raises:
+        UsageError: One cannot; the message names the arm and the key.
+    """
+    with _model_files(sweep) as folder:
+        return {arm.name: _measure(sweep, arm, folder) for arm in sweep.arms}
+
+
+def _measure(sweep: Sweep, arm: Arm, folder: Path) -> Size:
+    with _named(sweep, arm.name, folder):
+        try:
+            config = read_config(folder / f"{arm.name}.json")
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    lengths = sweep.analyze.lengths + sweep.analyze.passkey_lengths if sweep.analyze else ()
+    if max(lengths, default=0) > config.max_position_embeddings:
+        raise UsageError(
+            f"{sweep.file}, [analyze]: lengths and passkey_lengths must be at most max_position_embeddings "
+            f"{config.max_position_embeddings} of arm {arm.name}, got {max(lengths)}"
+        )
+    with torch.device("meta"):
+        model = SoftpickTransformerForCausalLM(copy.deepcopy(config))
+    seq_len = sweep.runs[0].config.training.seq_len
+    return Size(*ModelArgs(config, seed=0).get_nparams_and_flops(model, seq_len))
+
+
+def check_runs(sweep: Sweep) -> None:
+    """Checks each arm on this machine, the data, and every run folder that is there.
+
+    Raises:
+        UsageError: Something would stop a run, or make it another one than its folder holds.
+    """
+    if sweep.analyze is not None and not Path(sweep.analyze.data).exists():
+        raise UsageError(f"{sweep.file}, [analyze]: data {sweep.analyze.data!r} does not exist")
+    data = None
+    with _model_files(sweep) as folder:
+        for run in sweep.runs:
+            config = _resolved(run, folder)
+            with _named(sweep, run.arm, folder):
+                # the runs differ in arm, seed and rate, none of which the data depend on
+                model = read_model(config, sweep.ngpu)
+                tokenizer = read_tokenizer(config, model)
+                if data is None:
+                    try:
+                        data = open_data(config, tokenizer).identity
+                    except ValueError as error:
+                        raise UsageError(str(error)) from None
+                _check_folder(sweep, run, config, model, data)
+
+
+def _check_folder(
+    sweep: Sweep,
+    run: Run,
+    config: JobConfig,
+    model: SoftpickTransformerConfig,
+    data: dict[str, object],
+) -> None:
+    batch = global_batch_size(config, sweep.ngpu)
+    require_same_run(run.folder, identity(config, model=model, data=data, global_batch_size=batch))
+    require_same_steps(sweep.file, run)
+    if not read_state(run).is_finished:
+        check_start(config, model, DEVICE_TYPE)
+        # runs of a sweep that was killed may still be saving, on GPUs that are needed here
+        wait_until_free(run.folder)
+
+
+def _resolved(run: Run, models: Path) -> JobConfig:
+    """The flags as the run will have them, with the model's file where it is now."""
+    config = copy.deepcopy(run.config)
+    set_precision(config)
+    config.model.config = str(models / f"{run.arm}.json")
+    return config
+
+
+@contextmanager
+def _model_files(sweep: Sweep) -> Iterator[Path]:
+    """The arms' model files in a folder that goes away: nothing is written to `out` before all is checked."""
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in sweep.arms:
+            (Path(folder) / f"{arm.name}.json").write_text(model_json(sweep, arm), encoding="utf-8")
+        yield Path(folder)
+
+
+def model_json(sweep: Sweep, arm: Arm) -> str:
+    """Content of the arm's model file."""
+    return json.dumps(sweep.model_keys(arm), indent=2) + "\n"
+
+
+@contextmanager
+def _named(sweep: Sweep, arm: str, folder: Path) -> Iterator[None]:
+    """Errors of an arm name the sweep's file, the arm, and where its model file will be."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error).replace(str(folder), str(sweep.out / "models"))
+        raise UsageError(f"{sweep.file}, [arms.{arm}]: {text}") from None

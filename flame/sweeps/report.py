@@ -1,0 +1,166 @@
+"""How a sweep ends: a table of the losses, and `flame.analyze` on each arm's best models."""
+
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from flame.log import logger
+from flame.sweeps.plan import REFERENCE_ARM, Arm, Run, Sweep
+from flame.sweeps.runner import end_with_parent, last_words
+from flame.sweeps.slots import Slot
+from flame.sweeps.state import State
+
+ANALYZER = [sys.executable, "-m", "flame.analyze"]
+# written when the analysis is done, so that a repeated sweep need not do it again
+_DONE_FILE = "command.txt"
+LOSS_TABLE = "losses.md"
+
+
+def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
+    """The runs of each arm's best learning rate, one a seed.
+
+    The best has the lowest mean validation loss over the seeds, among the rates of which all seeds are finished.
+    An arm without such a rate is left out.
+    """
+    best = {}
+    for arm in sweep.arms:
+        rates = [_at(sweep, arm, rate) for rate in arm.learning_rates]
+        whole = [runs for runs in rates if all(states[run.name].is_finished for run in runs)]
+        if whole:
+            best[arm.name] = min(whole, key=lambda runs: statistics.fmean(_losses(runs, states)))
+    return best
+
+
+def _at(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
+    return [run for run in sweep.runs if run.arm == arm.name and run.learning_rate == rate]
+
+
+def _losses(runs: list[Run], states: dict[str, State]) -> list[float]:
+    return [states[run.name].validation_loss for run in runs]
+
+
+def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
+    """The losses in Markdown: each arm at its best rate, then every rate and every run."""
+    best = best_runs(sweep, states)
+    lines = [
+        f"# {sweep.name}: validation losses",
+        "",
+        "Nats a token (a byte with the byte tokenizer) on the held-out data after the last step. Spread: sample "
+        "standard deviation over the seeds, – with one seed.",
+        "",
+        "## Each arm at its best learning rate",
+        "",
+        f"Gap: the arm's loss less that of {REFERENCE_ARM} with the same seed, that is, the same data order and initial "
+        "weights; mean and spread over the seeds that both have.",
+        "",
+        f"| arm | learning rate | seeds | loss | spread | gap to {REFERENCE_ARM} | spread of the gap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in sweep.arms:
+        if arm.name not in best:
+            lines.append(f"| {arm.name} | no rate with all seeds finished | | | | | |")
+            continue
+        runs = best[arm.name]
+        gaps = _gaps(runs, best.get(REFERENCE_ARM, []), states)
+        cells = [arm.name, f"{runs[0].learning_rate}", f"{len(runs)}"]
+        cells += _mean_and_spread(_losses(runs, states))
+        cells += ["–", "–"] if arm.name == REFERENCE_ARM else _mean_and_spread(gaps, sign="+")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Every learning rate",
+        "",
+        "| arm | learning rate | seeds finished | loss | spread |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for arm in sweep.arms:
+        for rate in arm.learning_rates:
+            runs = _at(sweep, arm, rate)
+            done = [run for run in runs if states[run.name].is_finished]
+            cells = [arm.name, f"{rate}", f"{len(done)} of {len(runs)}"]
+            cells += _mean_and_spread(_losses(done, states))
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Every run", "", "| arm | learning rate | seed | loss |", "|---|---|---|---|"]
+    for run in sweep.runs:
+        state = states[run.name]
+        loss = (
+            f"{state.validation_loss:.4f}"
+            if state.is_finished
+            else f"unfinished, step {state.step}"
+        )
+        lines.append(f"| {run.arm} | {run.learning_rate} | {run.seed} | {loss} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gaps(runs: list[Run], reference: list[Run], states: dict[str, State]) -> list[float]:
+    of_seed = dict(zip((run.seed for run in reference), _losses(reference, states), strict=True))
+    return [
+        states[run.name].validation_loss - of_seed[run.seed] for run in runs if run.seed in of_seed
+    ]
+
+
+def _mean_and_spread(values: list[float], sign: str = "") -> list[str]:
+    if not values:
+        return ["–", "–"]
+    spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "–"
+    return [f"{statistics.fmean(values):{sign}.4f}", spread]
+
+
+def analysis_flags(sweep: Sweep, runs: list[Run]) -> list[str]:
+    """The flags of `flame.analyze` for ``runs``; arms are labels, seeds models of one label."""
+    a = sweep.analyze
+    flags = ["--model", *(str(run.folder / "hf") for run in runs)]
+    flags += ["--label", *(run.arm for run in runs)]
+    flags += ["--run", *(str(run.folder) for run in runs)]
+    flags += ["--data", a.data, "--out", str(report_folder(sweep))]
+    if a.samples is not None:
+        flags += ["--samples", str(a.samples)]
+    for name in ("lengths", "bits", "passkey_lengths"):
+        if values := getattr(a, name):
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def report_folder(sweep: Sweep) -> Path:
+    return sweep.out / "report"
+
+
+def analyze(sweep: Sweep, runs: list[Run], slot: Slot, *, is_new: bool) -> str | None:
+    """Writes the report on ``runs`` into `out`/report, unless they have one.
+
+    Args:
+        sweep: Says what to measure.
+        runs: The models, as of `best_runs`.
+        slot: Its GPUs are used.
+        is_new: Whether any of them was trained since the last report.
+
+    Returns:
+        What went wrong and where to read on, or None.
+    """
+    flags = analysis_flags(sweep, runs)
+    command = shlex.join(["python", "-m", "flame.analyze", *flags])
+    done = report_folder(sweep) / _DONE_FILE
+    if not is_new and done.is_file() and done.read_text(encoding="utf-8") == command + "\n":
+        logger.info(f"report {report_folder(sweep)}: there already")
+        return None
+    # the analysis refuses a folder that holds what is not its own
+    for name in (_DONE_FILE, LOSS_TABLE):
+        (report_folder(sweep) / name).unlink(missing_ok=True)
+    log = sweep.out / "report.log"
+    logger.info(f"analysing, log {log}: {command}")
+    with open(log, "wb") as stream:
+        code = subprocess.run(
+            [*ANALYZER, *flags],
+            env=os.environ | slot.env,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            preexec_fn=end_with_parent,
+        ).returncode
+    if code:
+        return f"exit code {code}: {last_words(log)}; log {log}"
+    done.write_text(command + "\n", encoding="utf-8")
+    return None

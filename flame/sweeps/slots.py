@@ -1,0 +1,124 @@
+"""Where runs of a sweep may run at the same time: groups of GPUs that share none, each within one NUMA group."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from flame import gpus, topology
+from flame.errors import UsageError
+from flame.topology import TopologyError
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    name: str
+    env: dict[str, str] = field(default_factory=dict)
+    """Variables that the processes in it get."""
+
+
+# what a sweep sets for each of its runs, or what would make two runs one
+_OWN_VARIABLES = (
+    "NGPU",
+    "NNODE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+    "WANDB_NAME",
+    "WANDB_RUN_ID",
+)
+
+
+def require_own_variables(env: Mapping[str, str]) -> None:
+    """Raises UsageError where a variable is set that a sweep sets for each run."""
+    for name in _OWN_VARIABLES:
+        if name in env:
+            raise UsageError(
+                f"{name}={env[name]} must be unset: a sweep runs on one machine, [run] ngpu of its file says on how "
+                "many GPUs a run, and each run has a port and a name of its own"
+            )
+
+
+def find_slots(
+    *, ngpu: int, parallel: bool, allow_cross_numa: bool, env: Mapping[str, str]
+) -> list[Slot]:
+    """The slots of ``ngpu`` GPUs each, as many as fit with ``parallel``, else one; a CPU machine is one slot.
+
+    Args:
+        ngpu: GPUs a run.
+        parallel: Whether runs go side by side.
+        allow_cross_numa: Where the NUMA groups cannot be read, take all GPUs for one group.
+        env: Environment of the sweep, whose visible GPUs are dealt out.
+
+    Raises:
+        UsageError: No group has ``ngpu`` visible GPUs, or the groups cannot be read.
+    """
+    visible = gpus.addresses(env)
+    if not visible:
+        return [Slot("the CPU")]
+    variable, names = _names(len(visible), env)
+    slots = []
+    for group, members, cpus in _groups(visible, allow_cross_numa):
+        chunks = [members[i : i + ngpu] for i in range(0, len(members) - len(members) % ngpu, ngpu)]
+        # a run takes its group's cores for its own, which several of them cannot
+        threads = (
+            max(1, len(cpus) // (ngpu * len(chunks))) if parallel and len(chunks) > 1 else None
+        )
+        for chunk in chunks:
+            own = {variable: ",".join(names[i] for i in chunk)}
+            if threads is not None and "OMP_NUM_THREADS" not in env:
+                own["OMP_NUM_THREADS"] = str(threads)
+            slots.append(Slot(f"group {group}, {variable}={own[variable]}", own))
+    if not slots:
+        counts = ", ".join(
+            f"{len(members)} in group {group}"
+            for group, members, _ in _groups(visible, allow_cross_numa)
+        )
+        raise UsageError(
+            f"[run] ngpu must be at most the visible GPUs of one NUMA group, got {ngpu}: there are {counts}"
+        )
+    return slots if parallel else slots[:1]
+
+
+def _names(count: int, env: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The variable that picks GPUs, and what each of the ``count`` visible ones is called in it."""
+    variable = "CUDA_VISIBLE_DEVICES"
+    # HIP reads CUDA's variable too, where its own is not set
+    if torch.version.hip and (variable not in env or "HIP_VISIBLE_DEVICES" in env):
+        variable = "HIP_VISIBLE_DEVICES"
+    if variable not in env:
+        return variable, [str(i) for i in range(count)]
+    names = [name.strip() for name in env[variable].split(",")]
+    if len(names) != count:
+        raise UsageError(
+            f"{variable} must name GPUs of this machine, got {env[variable]!r}, of which torch sees {count}"
+        )
+    return variable, names
+
+
+def _groups(
+    visible: list[str], allow_cross_numa: bool
+) -> list[tuple[str, list[int], frozenset[int]]]:
+    """Name, GPUs by their place among the visible ones, and usable CPUs of each group that has visible GPUs."""
+    usable = frozenset(os.sched_getaffinity(0))
+    every = list(range(len(visible)))
+    try:
+        groups = topology.groups()
+        if len(groups) == 1:
+            return [(groups[0].name, every, usable)]
+        of = [topology.group_of(address, groups) for address in visible]
+    except TopologyError as error:
+        if allow_cross_numa:
+            return [("unknown", every, usable)]
+        raise UsageError(
+            f"the NUMA groups of the GPUs are not known: {error}; job.allow_cross_numa in [base] runs without"
+        ) from None
+    found = []
+    for group in groups:
+        members = [i for i in every if of[i] == group]
+        if members:
+            found.append((group.name, members, group.cpus & usable))
+    return found

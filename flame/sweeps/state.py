@@ -1,0 +1,109 @@
+"""What a run's folder says of the run; a sweep keeps no record of its own."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flame.errors import UsageError
+from flame.run_folder import CONFIG_FILE, RUN_FILE
+from flame.sweeps.plan import Run
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    step: int
+    """The last one that was logged."""
+    loss: float | None
+    """Training loss at the last step that was logged with one."""
+    validation_loss: float | None
+    """Of the trained model, in nats a token; None before the last step."""
+    is_exported: bool
+    seconds_per_step: float | None
+    """Between the first and the last step logged, validation and saving included, start-up not; None with fewer
+    than two of them."""
+
+    @property
+    def is_finished(self) -> bool:
+        # the export is the last thing that a run writes, and appears under its name when it is whole
+        return self.is_exported and self.validation_loss is not None
+
+
+def read_state(run: Run, since: float = 0.0) -> State:
+    """The state of a run, with the speed of what it did after the time ``since``."""
+    records = _read_metrics(run.folder / "metrics.jsonl")
+    steps = run.config.training.steps
+    final = [x["validation_loss"] for x in records if x["step"] == steps and "validation_loss" in x]
+    trained = [x for x in records if "loss" in x]
+    return State(
+        step=records[-1]["step"] if records else 0,
+        loss=trained[-1]["loss"] if trained else None,
+        validation_loss=final[-1] if final else None,
+        is_exported=(run.folder / "hf" / "config.json").is_file(),
+        seconds_per_step=_seconds_per_step(trained, _starts(run.folder), since),
+    )
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a run may be writing."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in text.splitlines(keepends=True):
+        # a kill may cut the last line short, which the run mends when it continues
+        if line.endswith("\n"):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{file} is damaged: {error}") from None
+    return records
+
+
+def _starts(folder: Path) -> list[float]:
+    """When the run was started and continued, in seconds since 1970."""
+    records = (json.loads(file.read_text()) for file in (folder / "record").glob("*.json"))
+    return [datetime.fromisoformat(record["start"]).timestamp() for record in records]
+
+
+def _seconds_per_step(
+    trained: list[dict[str, Any]], starts: list[float], since: float
+) -> float | None:
+    seconds = steps = 0
+    for before, after in zip(trained, trained[1:], strict=False):
+        # between two lines that lie around a start the run stood still
+        stood = any(before["time"] < start <= after["time"] for start in starts)
+        if before["time"] >= since and not stood:
+            seconds += after["time"] - before["time"]
+            steps += after["step"] - before["step"]
+    return seconds / steps if steps else None
+
+
+def require_same_steps(sweep_file: Path, run: Run) -> None:
+    """Refuses a run that is there with another number of steps.
+
+    `flame.run_folder` would continue it, but on another learning-rate schedule than runs that start with that
+    number, so that the runs of the sweep would not compare.
+
+    Raises:
+        UsageError: They differ, or the folder's record cannot be read.
+    """
+    if not (run.folder / RUN_FILE).is_file():
+        return
+    file = run.folder / CONFIG_FILE
+    try:
+        steps = tomllib.loads(file.read_text(encoding="utf-8"))["training"]["steps"]
+    except FileNotFoundError:
+        # killed between its first two files: nothing was trained
+        return
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+    if steps != run.config.training.steps:
+        raise UsageError(
+            f"{sweep_file}, [base]: training.steps is {run.config.training.steps}, but {run.folder} was started "
+            f"with {steps}: continued, it would have another schedule than a new run; put it back, or name "
+            "another `out`"
+        )
