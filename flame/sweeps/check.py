@@ -3,6 +3,7 @@
 import copy
 import json
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from flame.data import open_data
 from flame.errors import UsageError
 from flame.folder_lock import wait_until_free
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
-from flame.run_folder import identity, require_same_run
+from flame.run_folder import CONFIG_FILE, RUN_FILE, identity, require_same_run
 from flame.sweeps.plan import Arm, Run, Sweep
-from flame.sweeps.state import read_state, require_same_steps
+from flame.sweeps.state import read_state
 from flame.titan import ModelArgs, global_batch_size
 from flame.train import read_model, read_tokenizer, set_precision
 
@@ -92,11 +93,38 @@ def _check_folder(
 ) -> None:
     batch = global_batch_size(config, sweep.ngpu)
     require_same_run(run.folder, identity(config, model=model, data=data, global_batch_size=batch))
-    require_same_steps(sweep.file, run)
+    _require_same_steps(sweep.file, run)
     if not read_state(run).is_finished:
         check_start(config, model, DEVICE_TYPE)
         # runs of a sweep that was killed may still be saving, on GPUs that are needed here
         wait_until_free(run.folder)
+
+
+def _require_same_steps(sweep_file: Path, run: Run) -> None:
+    """Refuses a run that is there with another number of steps.
+
+    `flame.run_folder` would continue it, but on another learning-rate schedule than runs that start with that
+    number, so that the runs of the sweep would not compare.
+
+    Raises:
+        UsageError: They differ, or the folder's record cannot be read.
+    """
+    if not (run.folder / RUN_FILE).is_file():
+        return
+    file = run.folder / CONFIG_FILE
+    try:
+        steps = tomllib.loads(file.read_text(encoding="utf-8"))["training"]["steps"]
+    except FileNotFoundError:
+        # killed between its first two files: nothing was trained
+        return
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+    if steps != run.config.training.steps:
+        raise UsageError(
+            f"{sweep_file}, [base]: training.steps is {run.config.training.steps}, but {run.folder} was started "
+            f"with {steps}: continued, it would have another schedule than a new run; put it back, or name "
+            "another `out`"
+        )
 
 
 def _resolved(run: Run, models: Path) -> JobConfig:

@@ -56,6 +56,8 @@ class _Job:
     start: float
     log_start: int
     """Size of the log before this start wrote to it."""
+    is_new: bool
+    """Whether it started at step 0."""
 
 
 class Runner:
@@ -80,6 +82,9 @@ class Runner:
         """Name of a run -> what went wrong and where to read on."""
         self.stopped: signal.Signals | None = None
         self._heard: list[int] = []
+        self._num_slots = len(slots)
+        # seconds that runs took from start to export
+        self._durations: list[float] = []
         self._summary_s = summary_s
         self._next_summary = time.monotonic() + summary_s
 
@@ -138,8 +143,8 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
-        self.running.append(_Job(run, slot, process, time.time(), size))
         step = read_state(run).step
+        self.running.append(_Job(run, slot, process, time.time(), size, is_new=step == 0))
         verb = f"continues, it had logged step {step}," if step else "starts"
         logger.info(f"{run.name}: {verb} on {slot.name}, log {run.log}")
 
@@ -149,6 +154,8 @@ class Runner:
         run, code, state = job.run, job.process.returncode, read_state(job.run)
         if code == 0 and state.is_finished:
             self.done += 1
+            if job.is_new:
+                self._durations.append(time.time() - job.start)
             logger.info(
                 f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {_span(time.time() - job.start)}"
             )
@@ -166,7 +173,15 @@ class Runner:
         counts = f"{self.done} finished, {len(self.running)} running, {len(self.waiting)} waiting"
         if self.failed:
             counts += f", {len(self.failed)} failed"
+        if self._durations:
+            counts += f", about {_span(self._seconds_left(states))} left"
         return " | ".join([counts, *(f"{job.run.name} {_progress(job, s)}" for job, s in states)])
+
+    def _seconds_left(self, states: list[tuple[_Job, State]]) -> float:
+        """Until all runs have ended, if those to come take as long as those that were run whole."""
+        mean = sum(self._durations) / len(self._durations)
+        shares = (1 - state.step / job.run.config.training.steps for job, state in states)
+        return mean * (sum(shares) + len(self.waiting)) / self._num_slots
 
 
 def _progress(job: _Job, state: State) -> str:

@@ -1,14 +1,12 @@
 """What a run's folder says of the run; a sweep keeps no record of its own."""
 
 import json
-import tomllib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from flame.errors import UsageError
-from flame.run_folder import CONFIG_FILE, RUN_FILE
 from flame.sweeps.plan import Run
 
 
@@ -80,30 +78,3 @@ def _seconds_per_step(
             seconds += after["time"] - before["time"]
             steps += after["step"] - before["step"]
     return seconds / steps if steps else None
-
-
-def require_same_steps(sweep_file: Path, run: Run) -> None:
-    """Refuses a run that is there with another number of steps.
-
-    `flame.run_folder` would continue it, but on another learning-rate schedule than runs that start with that
-    number, so that the runs of the sweep would not compare.
-
-    Raises:
-        UsageError: They differ, or the folder's record cannot be read.
-    """
-    if not (run.folder / RUN_FILE).is_file():
-        return
-    file = run.folder / CONFIG_FILE
-    try:
-        steps = tomllib.loads(file.read_text(encoding="utf-8"))["training"]["steps"]
-    except FileNotFoundError:
-        # killed between its first two files: nothing was trained
-        return
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
-    if steps != run.config.training.steps:
-        raise UsageError(
-            f"{sweep_file}, [base]: training.steps is {run.config.training.steps}, but {run.folder} was started "
-            f"with {steps}: continued, it would have another schedule than a new run; put it back, or name "
-            "another `out`"
-        )
