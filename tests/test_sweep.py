@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,6 +407,10 @@ def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_p
     assert run_main(monkeypatch, file) == 0
     assert len(starts(standins)) == 4
     assert len((out / "report/records.jsonl").read_text().splitlines()) == 2
+    # a run that is made anew is measured anew
+    shutil.rmtree(out / "fails/lr0.002-seed1")
+    assert run_main(monkeypatch, file) == 0
+    assert len((out / "report/records.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_failed_analysis_is_tried_again(write, standins, monkeypatch, capsys, tmp_path):
