@@ -162,6 +162,7 @@ def test_runs_of_a_file(write, tmp_path):
         ("ngpu = 1", "parallel = 1", "[run]: parallel must be true or false, got 1"),
         ("ngpu = 1", "gpus = 1", "[run]: unknown key 'gpus'; there are ngpu, parallel"),
         ("[analyze]", "[analyze]\nbits = [5]", "[analyze]: bits must be a list, without "),
+        ("[analyze]", "[analyze]\nheld_out = 1", "held_out must be true or false, got 1"),
         ("[analyze]", "[analyze]\nsamples = 0", "samples must be an integer of at least 1, got 0"),
         ("[arms.softpick]\nseeds = [1]", "[arms.models]", "[arms.models]: an arm's name must be"),
         ("[arms.softpick]", '[arms."a/b"]', "[arms.a/b]: an arm's name must be letters"),
@@ -377,7 +378,10 @@ def test_one_run_a_slot_at_a_time(build, write, standins, monkeypatch, capsys, t
 
 
 def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_path):
-    file = write(("[arms.softpick]", '[arms.fails]\nattn_impl = "naive_softpick_attn"'))
+    file = write(
+        ("[arms.softpick]", '[arms.fails]\nattn_impl = "naive_softpick_attn"'),
+        ("[analyze]", "[analyze]\nheld_out = true\nlengths = [8, 16]\nsamples = 3\nbits = [2]"),
+    )
     out = tmp_path / "out"
     assert run_main(monkeypatch, file) == 1
     log = out / "fails/lr0.002-seed1.log"
@@ -402,6 +406,9 @@ def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_p
     analyses = [json.loads(x) for x in (out / "report/records.jsonl").read_text().splitlines()]
     hf = [str(out / f"{name}/hf") for name in ("softmax/lr0.002-seed1", "softmax/lr0.002-seed2")]
     assert analyses[0][:6] == ["--model", *hf, "--label", "softmax", "softmax"]
+    data = ["--data", str(tmp_path / "text.txt"), "--out", str(out / "report"), "--held_out"]
+    flags = ["--samples", "3", "--lengths", "8", "16", "--bits", "2"]
+    assert analyses[0][-len(data + flags) :] == data + flags
     assert analyses[1][4:8] == ["--label", "softmax", "softmax", "fails"]
     # and nothing at all once more
     assert run_main(monkeypatch, file) == 0
@@ -504,7 +511,7 @@ def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
     metrics = runs[0].folder / "metrics.jsonl"
 
     def interrupt():
-        wait_for(lambda: metrics.exists() and read_state(runs[0]).step >= 5, timeout=120)
+        wait_for(lambda: metrics.exists() and read_state(runs[0]).step >= 5, timeout=300)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)

@@ -46,6 +46,7 @@ class Analyze:
     """What `flame.analyze` is given; None and () stand for its own defaults."""
 
     data: str
+    held_out: bool = False
     lengths: tuple[int, ...] = ()
     samples: int | None = None
     bits: tuple[int, ...] = ()
@@ -295,6 +296,7 @@ def _analyze(file: Path, content: dict[str, Any]) -> Analyze:
     positive = "integers of at least 1"
     found = Analyze(
         data=table.take("data", "a text file, a folder or a folder of token files", _is_text),
+        held_out=table.take("held_out", "true or false", _is_switch, False),
         lengths=table.numbers("lengths", positive, _is_integer(1), ()),
         samples=table.take("samples", "an integer of at least 1", _is_integer(1), None),
         bits=table.numbers("bits", "2, 3, 4 and 8", lambda x: x in (2, 3, 4, 8), ()),
