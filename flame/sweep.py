@@ -38,12 +38,15 @@ def run_sweep(args: argparse.Namespace) -> int:
     sweep = read_sweep(args.file)
     require_own_variables(os.environ)
     config = sweep.runs[0].config
-    slots = find_slots(
-        ngpu=sweep.ngpu,
-        parallel=sweep.parallel,
-        allow_cross_numa=config.job.allow_cross_numa,
-        env=os.environ,
-    )
+    try:
+        slots = find_slots(
+            ngpu=sweep.ngpu,
+            parallel=sweep.parallel,
+            allow_cross_numa=config.job.allow_cross_numa,
+            env=os.environ,
+        )
+    except UsageError as error:
+        raise UsageError(f"{sweep.file}: {error}") from None
     # seconds of imports, which a mistake in the file need not wait for
     from flame.sweeps.check import check_runs, measure_arms, model_json
     from flame.titan import global_batch_size
@@ -83,10 +86,11 @@ def _run(sweep: Sweep, states: dict[str, State], slots: list[Slot], summary_s: f
         logger.info(f"{done} of {len(sweep.runs)} runs are finished and skipped")
     runner = Runner(sweep, left, slots, done=done, summary_s=summary_s)
     runner.run()
+    failed = {f"run {name}": why for name, why in runner.failed.items()}
     if runner.stopped is not None:
+        _say_failed(failed)
         logger.info(f"{runner.stopped.name}: the same command continues")
         return 128 + runner.stopped
-    failed = {f"run {name}": why for name, why in runner.failed.items()}
     states = _states(sweep)
     best = [run for runs in best_runs(sweep, states).values() for run in runs]
     report = report_folder(sweep)
@@ -99,11 +103,15 @@ def _run(sweep: Sweep, states: dict[str, State], slots: list[Slot], summary_s: f
     logger.info(f"losses, in {report / LOSS_TABLE}\n{table}")
     if sweep.analyze is not None and "the analysis" not in failed and best:
         logger.info(f"report {report}")
+    _say_failed(failed)
+    return 1 if failed else 0
+
+
+def _say_failed(failed: dict[str, str]) -> None:
     for what, why in failed.items():
         sys.stderr.write(f"flame: error: {what} failed, {why}\n")
     if failed:
         sys.stderr.write("flame: error: the same command tries again what failed, and that alone\n")
-    return 1 if failed else 0
 
 
 def _states(sweep: Sweep) -> dict[str, State]:

@@ -343,6 +343,17 @@ def test_one_group_needs_no_numa_nodes(build):
     assert [slot.env["HIP_VISIBLE_DEVICES"] for slot in slots] == ["0", "1"]
 
 
+def test_visible_gpus_keep_their_names(build, monkeypatch):
+    build()
+    known = {"ngpu": 1, "parallel": True, "allow_cross_numa": False}
+    # HIP reads CUDA's variable where its own is not set
+    slots = find_slots(**known, env={"CUDA_VISIBLE_DEVICES": "5, 2"})
+    assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "5"]
+    monkeypatch.setattr(gpus, "addresses", lambda env: [machine.address(5)])
+    with pytest.raises(UsageError, match="must name GPUs of this machine, got '5,9', of which"):
+        find_slots(**known, env={"HIP_VISIBLE_DEVICES": "5,9"})
+
+
 def test_variables_of_another_launch_are_refused(monkeypatch, capsys, write):
     require_own_variables({"HIP_VISIBLE_DEVICES": "0"})
     monkeypatch.setenv("MASTER_PORT", "29501")

@@ -102,6 +102,8 @@ class Runner:
                     self._next_summary = time.monotonic() + self._summary_s
                     logger.info(self._summary())
                 time.sleep(_POLL_S)
+            # what was heard while the last run ended
+            self._pass_on()
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -124,8 +126,9 @@ class Runner:
             self.stopped = self.stopped or number
             for job in self.running:
                 job.process.send_signal(number)
-            names = ", ".join(job.run.name for job in self.running) or "nothing"
-            logger.info(f"{number.name}: passed on, waiting for {names} to save and end")
+            names = ", ".join(job.run.name for job in self.running)
+            wait = f"passed on, waiting for {names} to save and end" if names else "no run to stop"
+            logger.info(f"{number.name}: {wait}")
 
     def _start(self, run: Run, slot: Slot) -> None:
         run.log.parent.mkdir(parents=True, exist_ok=True)
