@@ -21,7 +21,6 @@ from small_model import write_model, write_text
 from flame import gpus, placement, sweep, topology
 from flame.data import open_data
 from flame.errors import UsageError
-from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
 from flame.sweeps import check, report, runner
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import read_sweep
@@ -257,8 +256,6 @@ def shipped():
 
 @pytest.mark.parametrize("file", shipped(), ids=lambda file: file.stem)
 def test_every_shipped_sweep_can_be_built(file, monkeypatch):
-    if "attn_sink" not in SoftpickTransformerConfig.__annotations__ and file.stem != "tiny":
-        pytest.skip("the arms of this sweep are not there yet")
     monkeypatch.chdir(ROOT)
     sizes = check.measure_arms(read_sweep(file.relative_to(ROOT)))
     # the arms differ in parameters by what an arm adds alone
@@ -578,8 +575,10 @@ def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
 
 
 def test_arms_of_a_seed_start_alike(write, tmp_path):
-    """The weights of step 0 to the bit, and the batches."""
-    found = read_sweep(write(("seeds = [1]", "seeds = [1, 2]")))
+    """The weights of step 0 to the bit, those aside that an arm adds, and the batches."""
+    fields = 'attn_impl = "naive_softmax_attn"\nattn_gate = true\nattn_sink = true'
+    file = write(("seeds = [1]\n", f"[arms.more]\n{fields}\n"))
+    found = read_sweep(file)
     weights, batches = {}, {}
     (tmp_path / "out/models").mkdir(parents=True)
     for arm in found.arms:
@@ -595,13 +594,13 @@ def test_arms_of_a_seed_start_alike(write, tmp_path):
         key = run.arm, run.seed
         weights[key] = {name: p.detach().clone() for name, p in model.named_parameters()}
         batches[key] = [next(loader)[0]["input"] for _ in range(3)]
-        assert isinstance(model.hf, SoftpickTransformerForCausalLM)
     for seed in (1, 2):
-        one, other = weights["softmax", seed], weights["softpick", seed]
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
-        pairs = zip(batches["softmax", seed], batches["softpick", seed], strict=True)
-        assert all(torch.equal(x, y) for x, y in pairs)
+        one = weights["softmax", seed]
+        assert one.keys() == weights["softpick", seed].keys() < weights["more", seed].keys()
+        for arm in ("softpick", "more"):
+            assert all(torch.equal(one[name], weights[arm, seed][name]) for name in one)
+            pairs = zip(batches["softmax", seed], batches[arm, seed], strict=True)
+            assert all(torch.equal(x, y) for x, y in pairs)
     name = "lm_head.weight"
     assert not torch.equal(weights["softmax", 1][name], weights["softmax", 2][name])
     assert not torch.equal(batches["softmax", 1][0], batches["softmax", 2][0])
