@@ -17,7 +17,7 @@ from flame.config import parse_args
 from flame.errors import UsageError, exit_on_usage_error
 from flame.folder_lock import wait_until_free
 from flame.log import init_logger, logger
-from flame.stop import STOP_SIGNALS
+from flame.stop import STOP_SIGNALS, stop_signals
 
 # the machines of a run start at different times, on a busy cluster minutes apart
 RENDEZVOUS_TIMEOUT_S = 900
@@ -114,7 +114,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, _pass_on)
     try:
         torchrun.run(torchrun.parse_args([*args, *argv]))

@@ -16,6 +16,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _SAME_REQUEST_S = 5
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """`STOP_SIGNALS`, without SIGHUP where it is ignored: that is what nohup asks for."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(s for s in STOP_SIGNALS if not (is_ignored and s == signal.SIGHUP))
+
+
 class StopRequest:
     """What this process has heard, and what all ranks have agreed on.
 
@@ -32,7 +38,7 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """While this lasts, a stop signal is noted and not obeyed."""
-        handlers = {s: signal.signal(s, self._hear) for s in STOP_SIGNALS}
+        handlers = {s: signal.signal(s, self._hear) for s in stop_signals()}
         try:
             yield
         finally:

@@ -208,21 +208,34 @@ def test_a_signal_saves_what_was_trained(flags, whole, tmp_path, number):
     assert_same_curve(run, whole)
 
 
-def test_the_launcher_passes_on_sigusr1(flags, tmp_path):
+def test_the_launcher_passes_on_sigusr1_and_lets_nohup_ignore_sighup(flags, tmp_path):
     folder = tmp_path / "run"
     words = [f"--{flag}={value}" for flag, value in flags.items()]
     env = os.environ | {"NGPU": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     with subprocess.Popen(
-        ["bash", "train.sh", *words, f"--job.dump_folder={folder}", "--training.steps=100000"],
+        [
+            "nohup",
+            "bash",
+            "train.sh",
+            *words,
+            f"--job.dump_folder={folder}",
+            "--training.steps=100000",
+        ],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not steps(folder) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # as a terminal that closes sends it, to every process
+        os.killpg(process.pid, signal.SIGHUP)
+        seen = max(steps(folder))
+        while max(steps(folder)) == seen and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)
         output = process.communicate(timeout=60)[0]

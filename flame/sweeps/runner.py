@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from flame.log import logger
-from flame.stop import STOP_SIGNALS
+from flame.stop import STOP_SIGNALS, stop_signals
 from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State, read_state
@@ -110,9 +110,7 @@ class Runner:
         def hear(number: int, frame: FrameType | None) -> None:
             self._heard.append(number)
 
-        # what nohup ignores stays ignored
-        listened = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {s: signal.signal(s, hear) for s in listened}
+        before = {s: signal.signal(s, hear) for s in stop_signals()}
         try:
             yield
         finally:

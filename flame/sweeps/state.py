@@ -8,6 +8,7 @@ from typing import Any
 
 from flame.errors import UsageError
 from flame.sweeps.plan import Run
+from flame.writers import METRICS_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class State:
 
 def read_state(run: Run, since: float = 0.0) -> State:
     """The state of a run, with the speed of what it did after the time ``since``."""
-    records = _read_metrics(run.folder / "metrics.jsonl")
+    records = _read_metrics(run.folder / METRICS_FILE)
     steps = run.config.training.steps
     final = [x["validation_loss"] for x in records if x["step"] == steps and "validation_loss" in x]
     trained = [x for x in records if "loss" in x]
