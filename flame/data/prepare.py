@@ -195,6 +195,34 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise _Stopped(number)
 
 
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the data flags of training, for one source; `one_source` reads them."""
+    for flag, dest, default, text in (
+        ("dataset", "dataset", None, "file, folder, Hugging Face name or python-docs"),
+        ("dataset_name", "name", None, "configuration of a Hugging Face dataset"),
+        ("dataset_split", "split", "train", "split of a Hugging Face dataset"),
+        ("data_dir", "data_dir", None, "folder within a Hugging Face dataset"),
+        ("data_files", "data_files", None, "files of it, or a glob pattern in a folder"),
+    ):
+        text += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(f"--training.{flag}", dest=dest, default=default, help=text)
+
+
+def one_source(args: argparse.Namespace) -> DataSource:
+    """The source that the flags of `add_source_flags` name.
+
+    Raises:
+        UsageError: They name several.
+    """
+    if "," in args.dataset:
+        raise UsageError(
+            f"--training.dataset must be one source, got {args.dataset!r}; prepare a folder for each"
+        )
+    return DataSource(
+        args.dataset, args.name, args.split, args.data_dir, args.data_files, SHARE_UNITS
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m flame.data.prepare",
@@ -203,16 +231,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="folder to write, which must not exist")
     parser.add_argument("--verify", type=Path, help="check a finished folder instead")
-    for flag, dest, default, text in (
-        ("model.tokenizer_path", "tokenizer_path", "byte", 'folder, hub name or "byte"'),
-        ("training.dataset", "dataset", None, "file, folder, Hugging Face name or python-docs"),
-        ("training.dataset_name", "name", None, "configuration of a Hugging Face dataset"),
-        ("training.dataset_split", "split", "train", "split of a Hugging Face dataset"),
-        ("training.data_dir", "data_dir", None, "folder within a Hugging Face dataset"),
-        ("training.data_files", "data_files", None, "files of it, or a glob pattern in a folder"),
-    ):
-        text += "" if default is None else " (default: %(default)s)"
-        parser.add_argument(f"--{flag}", dest=dest, default=default, help=text)
+    parser.add_argument(
+        "--model.tokenizer_path",
+        dest="tokenizer_path",
+        default="byte",
+        help='folder, hub name or "byte" (default: %(default)s)',
+    )
+    add_source_flags(parser)
     parser.add_argument(
         "--num_proc", type=int, default=1, help="processes that tokenize (default: %(default)s)"
     )
@@ -238,13 +263,7 @@ def main() -> None:
             raise UsageError(f"--out must be the name of a new folder, got {str(args.out)!r}")
         if args.num_proc < 1:
             raise UsageError(f"--num_proc must be at least 1, got {args.num_proc}")
-        if "," in args.dataset:
-            raise UsageError(
-                f"--training.dataset must be one source, got {args.dataset!r}; prepare a folder for each"
-            )
-        source = DataSource(
-            args.dataset, args.name, args.split, args.data_dir, args.data_files, SHARE_UNITS
-        )
+        source = one_source(args)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _stop)
         try:
