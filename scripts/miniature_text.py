@@ -130,10 +130,6 @@ def write(
                 part = "heldout" if held_out else "train"
                 counts[f"{part}_documents"] += 1
                 counts[f"{part}_characters"] += len(text)
-            if not counts["train_documents"] + counts["heldout_documents"]:
-                raise UsageError(
-                    f"--packages: nothing of {package.name} {versions[package.name]} is left: not prose, or all repeated"
-                )
             logger.info(
                 f"{package.name} {versions[package.name]}: {counts['train_characters']:,} characters"
             )
@@ -145,6 +141,15 @@ def write(
                     **counts,
                 }
             )
+    empty = [
+        f"{entry['package']} {entry['version']}"
+        for entry in entries
+        if not entry.keys() & {"train_documents", "heldout_documents"}
+    ]
+    if empty:
+        raise UsageError(
+            f"--packages: nothing is left of {', '.join(empty)}: not prose, skipped or repeated; take them off the list"
+        )
     manifest = {"packages": entries, "files": {}}
     for held_out, name in ((False, "train.jsonl"), (True, "heldout.jsonl")):
         # shuffled, so that the end of the file, which a run may hold out, is of every package

@@ -350,7 +350,7 @@ def test_a_missing_package_is_an_error_unless_allowed(debian, monkeypatch, capsy
         (LIST.replace("b-doc = ", "e-doc = "), "[only] names e-doc, which is in no genre"),
         ("genres", "list.toml: "),
         # Debian's page is all that there is of b-doc
-        (LIST.replace("*/en/*", "*/fr/*"), "nothing of b-doc 1:2-3 is left"),
+        (LIST.replace("*/en/*", "*/fr/*"), "nothing is left of b-doc 1:2-3: "),
     ],
 )
 def test_errors_of_the_list(debian, monkeypatch, capsys, text, message):
