@@ -64,7 +64,7 @@ def files(deb: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=None)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("E:")]
         raise UsageError(

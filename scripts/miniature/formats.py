@@ -198,11 +198,9 @@ def catalogue_documents(data: bytes) -> Iterator[list[Block]]:
     magic = struct.unpack_from("<I", data)[0]
     order = "<" if magic == 0x950412DE else ">"
     count, start = struct.unpack_from(f"{order}2I", data, 8)
-    for_each = (struct.unpack_from(f"{order}2I", data, start + 8 * i) for i in range(1, count))
+    places = (struct.unpack_from(f"{order}2I", data, start + 8 * i) for i in range(1, count))
     # a context before \4 and plural forms behind \0 are not running text; nor are marks like <b>
-    strings = (
-        data[at : at + size].partition(b"\0")[0].rpartition(b"\4")[2] for size, at in for_each
-    )
+    strings = (data[at : at + size].partition(b"\0")[0].rpartition(b"\4")[2] for size, at in places)
     texts = (re.sub(r"<[^<>]*>", "", _text(string)) for string in strings)
     yield from _groups(
         Block(" ".join(part.split())) for text in texts for part in text.split("\n\n")
