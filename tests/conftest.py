@@ -15,13 +15,17 @@ if not HAS_GPU:
     repair()
 
 
-@pytest.fixture(autouse=True)
-def _logger_as_it_was():
+def _keep_logger():
     """Entry points that a test calls set up the program's logger, with a stream that ends with the test."""
     logger = logging.getLogger("flame")
     before = logger.handlers, logger.level, logger.propagate
     yield
     logger.handlers, logger.level, logger.propagate = before
+
+
+# for fixtures of modules, which call entry points too, and for each test
+_logger_of_module = pytest.fixture(autouse=True, scope="module")(_keep_logger)
+_logger_of_test = pytest.fixture(autouse=True)(_keep_logger)
 
 
 @pytest.fixture

@@ -98,6 +98,8 @@ def _words(flag, value):
 
 
 def _process(argv, rank, processes, port, run, tamper, pace):
+    # pytest itself may run under nohup, which the run would obey
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with run.log.open("a") as log:

@@ -199,6 +199,38 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
+def test_packed_rows_are_the_rows_alone(model):
+    ids, _, _ = prompts([5, 3, 6], "left")
+    alone = [row[-length:][None] for row, length in zip(ids, (5, 3, 6), strict=True)]
+    bounds = torch.tensor([0, 5, 8, 14], dtype=torch.int32)
+    # what DataCollatorWithFlattening gives
+    packed = model(
+        torch.cat(alone, 1),
+        position_ids=torch.cat([torch.arange(x.shape[1]) for x in alone])[None],
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        use_cache=False,
+    ).logits
+    expected = torch.cat([model(x, use_cache=False).logits for x in alone], 1)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_step_compiles_into_one_graph():
+    model = model_of(FAMILIES["llama"]).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids, _, _ = prompts([9, 9], "left")
+    gradients = []
+    for f in model, compiled:
+        model.zero_grad()
+        f(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    # a graph cannot look at positions when it is made, and does when it runs
+    with pytest.raises(RuntimeError, match="positions that restart"):
+        compiled(ids, position_ids=torch.arange(9).remainder(4)[None], use_cache=False)
+
+
 def test_layers_spread_by_a_device_map_compute_the_same(tmp_path):
     model = model_of(FAMILIES["llama"])
     model.save_pretrained(tmp_path / "model")
@@ -259,7 +291,7 @@ def test_what_cannot_be_right_is_refused():
         model(ids, attention_mask=holes)
     with pytest.raises(NotImplementedError, match=r"not a mask of shape \(2, 1, 8, 8\)"):
         model(ids, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q"):
+    with pytest.raises(NotImplementedError, match="positions that restart .* pass cu_seq_lens_q"):
         # two sequences packed in a row
         model(ids, position_ids=torch.arange(8).remainder(4)[None], use_cache=False)
     model.config.attention_dropout = 0.1

@@ -15,7 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import fla.ops.attn.softpick as softpick_ops
 from fla.ops.attn.softpick import NORMALIZERS
 from flame.errors import UsageError
-from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
+from flame.models.key_ranges import (
+    MAYBE_PACKED,
+    KeyRanges,
+    attend,
+    causal_key_ranges,
+    require_one_sequence,
+    weights,
+)
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     name: getattr(softpick_ops, name)
@@ -76,7 +83,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
         query: torch.Tensor,  # [B, HQ, T, K]
         key: torch.Tensor,  # [B, H, S, K]
         value: torch.Tensor,  # [B, H, S, V]
-        attention_mask: KeyRanges | torch.Tensor | None,
+        attention_mask: KeyRanges | torch.Tensor | str | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
@@ -105,6 +112,10 @@ def attention_forward(name: str) -> Callable[..., Any]:
             )
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         options = {"window_size": sliding_window, "sink_bias": s_aux}
+        if attention_mask is MAYBE_PACKED:
+            attention_mask = None
+            if cu_seqlens is None:
+                require_one_sequence(name, kwargs.get("position_ids"))
         if attention_mask is not None and cu_seqlens is not None:
             raise NotImplementedError(f"{name} takes packed sequences or padded rows, not both")
         w = None

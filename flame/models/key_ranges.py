@@ -43,6 +43,25 @@ class KeyRanges(NamedTuple):
         return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]
 
 
+MAYBE_PACKED = "packed"
+"""In place of a mask: positions restart within a row, or a graph is traced, where transformers cannot look whether they do."""
+
+
+def require_one_sequence(name: str, position_ids: torch.Tensor | None) -> None:
+    """Where `MAYBE_PACKED` comes without bounds: positions ``[B, T]`` must not restart.
+
+    Raises:
+        NotImplementedError: They do, or there are none; in a compiled graph an assertion of the device.
+    """
+    message = (
+        f"{name} got positions that restart within a row: for packed sequences pass cu_seq_lens_q and cu_seq_lens_k "
+        "too, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
+    )
+    if position_ids is None or not torch.compiler.is_compiling():
+        raise NotImplementedError(message)
+    torch._assert_async((position_ids.diff() == 1).all(), message)
+
+
 class Reads:
     """How much of the cached values decoding has read, or the reference would have had to read."""
 
@@ -82,26 +101,31 @@ def causal_key_ranges(
     kv_length: int,
     q_offset: int | torch.Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: "torch.Tensor | KeyRanges | None" = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     config: Any = None,
     device: torch.device | None = None,
     **kwargs: Any,
-) -> KeyRanges | None:
+) -> KeyRanges | str | None:
     """What transformers calls for a causal mask; None where position alone says it, outside of generation.
 
     Raises:
-        NotImplementedError: A mask that is neither causal nor padding, or holes within a row.
+        NotImplementedError: A mask that is neither causal nor packed nor padding, or holes within a row.
     """
     if isinstance(attention_mask, KeyRanges):
         return attention_mask
     is_static = isinstance(q_offset, torch.Tensor)
     # for one query transformers forbids to leave a mask out where it compiles
-    if use_vmap or (not allow_is_causal_skip and q_length > 1):
+    if not allow_is_causal_skip and q_length > 1:
+        # positions that restart come as an "and" around the whole mask; blocks that see each other as an "or"
+        if not use_vmap and mask_function.__qualname__.startswith("and_masks"):
+            return MAYBE_PACKED
+        use_vmap = True
+    if use_vmap:
         raise NotImplementedError(
-            "softpick attention takes causal masks and padding only; for packed sequences pass cu_seq_lens_q and "
-            "cu_seq_lens_k"
+            "softpick attention takes causal masks, packed rows and padding only"
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise NotImplementedError(
