@@ -7,6 +7,7 @@ docs/softpick/ANALYSIS.md.
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -24,10 +25,12 @@ from flame.analysis.arguments import (
     find_models,
     head_of,
     labels_of,
+    own_flags,
     parser,
+    prepare_out,
     require_out,
 )
-from flame.analysis.curves import find_curves, record_curves
+from flame.analysis.curves import Curves, read_curves, record_curves
 from flame.analysis.heads import Thresholds
 from flame.analysis.measure import loss_of, measure, perplexity, record_maps
 from flame.analysis.models import Model
@@ -70,7 +73,11 @@ def _choose_heads(recorder: Recorder, length: int) -> dict[tuple[int, int], str]
 
 
 def _measure_all(
-    args: argparse.Namespace, models: list[Model], labels: list[str], samples: Samples
+    args: argparse.Namespace,
+    models: list[Model],
+    labels: list[str],
+    samples: Samples,
+    curves: list[Curves],
 ) -> list[dict[str, Any]]:
     """The records of every model, one model in memory at a time."""
     lengths = sorted(args.lengths)
@@ -99,8 +106,8 @@ def _measure_all(
                 raise UsageError(f"--model {source.path}: {error}") from None
             parameters = sum(p.numel() for p in model.parameters())
             recorder.add("model", parameters, **source.fields())
-            if args.run is not None:
-                record_curves(find_curves(args.run[number]), recorder)
+            if curves:
+                record_curves(curves[number], recorder)
             loss = next(r for r in recorder.records if r["metric"] == "loss")["value"]
             with tqdm.external_write_mode():
                 logger.info(f"{label}  {source.path}  loss {loss:.4f} at {lengths[0]} tokens")
@@ -127,7 +134,10 @@ def _measure_robustness(
             "seed": 0,
         }
         for length in sorted(args.passkey_lengths):
-            shares = passkey_accuracy(model, source.tokenizer, length, **options)
+            try:
+                shares = passkey_accuracy(model, source.tokenizer, length, **options)
+            except UsageError as error:
+                raise UsageError(f"--passkey_lengths {length}: {error}") from None
             for depth, share in shares.items():
                 recorder.add("passkey", share, length=length, depth=depth)
             losses = passkey_loss(model, source.tokenizer, length, **options)
@@ -141,7 +151,10 @@ def _measure_robustness(
         longest = max(args.lengths)
         for bits in sorted(args.bits):
             quantized = source.load()
-            quantize_weights(quantized, bits)
+            try:
+                quantize_weights(quantized, bits)
+            except UsageError as error:
+                raise UsageError(f"--bits {bits}: --model {source.path}: {error}") from None
             loss = loss_of(quantized, samples.tokens[:, : longest + 1], tick=tick)
             recorder.add("perplexity", perplexity(loss), length=longest, bits=bits)
 
@@ -173,8 +186,7 @@ def _analyze(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     labels = labels_of(args)
     models = find_models(args, labels, device)
-    for run in args.run or []:
-        find_curves(run)
+    curves = [read_curves(run) for run in args.run or []]
     samples = read_samples(
         args.data,
         models[0].tokenizer,
@@ -192,9 +204,9 @@ def _analyze(args: argparse.Namespace) -> None:
         f"{args.samples} sequences from the last {samples.share_from_end:.2%} of {args.data}, "
         f"{samples.num_documents} documents"
     )
-    records = _measure_all(args, models, labels, samples)
+    prepare_out(args.out)
+    records = _measure_all(args, models, labels, samples, curves)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
         write_records(args.out / RECORDS_FILE, [_setup(args, samples, device), *records])
     except OSError as error:
         raise UsageError(f"--out {args.out} cannot be written: {error}") from None
@@ -202,9 +214,25 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _render(out: Path) -> None:
     results = Results(read_records(out / RECORDS_FILE))
-    for name, text in (("report.md", tables.report(results)), ("report.html", html.page(results))):
-        (out / name).write_text(text, encoding="utf-8")
+    texts = {"report.md": tables.report(results), "report.html": html.page(results)}
+    for name, text in texts.items():
+        try:
+            (out / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be written: {error}") from None
         logger.info(f"written to {out / name}")
+
+
+def _render_again(out: Path) -> None:
+    try:
+        _render(out)
+    except UsageError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # a key that is missing or of another type is met where it is drawn
+        raise UsageError(
+            f"--report_only: {out / RECORDS_FILE} is damaged or of another version, measure again: {error!r}"
+        ) from error
 
 
 def main() -> None:
@@ -212,12 +240,17 @@ def main() -> None:
     init_logger()
     with exit_on_usage_error():
         args = parser().parse_args()
-        if args.report_only:
-            if len(sys.argv) > 4:
-                raise UsageError("--report_only takes --out and no other flag")
-        else:
-            _analyze(args)
-        _render(args.out)
+        try:
+            if args.report_only:
+                if own_flags(args):
+                    raise UsageError("--report_only takes --out and no other flag")
+                _render_again(args.out)
+            else:
+                _analyze(args)
+                _render(args.out)
+        except KeyboardInterrupt:
+            logger.info("SIGINT: nothing was written to --out; the same command starts again")
+            sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

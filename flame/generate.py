@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers import AutoTokenizer, PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
@@ -21,20 +20,17 @@ import flame.models  # teaches transformers the model
 from flame.cli import Parser
 from flame.errors import UsageError, exit_on_usage_error
 from flame.models.key_ranges import count_reads
+from flame.models.loading import READING_ERRORS, load_model, unreadable
 
 
 def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
     """The exported model in ``folder``, ready to generate, and its tokenizer.
 
     Raises:
-        UsageError: The model has weights that are not finite.
+        UsageError: The model has weights that are not finite, or not all of them.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    for name, x in model.named_parameters():
-        if not x.isfinite().all():
-            raise UsageError(f"the model in {folder} cannot write: {name} is not finite")
-    return model, tokenizer
+    return load_model(folder).to(device).eval(), tokenizer
 
 
 @torch.no_grad()
@@ -151,11 +147,8 @@ def main() -> None:
             model, tokenizer = load(args.model, device)
         except UsageError:
             raise
-        # files that are missing or damaged, in the words of transformers, tokenizers and safetensors
-        except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
-            raise UsageError(
-                f"--model {args.model} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from None
+        except READING_ERRORS as error:
+            raise unreadable(args.model, error) from None
     torch.manual_seed(args.seed)
     try:
         if not args.interactive:

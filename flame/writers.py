@@ -37,6 +37,30 @@ def strict_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(finite(value), allow_nan=False, indent=indent)
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """What `JsonLines` wrote, of a run that may be writing it, or that a kill ended within a line.
+
+    Raises:
+        UsageError: It cannot be read, or another line than the last, unfinished one is damaged.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error}") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if not line.endswith("\n"):
+                break
+            raise UsageError(f"{file}, line {number} is damaged: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UsageError(f"{file}, line {number} is damaged: it is no object with a step")
+        records.append(record)
+    return records
+
+
 class JsonLines:
     """One object a line: ``step``, ``time`` (seconds since 1970) and the numbers, written out at once.
 
@@ -51,16 +75,9 @@ class JsonLines:
         kept, self.done = [], set()
         self.start_step = start_step
         if file.exists():
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    if number == len(lines):
-                        break
-                    raise UsageError(f"{file}, line {number} is damaged: {error}") from None
+            for record in read_metrics(file):
                 if record["step"] <= start_step:
-                    kept.append(line + "\n")
+                    kept.append(strict_json(record) + "\n")
                 if record["step"] == start_step:
                     self.done |= record.keys()
         temporary = file.with_name(f"{file.name}.tmp")

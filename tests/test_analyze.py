@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import types
 from html.parser import HTMLParser
@@ -9,13 +10,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from small_model import write_model, write_text
 from transformers import LlamaConfig, LlamaForCausalLM
 from word_tokenizer import word_tokenizer
 
 from flame import analyze
 from flame.analysis import html, tables
-from flame.analysis.curves import MAX_POINTS, record_curves
+from flame.analysis.curves import MAX_POINTS, read_curves, record_curves
 from flame.analysis.records import KEYS, Mean, Recorder, Results, mean_of, read_records
 from flame.analysis.samples import read_samples
 from flame.analysis.svg import Axis, Line, heat_map, level, line_chart
@@ -345,14 +347,22 @@ def test_long_curves_are_thinned_and_damaged_ones_named(tmp_path):
     lines = [json.dumps({"step": n, "time": 0, "loss": 1.0 * n, "other": 1}) for n in range(1000)]
     file.write_text("\n".join(lines))
     recorder = Recorder("m", "l")
-    record_curves(file, recorder)
+    record_curves(read_curves(tmp_path), recorder)
     steps = [r["step"] for r in recorder.records]
     assert len(steps) <= MAX_POINTS
     assert (steps[0], steps[-1]) == (0, 999)
     assert all(r["value"] == r["step"] for r in recorder.records)
-    file.write_text("\n".join([*lines, "{"]))
-    with pytest.raises(UsageError, match="line 1001 is damaged"):
-        record_curves(file, recorder)
+    # a run that writes now, or was killed
+    file.write_text("\n".join([*lines, '{"step": 10']))
+    assert len(read_curves(tmp_path)["loss"]) == 1000
+    for damage, message in (
+        ("{", "line 1001 is damaged"),
+        ("[1]", "line 1001 is damaged: it is no object with a step"),
+        ('{"step": 1, "loss": "x"}', "loss must be a number, got 'x'"),
+    ):
+        file.write_text("\n".join([*lines, damage, ""]))
+        with pytest.raises(UsageError, match=f"--run .*{message}"):
+            read_curves(tmp_path)
 
 
 def test_mean_and_spread_over_seeds():
@@ -395,6 +405,7 @@ def test_charts_place_what_they_are_given():
         (["--samples", "9999"], "--samples 9999: --data .* sequences of 16 tokens"),
         (["--sink_eps", "1.5"], "--sink_eps must be above 0 and below 1, got 1.5"),
         (["--label", "a", "b"], "--label must have one value for each of the 1 of --model, got 2"),
+        (["--label", " "], "--label must name an arm, got ' '"),
         (["--heatmap_heads", "1"], "--heatmap_heads must be layer.head, such as 3.5, got 1"),
         (["--heatmap_heads", "2.0"], "--heatmap_heads 2.0: .* layers 0 to 1 and heads 0 to 3"),
         (["--attn_implementation", "x"], "--attn_implementation must be own or one of .*; got x"),
@@ -404,11 +415,18 @@ def test_charts_place_what_they_are_given():
         (["--run", "/nowhere"], "--run /nowhere must be the --job.dump_folder of one run: no file"),
         (["--bits", "5"], "argument --bits: invalid choice: 5"),
         (["--first_token", "pad"], "argument --first_token: invalid choice: 'pad'"),
+        (["--out", "/proc/none"], "--out /proc/none cannot be written"),
         (["--out", "/etc"], "--out /etc holds files and no records.jsonl"),
+        (["--run", "{empty}"], "--run .*empty: .*metrics.jsonl has none of loss"),
         (["--report_only"], "--report_only takes --out and no other flag"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(models, monkeypatch, capfd, tmp_path, words, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/metrics.jsonl").touch()
+    words = [word.format(empty=tmp_path / "empty") for word in words]
+    # before any model is loaded
+    monkeypatch.setattr(analyze, "_measure_all", None)
     given = {"--model": models / "softpick-0/hf", "--data": models / "text.txt"}
     given |= {"--lengths": 16, "--out": tmp_path / "out"}
     given = [x for flag, value in given.items() if flag not in words for x in (flag, value)]
@@ -436,11 +454,73 @@ def test_models_that_do_not_go_together_are_refused(models, monkeypatch, capfd, 
     assert re.search(r"--model .*softmax-0/hf cannot be read: SafetensorError", line)
 
 
+def test_a_model_that_is_not_whole_is_refused(models, monkeypatch, capfd, tmp_path):
+    folder = tmp_path / "hf"
+    shutil.copytree(models / "softpick-0/hf", folder)
+    options = ["--model", folder, "--data", models / "text.txt", "--lengths", 16]
+    options += ["--samples", 1, "--out", tmp_path / "out"]
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for change, message in (
+        ({name: None}, f"{name} is missing from its weights"),
+        ({name: torch.ones(3, 3)}, f"{name} has another shape than config.json says"),
+        ({"model.gate": torch.ones(3)}, "model.gate is in its weights, but no part of the model"),
+        ({name: whole[name] * torch.nan}, f"{name} is not finite"),
+    ):
+        weights = {key: x for key, x in (whole | change).items() if x is not None}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        assert f"--model {folder}: " in (line := refused(monkeypatch, capfd, *options))
+        assert message in line
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    line = refused(monkeypatch, capfd, *options, "--passkey_lengths", 50)
+    assert re.search("--passkey_lengths 50: length must be at least [0-9]+ tokens", line)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert "must hold the model's tokenizer" in refused(monkeypatch, capfd, *options)
+    for config, message in (("[]", "must be an object"), ('{"model_type": "resnet"}', "a decoder")):
+        load_tokenizer("byte").save_pretrained(folder)
+        (folder / "config.json").write_text(config)
+        assert message in refused(monkeypatch, capfd, *options)
+
+
+def test_an_interrupted_analysis_leaves_the_earlier_report(models, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "records.jsonl").write_text("earlier")
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyze, "measure", interrupt)
+    words = ["--model", models / "softpick-0/hf", "--data", models / "text.txt", "--lengths", 16]
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *words, "--samples", 1, "--out", out)
+    assert end.value.code == 130
+    assert [(x.name, x.read_text()) for x in out.iterdir()] == [("records.jsonl", "earlier")]
+
+
 def test_records_that_are_none_are_refused(monkeypatch, capfd, tmp_path):
     assert "cannot be read" in refused(monkeypatch, capfd, "--out", tmp_path, "--report_only")
     (tmp_path / "records.jsonl").write_text('{"metric": "loss"}\n')
     line = refused(monkeypatch, capfd, "--out", tmp_path, "--report_only")
     assert "records.jsonl, line 1 lacks one of metric, model, label" in line
+
+
+@pytest.mark.parametrize(
+    ("metric", "change"),
+    [("setup", {"sink_eps": None}), ("kurtosis", {"layer": "x"}), ("loss", {"value": "x"})],
+)
+def test_damaged_records_are_refused_and_the_report_stays(
+    report, monkeypatch, capfd, tmp_path, metric, change
+):
+    records = read_records(report / "records.jsonl")
+    next(r for r in records if r["metric"] == metric).update(change)
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    line = refused(monkeypatch, capfd, f"--out={tmp_path}", "--report_only")
+    assert f"--report_only: {tmp_path}/records.jsonl is damaged or of another version" in line
+    assert [x.name for x in tmp_path.iterdir()] == ["records.jsonl"]
+    line = refused(monkeypatch, capfd, f"--out={tmp_path}", "--report_only", "--held_out")
+    assert "--report_only takes --out and no other flag" in line
 
 
 def test_an_arm_that_was_not_measured_everywhere_leaves_a_gap(report):

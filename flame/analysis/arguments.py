@@ -1,6 +1,7 @@
 """The flags of `flame.analyze`, and everything about them that can be wrong before a model is loaded."""
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from flame.analysis.models import OWN, Model, find_model
@@ -128,6 +129,12 @@ def parser() -> Parser:
     return flags
 
 
+def own_flags(args: argparse.Namespace) -> bool:
+    """Whether there is any flag beside --report_only and --out."""
+    bare = parser().parse_args(["--report_only", "--out", str(args.out)])
+    return bare != args
+
+
 def check(args: argparse.Namespace) -> None:
     """Raises UsageError where a value is wrong by itself or beside another."""
     if not args.model:
@@ -153,6 +160,9 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{flag} must have one value for each of the {len(args.model)} of --model, got {len(values)}"
             )
+    for label in args.label or []:
+        if not label.strip():
+            raise UsageError(f"--label must name an arm, got {label!r}")
     if len(args.attn_implementation) not in (1, len(args.model)):
         raise UsageError(
             f"--attn_implementation must have one value, or one for each of the {len(args.model)} of --model, got "
@@ -175,6 +185,20 @@ def require_out(out: Path) -> None:
         raise UsageError(
             f"--out {out} holds files and no {RECORDS_FILE}; name a new folder or one of an earlier report"
         )
+
+
+def prepare_out(out: Path) -> None:
+    """Makes the folder, before the work that a report without one would throw away.
+
+    Raises:
+        UsageError: It cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error}") from None
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:

@@ -1,21 +1,23 @@
 """Training curves of runs as records."""
 
-import json
 from pathlib import Path
 
 from flame.analysis.records import Recorder
 from flame.errors import UsageError
-from flame.writers import METRICS_FILE
+from flame.writers import METRICS_FILE, read_metrics
 
 _NAMES = ("loss", "validation_loss", "grad_norm")
 MAX_POINTS = 400
 
+Curves = dict[str, list[tuple[int, float | None]]]
+"""Name -> step and value; None where it was not finite."""
 
-def find_curves(run: Path) -> Path:
-    """The file of numbers below a run's folder.
+
+def read_curves(run: Path) -> Curves:
+    """The losses, gradient norms and attention statistics of a whole model, from the file of numbers below ``run``.
 
     Raises:
-        UsageError: There is none, or several.
+        UsageError: There is no such file, or several, or it is damaged or has none of them.
     """
     files = [run / METRICS_FILE] if (run / METRICS_FILE).is_file() else []
     files = files or sorted(run.rglob(METRICS_FILE))
@@ -24,26 +26,26 @@ def find_curves(run: Path) -> Path:
         raise UsageError(
             f"--run {run} must be the --job.dump_folder of one run: {what} {METRICS_FILE} in it"
         )
-    return files[0]
-
-
-def record_curves(file: Path, recorder: Recorder) -> None:
-    """Adds the losses, gradient norms and attention statistics of a whole model by step.
-
-    Of a long curve evenly spaced points are kept, `MAX_POINTS` about, and the last one.
-    """
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            numbers = json.loads(line)
-            step = numbers["step"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise UsageError(f"--run: {file}, line {number} is damaged: {error}") from None
+    try:
+        records = read_metrics(files[0])
+    except UsageError as error:
+        raise UsageError(f"--run {run}: {error}") from None
+    curves: Curves = {}
+    for numbers in records:
         for name, value in numbers.items():
             if name in _NAMES or (name.startswith("attention/") and name.count("/") == 1):
-                curves.setdefault(name, []).append((step, value))
+                if value is not None and not isinstance(value, int | float):
+                    raise UsageError(
+                        f"--run {run}: {files[0]} is damaged: {name} must be a number, got {value!r}"
+                    )
+                curves.setdefault(name, []).append((numbers["step"], value))
     if not curves:
-        raise UsageError(f"--run: {file} has none of {', '.join(_NAMES)}")
+        raise UsageError(f"--run {run}: {files[0]} has none of {', '.join(_NAMES)}")
+    return curves
+
+
+def record_curves(curves: Curves, recorder: Recorder) -> None:
+    """Adds the curves; of a long one evenly spaced points, `MAX_POINTS` about, and the last one."""
     for name, points in curves.items():
         stride = -(-len(points) // MAX_POINTS)
         kept = points[::stride]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -19,12 +18,13 @@ from flame.data import load_tokenizer
 from flame.errors import UsageError
 from flame.models import SoftpickTransformerConfig, normalizer_of, read_config
 from flame.models.attention import IMPLEMENTATIONS
+from flame.models.loading import READING_ERRORS, load_model, unreadable
 from flame.run_folder import RUN_FILE
 
 OWN = "own"
 """Value of --attn_implementation: what the model's configuration says, and softmax where it says nothing."""
 _SHAPE = "--model.config, "
-_READING = (OSError, ValueError, TypeError, LookupError, SafetensorError)
+_FIELDS = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,18 @@ class Model:
     def fields(self) -> dict[str, Any]:
         """What tells one arm from another."""
         names = ("attn_sink", "attn_gate", "attn_log_scale")
-        shape = ("num_hidden_layers", "num_attention_heads", "hidden_size")
         extra = {name: True for name in names if getattr(self.config, name, False)}
         return (
             {"normalizer": self.normalizer}
             | extra
-            | {name: getattr(self.config, name) for name in shape}
+            | {name: getattr(self.config, name) for name in _FIELDS}
         )
 
     def load(self) -> PreTrainedModel:
         """The model in float32, ready to be measured.
 
         Raises:
-            UsageError: Its files are missing or damaged, or a weight is not finite.
+            UsageError: Its files are missing or damaged, or a weight is missing, has no place or is not finite.
         """
         try:
             if not self.is_checkpoint:
@@ -67,20 +66,17 @@ class Model:
                 out = Path(folder) / "hf"
                 dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)
                 return self._load(out)
-        except UsageError:
-            raise
+        except UsageError as error:
+            raise UsageError(f"--model {self.path}: {error}") from None
         except CheckpointException as error:
-            raise UsageError(f"--model {self.path}: {describe_failure(error)}") from None
-        except _READING as error:
-            raise _unreadable(self.path, error) from None
+            raise UsageError(
+                f"--model {self.path} cannot be read: {describe_failure(error)}"
+            ) from None
+        except READING_ERRORS as error:
+            raise unreadable(self.path, error) from None
 
     def _load(self, folder: Path) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=self.operator
-        )
-        for name, x in model.named_parameters():
-            if not x.isfinite().all():
-                raise UsageError(f"--model {self.path} cannot be measured: {name} is not finite")
+        model = load_model(folder, dtype=torch.float32, attn_implementation=self.operator)
         return model.to(self.device).eval()
 
 
@@ -104,6 +100,11 @@ def find_model(path: Path, attn_implementation: str, device: str) -> Model:
             f"--model {path} must be a Hugging Face folder, such as <dump_folder>/hf, or a checkpoint "
             "<dump_folder>/checkpoint/step-N"
         )
+    for name in (*_FIELDS, "vocab_size"):
+        if not hasattr(config, name):
+            raise UsageError(
+                f"--model {path} must be a decoder of text: its model type {config.model_type} has no {name}"
+            )
     own = getattr(config, "attn_impl", None)
     if own is not None and attn_implementation != OWN:
         raise UsageError(
@@ -121,11 +122,19 @@ def find_model(path: Path, attn_implementation: str, device: str) -> Model:
 def _of_folder(path: Path) -> tuple[Config, Tokenizer]:
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"config.json must be an object, got {type(raw).__name__}")
         is_ours = raw.get("model_type") == SoftpickTransformerConfig.model_type
         config = read_config(path) if is_ours else AutoConfig.from_pretrained(path)
+    except READING_ERRORS as error:
+        raise unreadable(path, error) from None
+    try:
         return config, AutoTokenizer.from_pretrained(path)
-    except _READING as error:
-        raise _unreadable(path, error) from None
+    except READING_ERRORS as error:
+        raise UsageError(
+            f"--model {path} must hold the model's tokenizer, as its save_pretrained writes it: "
+            f"{' '.join(str(error).split())}"
+        ) from None
 
 
 def _of_checkpoint(path: Path) -> tuple[Config, Tokenizer]:
@@ -138,16 +147,12 @@ def _of_checkpoint(path: Path) -> tuple[Config, Tokenizer]:
         )
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise ValueError("it is no object")
         fields = {k.removeprefix(_SHAPE): v for k, v in run.items() if k.startswith(_SHAPE)}
         config = SoftpickTransformerConfig(**fields)
         return config, load_tokenizer(run["--model.tokenizer_path"])
-    except _READING as error:
+    except READING_ERRORS as error:
         raise UsageError(
             f"--model {path}: {file} does not tell its model: {' '.join(str(error).split())}"
         ) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-    return UsageError(
-        f"--model {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"
-    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from flame.errors import UsageError
 from flame.sweeps.plan import Run
-from flame.writers import METRICS_FILE
+from flame.writers import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class State:
 
 def read_state(run: Run, since: float = 0.0) -> State:
     """The state of a run, with the speed of what it did after the time ``since``."""
-    records = _read_metrics(run.folder / METRICS_FILE)
+    file = run.folder / METRICS_FILE
+    records = read_metrics(file) if file.is_file() else []
     steps = run.config.training.steps
     final = [x["validation_loss"] for x in records if x["step"] == steps and "validation_loss" in x]
     trained = [x for x in records if "loss" in x]
@@ -45,27 +46,16 @@ def read_state(run: Run, since: float = 0.0) -> State:
     )
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that a run may be writing."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in text.splitlines(keepends=True):
-        # a kill may cut the last line short, which the run mends when it continues
-        if line.endswith("\n"):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{file} is damaged: {error}") from None
-    return records
-
-
 def _starts(folder: Path) -> list[float]:
     """When the run was started and continued, in seconds since 1970."""
-    records = (json.loads(file.read_text()) for file in (folder / "record").glob("*.json"))
-    return [datetime.fromisoformat(record["start"]).timestamp() for record in records]
+    starts = []
+    for file in (folder / "record").glob("*.json"):
+        try:
+            start = json.loads(file.read_text(encoding="utf-8"))["start"]
+            starts.append(datetime.fromisoformat(start).timestamp())
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UsageError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
+    return starts
 
 
 def _seconds_per_step(
