@@ -27,7 +27,6 @@ from flame.analysis.arguments import (
     labels_of,
     own_flags,
     parser,
-    prepare_out,
     require_out,
 )
 from flame.analysis.curves import Curves, read_curves, record_curves
@@ -42,6 +41,7 @@ from flame.analysis.records import (
     write_records,
 )
 from flame.analysis.samples import Samples, read_samples
+from flame.cli import make_folder
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 
@@ -204,7 +204,7 @@ def _analyze(args: argparse.Namespace) -> None:
         f"{args.samples} sequences from the last {samples.share_from_end:.2%} of {args.data}, "
         f"{samples.num_documents} documents"
     )
-    prepare_out(args.out)
+    make_folder("--out", args.out)
     records = _measure_all(args, models, labels, samples, curves)
     try:
         write_records(args.out / RECORDS_FILE, [_setup(args, samples, device), *records])

@@ -1,6 +1,8 @@
-"""The parser of the small commands: `flame.convert`, `flame.generate`, `flame.data.prepare`."""
+"""What the small commands share: their parser, and the folder that they write."""
 
 import argparse
+import tempfile
+from pathlib import Path
 from typing import Any, NoReturn
 
 from flame.errors import UsageError
@@ -14,3 +16,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} -h lists the flags)")
+
+
+def make_folder(name: str, folder: Path) -> None:
+    """Makes ``folder`` if it is not there, before the work that would be lost without it.
+
+    Args:
+        name: What the user calls it, such as a flag.
+
+    Raises:
+        UsageError: It cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{name} {folder} cannot be written: {error}") from None

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flame.cli import Parser
+from flame.cli import Parser, make_folder
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 from flame.sweeps.cost import estimate, require_disk
@@ -21,6 +21,7 @@ from flame.sweeps.report import (
     analysis_flags,
     analyze,
     best_runs,
+    forget_report,
     loss_table,
     report_folder,
 )
@@ -36,6 +37,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         UsageError: The file, the machine, the data or a run folder is not as it must be; nothing was started.
     """
     sweep = read_sweep(args.file)
+    _require_out(sweep)
     require_own_variables(os.environ)
     config = sweep.runs[0].config
     try:
@@ -71,7 +73,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         logger.info("all checks passed; --dry_run: nothing was written or started")
         return 0
-    sweep.out.mkdir(parents=True, exist_ok=True)
+    make_folder(f"{sweep.file}: out", sweep.out)
     with _held(sweep):
         sweep.model_file("").parent.mkdir(exist_ok=True)
         for arm in sweep.arms:
@@ -84,6 +86,8 @@ def _run(sweep: Sweep, states: dict[str, State], slots: list[Slot], summary_s: f
     done = len(sweep.runs) - len(left)
     if done:
         logger.info(f"{done} of {len(sweep.runs)} runs are finished and skipped")
+    if left:
+        forget_report(sweep)
     runner = Runner(sweep, left, slots, done=done, summary_s=summary_s)
     runner.run()
     failed = {f"run {name}": why for name, why in runner.failed.items()}
@@ -95,7 +99,7 @@ def _run(sweep: Sweep, states: dict[str, State], slots: list[Slot], summary_s: f
     best = [run for runs in best_runs(sweep, states).values() for run in runs]
     report = report_folder(sweep)
     if sweep.analyze is not None and best:
-        why = analyze(sweep, best, slots[0], is_new=bool(left))
+        why = analyze(sweep, best, slots[0])
         failed |= {"the analysis": why} if why else {}
     table = loss_table(sweep, states)
     report.mkdir(exist_ok=True)
@@ -112,6 +116,12 @@ def _say_failed(failed: dict[str, str]) -> None:
         sys.stderr.write(f"flame: error: {what} failed, {why}\n")
     if failed:
         sys.stderr.write("flame: error: the same command tries again what failed, and that alone\n")
+
+
+def _require_out(sweep: Sweep) -> None:
+    nearest = next(x for x in (sweep.out, *sweep.out.parents) if os.path.lexists(x))
+    if not nearest.is_dir():
+        raise UsageError(f"{sweep.file}: out {sweep.out} must be a folder, but {nearest} is none")
 
 
 def _states(sweep: Sweep) -> dict[str, State]:

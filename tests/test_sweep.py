@@ -53,6 +53,7 @@ sample.max_new_tokens = 0
 attn_impl = "naive_softmax_attn"
 
 [arms.softpick]
+attn_impl = "naive_softpick_attn"
 seeds = [1]
 
 [run]
@@ -163,9 +164,10 @@ def test_runs_of_a_file(write, tmp_path):
         ("[analyze]", "[analyze]\nbits = [5]", "[analyze]: bits must be a list, without "),
         ("[analyze]", "[analyze]\nheld_out = 1", "held_out must be true or false, got 1"),
         ("[analyze]", "[analyze]\nsamples = 0", "samples must be an integer of at least 1, got 0"),
-        ("[arms.softpick]\nseeds = [1]", "[arms.models]", "[arms.models]: an arm's name must be"),
+        ("[arms.softpick]", "[arms.models]", "[arms.models]: an arm's name must be"),
+        ('attn_impl = "naive_softpick_attn"', "", "[arms.softpick]: attn_impl is missing; each"),
         ("[arms.softpick]", '[arms."a/b"]', "[arms.a/b]: an arm's name must be letters"),
-        ("[arms.softpick]\nseeds = [1]", "[arms.softpick]\nseeds = 1", "[arms.softpick]: seeds"),
+        ("seeds = [1]\n", "seeds = 1\n", "[arms.softpick]: seeds"),
         (
             "training.steps = 300",
             "training.stepz = 300",
@@ -224,6 +226,7 @@ def test_a_mistake_in_the_file_is_one_line(write, old, new, words):
             "[analyze]\nlengths = [32, 1024]",
             "must be at most max_position_embeddings 512",
         ),
+        ("[analyze]", "[analyze]\nlengths = [1]", "[analyze]: --lengths must be at least 2, got 1"),
     ],
 )
 def test_a_mistake_in_an_arm_is_one_line(write, tmp_path, old, new, words):
@@ -240,7 +243,12 @@ def test_what_the_runs_would_refuse_is_refused_before_the_first(write, tmp_path,
         (("training.seq_len = 32", "training.seq_len = 1024"), "--training.seq_len 1024 must be"),
         (("training.seq_len", "training.tensor_parallel_degree = 3\ntraining.seq_len"), "degree"),
         (("text.txt", "none.txt"), "none.txt"),
-        ((f'data = "{tmp_path}/text.txt"', 'data = "none"'), "[analyze]: data 'none' does not"),
+        (
+            (f'data = "{tmp_path}/text.txt"', 'data = "./none"'),
+            "[analyze]: --data './none': no such",
+        ),
+        (("[analyze]", "[analyze]\nsamples = 9999"), "[analyze]: --samples 9999: --data"),
+        (("[analyze]", "[analyze]\npasskey_lengths = [50]"), "--passkey_lengths 50: length must"),
     ]:
         file = write(change)
         with pytest.raises(UsageError) as error:
@@ -248,6 +256,27 @@ def test_what_the_runs_would_refuse_is_refused_before_the_first(write, tmp_path,
         assert words in str(error.value)
         assert str(file) in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/out"])
+def test_out_that_is_no_folder_is_refused(write, tmp_path, monkeypatch, capsys, below):
+    (tmp_path / "file").touch()
+    file = write((f'out = "{tmp_path}/out"', f'out = "{tmp_path}/file{below}"'))
+    assert run_main(monkeypatch, file, "--dry_run") == 2
+    words = f"{file}: out {tmp_path}/file{below} must be a folder, but {tmp_path}/file is none"
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metrics.jsonl", "[1]\n"), ("metrics.jsonl", "{}\n"), ("record/001.json", "")],
+)
+def test_a_damaged_run_folder_is_one_line(write, name, content):
+    run = read_sweep(write()).runs[0]
+    (run.folder / "record").mkdir(parents=True)
+    (run.folder / name).write_text(content)
+    with pytest.raises(UsageError, match=f"{name}(, line 1 is damaged| cannot be read)"):
+        read_state(run)
 
 
 def shipped():
@@ -387,7 +416,7 @@ def test_one_run_a_slot_at_a_time(build, write, standins, monkeypatch, capsys, t
 
 def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_path):
     file = write(
-        ("[arms.softpick]", '[arms.fails]\nattn_impl = "naive_softpick_attn"'),
+        ("[arms.softpick]", "[arms.fails]"),
         ("[analyze]", "[analyze]\nheld_out = true\nlengths = [8, 16]\nsamples = 3\nbits = [2]"),
     )
     out = tmp_path / "out"
@@ -512,7 +541,8 @@ def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(report, "ANALYZER", analyzer)
     changes = [
         ("[1, 2]", "[1]"),
-        ("[arms.softpick]", '[arms.control]\nattn_impl = "naive_softmax_attn"'),
+        ("[arms.softpick]", "[arms.control]"),
+        ('"naive_softpick_attn"', '"naive_softmax_attn"'),
     ]
     file, out = write(*changes), tmp_path / "out"
     runs = read_sweep(file).runs
@@ -554,8 +584,9 @@ def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
     assert run_main(monkeypatch, file) == 0
     assert "2 of 2 runs are finished and skipped" in capsys.readouterr().out
     assert metrics.stat().st_mtime_ns == before
+    operator = 'attn_impl = "naive_softpick_attn"'
     # another arm may join; what would make another run of a finished one may not
-    joined = write(*changes, ("[arms.softmax]", "[arms.softpick]\n\n[arms.softmax]"))
+    joined = write(*changes, ("[arms.softmax]", f"[arms.softpick]\n{operator}\n\n[arms.softmax]"))
     assert run_main(monkeypatch, joined, "--dry_run") == 0
     printed = capsys.readouterr().out
     assert "3 runs of 3 arms, 2 finished, 1 to do, 1 at a time" in printed
@@ -565,7 +596,7 @@ def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
     assert not (out / "softpick").exists()
     for change, words in [
         (("seq_len = 32", "seq_len = 64"), "--training.seq_len was 32, is now 64"),
-        (("steps = 300", "steps = 400"), "training.steps is 400, but "),
+        (("steps = 300", "steps = 400"), "training.steps in [base] is 400, but "),
         (("[arms.control]", "[arms.control]\nhidden_act = 'gelu'"), "hidden_act was "),
     ]:
         assert run_main(monkeypatch, write(*changes, change)) == 2

@@ -1,7 +1,6 @@
 """The flags of `flame.analyze`, and everything about them that can be wrong before a model is loaded."""
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from flame.analysis.models import OWN, Model, find_model
@@ -185,20 +184,6 @@ def require_out(out: Path) -> None:
         raise UsageError(
             f"--out {out} holds files and no {RECORDS_FILE}; name a new folder or one of an earlier report"
         )
-
-
-def prepare_out(out: Path) -> None:
-    """Makes the folder, before the work that a report without one would throw away.
-
-    Raises:
-        UsageError: It cannot be made or written to.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error}") from None
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:

@@ -74,7 +74,7 @@ def passkey_accuracy(
     Raises:
         UsageError: A length that the texts do not fit in, a depth outside 0 to 1, no depth, or no sample.
     """
-    cases = _draw(tokenizer, length, depths, samples, seed)
+    cases = draw(tokenizer, length, depths, samples, seed)
     shares = {}
     for depth in depths:
         correct = 0
@@ -120,7 +120,7 @@ def passkey_loss(
         Depth -> ``with_key``: the key is in the text, as `passkey_accuracy` asks for it; ``other_key``: another one is
         in its place; ``without_key``: the text is all filler, of the same length.
     """
-    cases = _draw(tokenizer, length, depths, samples, seed)
+    cases = draw(tokenizer, length, depths, samples, seed)
 
     def mean(depth: float, planted: Callable[[_Sample], str | None]) -> float:
         total = 0.0
@@ -168,10 +168,10 @@ def _has_digit(tokenizer: Tokenizer, token: int) -> bool:
     return any(character in "0123456789" for character in tokenizer.decode([token]))
 
 
-def _draw(
+def draw(
     tokenizer: Tokenizer, length: int, depths: Sequence[float], samples: int, seed: int
 ) -> list[_Sample]:
-    """The samples, after the arguments have been checked."""
+    """The samples of `passkey_accuracy`, which checks its arguments by drawing them."""
     if not depths:
         raise UsageError("depths must name at least one depth")
     for depth in depths:

@@ -13,6 +13,16 @@ from flame.errors import UsageError
 BITS = (2, 3, 4, 8)
 
 
+def require_hqq() -> None:
+    """Raises UsageError where the package is missing: it is an extra."""
+    try:
+        import hqq.core.quantize  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"quantised weights need the package hqq ({error}): pip install -e '.[eval]'"
+        ) from None
+
+
 @torch.no_grad()
 def quantize_weights(model: nn.Module, bits: int, group_size: int = 64) -> None:
     """Replaces the weights of the linear layers by what their ``bits``-bit values dequantise to, in place.
@@ -45,13 +55,9 @@ def quantize_weights(model: nn.Module, bits: int, group_size: int = 64) -> None:
             raise UsageError(
                 f"group_size must divide the {layer.weight.numel()} weights of {name}, got {group_size}"
             )
-    try:
-        # an extra, so not every installation has it
-        from hqq.core.quantize import BaseQuantizeConfig, Quantizer
-    except ImportError as error:
-        raise UsageError(
-            f"quantised weights need the package hqq ({error}): pip install -e '.[eval]'"
-        ) from None
+    require_hqq()
+    from hqq.core.quantize import BaseQuantizeConfig, Quantizer
+
     # groups along the input, as the kernels of quantised inference want them; at 4 bits hqq rounds the first zero point
     options = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)["weight_quant_params"]
     for layer in layers.values():

@@ -1,5 +1,6 @@
 """Everything that can be known to go wrong before the first run of a sweep starts."""
 
+import argparse
 import copy
 import json
 import tempfile
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from flame._compat import DEVICE_TYPE  # before torchtitan
+from flame.analysis import arguments, passkey, quantized
+from flame.analysis.samples import read_samples
 from flame.checkpoint import check_start
 from flame.config import JobConfig
 from flame.data import open_data
@@ -20,6 +24,7 @@ from flame.folder_lock import wait_until_free
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 from flame.run_folder import CONFIG_FILE, RUN_FILE, identity, require_same_run
 from flame.sweeps.plan import Arm, Run, Sweep
+from flame.sweeps.report import analysis_flags
 from flame.sweeps.state import read_state
 from flame.titan import ModelArgs, global_batch_size
 from flame.train import read_model, read_tokenizer, set_precision
@@ -48,7 +53,8 @@ def _measure(sweep: Sweep, arm: Arm, folder: Path) -> Size:
             config = read_config(folder / f"{arm.name}.json")
         except ValueError as error:
             raise UsageError(str(error)) from None
-    lengths = sweep.analyze.lengths + sweep.analyze.passkey_lengths if sweep.analyze else ()
+    args = _analysis(sweep)
+    lengths = [*args.lengths, *args.passkey_lengths] if args else []
     if max(lengths, default=0) > config.max_position_embeddings:
         raise UsageError(
             f"{sweep.file}, [analyze]: lengths and passkey_lengths must be at most max_position_embeddings "
@@ -60,14 +66,52 @@ def _measure(sweep: Sweep, arm: Arm, folder: Path) -> Size:
     return Size(*ModelArgs(config, seed=0).get_nparams_and_flops(model, seq_len))
 
 
+def _analysis(sweep: Sweep) -> argparse.Namespace | None:
+    """The flags that `flame.analyze` will get, defaults included.
+
+    Raises:
+        UsageError: It would refuse one.
+    """
+    if sweep.analyze is None:
+        return None
+    try:
+        args = arguments.parser().parse_args(analysis_flags(sweep, list(sweep.runs)))
+        arguments.check(args)
+    except UsageError as error:
+        raise UsageError(f"{sweep.file}, [analyze]: {error}") from None
+    return args
+
+
+def _check_analysis(sweep: Sweep, tokenizer: Tokenizer) -> None:
+    """Finds what the analysis will need beside the models: its text, and a package."""
+    if (args := _analysis(sweep)) is None:
+        return
+    try:
+        read_samples(
+            args.data,
+            tokenizer,
+            number=args.samples,
+            length=max(args.lengths),
+            first_token=args.first_token,
+            is_held_out=args.held_out,
+        )
+        for length in args.passkey_lengths:
+            try:
+                passkey.draw(tokenizer, length, args.passkey_depths, args.passkey_samples, seed=0)
+            except UsageError as error:
+                raise UsageError(f"--passkey_lengths {length}: {error}") from None
+        if args.bits:
+            quantized.require_hqq()
+    except UsageError as error:
+        raise UsageError(f"{sweep.file}, [analyze]: {error}") from None
+
+
 def check_runs(sweep: Sweep) -> None:
     """Checks each arm on this machine, the data, and every run folder that is there.
 
     Raises:
         UsageError: Something would stop a run, or make it another one than its folder holds.
     """
-    if sweep.analyze is not None and not Path(sweep.analyze.data).exists():
-        raise UsageError(f"{sweep.file}, [analyze]: data {sweep.analyze.data!r} does not exist")
     data = None
     with _model_files(sweep) as folder:
         for run in sweep.runs:
@@ -81,7 +125,9 @@ def check_runs(sweep: Sweep) -> None:
                         data = open_data(config, tokenizer).identity
                     except ValueError as error:
                         raise UsageError(str(error)) from None
+                    first = tokenizer
                 _check_folder(sweep, run, config, model, data)
+    _check_analysis(sweep, first)
 
 
 def _check_folder(
@@ -93,14 +139,14 @@ def _check_folder(
 ) -> None:
     batch = global_batch_size(config, sweep.ngpu)
     require_same_run(run.folder, identity(config, model=model, data=data, global_batch_size=batch))
-    _require_same_steps(sweep.file, run)
+    _require_same_steps(run)
     if not read_state(run).is_finished:
         check_start(config, model, DEVICE_TYPE)
         # runs of a sweep that was killed may still be saving, on GPUs that are needed here
         wait_until_free(run.folder)
 
 
-def _require_same_steps(sweep_file: Path, run: Run) -> None:
+def _require_same_steps(run: Run) -> None:
     """Refuses a run that is there with another number of steps.
 
     `flame.run_folder` would continue it, but on another learning-rate schedule than runs that start with that
@@ -121,7 +167,7 @@ def _require_same_steps(sweep_file: Path, run: Run) -> None:
         raise UsageError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
     if steps != run.config.training.steps:
         raise UsageError(
-            f"{sweep_file}, [base]: training.steps is {run.config.training.steps}, but {run.folder} was started "
+            f"training.steps in [base] is {run.config.training.steps}, but {run.folder} was started "
             f"with {steps}: continued, it would have another schedule than a new run; put it back, or name "
             "another `out`"
         )

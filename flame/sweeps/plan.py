@@ -245,6 +245,12 @@ def _arm(
     table = _Table(file, where, content)
     seeds = table.numbers("seeds", _SEEDS, _is_integer(0), seeds)
     rates = table.numbers("learning_rates", _RATES, _is_rate, rates)
+    if "attn_impl" not in table.rest:
+        # without it an arm would be the base under another name
+        raise UsageError(
+            f"{file}, {where}: attn_impl is missing; each arm says its operator, such as "
+            'attn_impl = "parallel_softmax_attn"'
+        )
     return Arm(name, table.rest, seeds, tuple(map(float, rates)))
 
 

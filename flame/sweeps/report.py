@@ -130,14 +130,18 @@ def report_folder(sweep: Sweep) -> Path:
     return sweep.out / "report"
 
 
-def analyze(sweep: Sweep, runs: list[Run], slot: Slot, *, is_new: bool) -> str | None:
+def forget_report(sweep: Sweep) -> None:
+    """Before a run of the sweep is trained: a report on the same folders will have to be made again."""
+    (report_folder(sweep) / _DONE_FILE).unlink(missing_ok=True)
+
+
+def analyze(sweep: Sweep, runs: list[Run], slot: Slot) -> str | None:
     """Writes the report on ``runs`` into `out`/report, unless they have one.
 
     Args:
         sweep: Says what to measure.
         runs: The models, as of `best_runs`.
         slot: Its GPUs are used.
-        is_new: Whether any of them was trained since the last report.
 
     Returns:
         What went wrong and where to read on, or None.
@@ -145,7 +149,7 @@ def analyze(sweep: Sweep, runs: list[Run], slot: Slot, *, is_new: bool) -> str |
     flags = analysis_flags(sweep, runs)
     command = shlex.join(["python", "-m", "flame.analyze", *flags])
     done = report_folder(sweep) / _DONE_FILE
-    if not is_new and done.is_file() and done.read_text(encoding="utf-8") == command + "\n":
+    if done.is_file() and done.read_text(encoding="utf-8") == command + "\n":
         logger.info(f"report {report_folder(sweep)}: there already")
         return None
     # the analysis refuses a folder that holds what is not its own
