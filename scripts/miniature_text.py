@@ -55,12 +55,15 @@ def read_list(path: Path) -> list[Package]:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--packages {path}: {error}") from None
     only, skip = table.get("only", {}), table.get("skip", {}).get("paths", [])
+    genres = table.get("genres")
+    if not isinstance(genres, dict) or not all(isinstance(x, list) for x in genres.values()):
+        raise UsageError(f"--packages {path}: [genres] must have a list of packages for each genre")
     packages = [
         Package(name, genre, only.get(name, []), skip)
-        for genre, names in table["genres"].items()
+        for genre, names in genres.items()
         for name in names
     ]
     names = Counter(package.name for package in packages)

@@ -349,6 +349,8 @@ def test_a_missing_package_is_an_error_unless_allowed(debian, monkeypatch, capsy
         (LIST.replace('["b-doc"]', '["b-doc", "a-doc"]'), "a-doc is listed 2 times"),
         (LIST.replace("b-doc = ", "e-doc = "), "[only] names e-doc, which is in no genre"),
         ("genres", "list.toml: "),
+        ("other = 1", "list.toml: [genres] must have a list of packages for each genre"),
+        ('[genres]\nbooks = "a-doc"', "[genres] must have a list of packages for each genre"),
         # Debian's page is all that there is of b-doc
         (LIST.replace("*/en/*", "*/fr/*"), "nothing is left of b-doc 1:2-3: "),
     ],

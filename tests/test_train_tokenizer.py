@@ -91,6 +91,10 @@ def test_same_bytes_in_another_process_on_one_thread(tokenizer, tmp_path):
         (["--vocab_size", "300", "--training.dataset", "a,b"], "must be one source, got 'a,b'"),
         (["--vocab_size", "300", "--training.dataset", "./no"], "'./no': no such file or folder"),
         (["--vocab_size", "many"], "argument --vocab_size: invalid int value: 'many'"),
+        (
+            ["--vocab_size", "5000", "--out", "/proc/none/out"],
+            "--out /proc/none/out: the folder /proc/none cannot be written",
+        ),
         ([], "the following arguments are required: --vocab_size"),
     ],
 )

@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 
 from flame.analysis.models import OWN, Model, find_model
+from flame.analysis.quantized import BITS
 from flame.analysis.records import RECORDS_FILE
 from flame.analysis.samples import FIRST_TOKENS
 from flame.cli import Parser
 from flame.data.prepared import tokenizer_identity
 from flame.errors import UsageError
 from flame.models.attention import IMPLEMENTATIONS
-
-BITS = (2, 3, 4, 8)
 
 
 def parser() -> Parser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame.cli import Parser
+from flame.cli import Parser, make_folder
 from flame.data.prepare import add_source_flags, one_source
 from flame.data.shards import Shards, open_shards
 from flame.errors import UsageError, exit_on_usage_error
@@ -119,6 +119,7 @@ def main() -> None:
             raise UsageError(f"--out {args.out} exists; name a folder that does not, or delete it")
         try:
             shards = open_shards(one_source(args), streaming=False)
+            make_folder(f"--out {args.out}: the folder", args.out.absolute().parent)
             tokenizer = train_tokenizer(_documents(shards), args.vocab_size)
         except ValueError as error:
             raise UsageError(str(error)) from None

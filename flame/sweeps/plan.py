@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flame.analysis.quantized import BITS
 from flame.config import JobConfig, flags_of_sections, parse_args
 from flame.errors import UsageError
 
@@ -305,7 +306,7 @@ def _analyze(file: Path, content: dict[str, Any]) -> Analyze:
         held_out=table.take("held_out", "true or false", _is_switch, False),
         lengths=table.numbers("lengths", positive, _is_integer(1), ()),
         samples=table.take("samples", "an integer of at least 1", _is_integer(1), None),
-        bits=table.numbers("bits", "2, 3, 4 and 8", lambda x: x in (2, 3, 4, 8), ()),
+        bits=table.numbers("bits", f"some of {BITS}", lambda x: x in BITS, ()),
         passkey_lengths=table.numbers("passkey_lengths", positive, _is_integer(1), ()),
     )
     table.end()
