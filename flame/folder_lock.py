@@ -1,4 +1,5 @@
-"""The lock of a dump folder: a run holds it as long as it lives, the launcher asks for it before it starts one.
+"""The lock of a dump folder: a run holds it as long as it lives, the launcher asks for it before it starts one. A sweep
+locks its folder the same way.
 
 It is flock(2) on a file that names the holder. It keeps processes of one machine apart, and machines wherever
 the shared file system passes flock on (NFS and GPFS do, Lustre if mounted with `flock`).
@@ -19,16 +20,23 @@ LOCK_FILE = "lock"
 WAIT_S = 30
 
 
-def hold(folder: Path) -> IO[str]:
-    """Locks ``folder`` for as long as the file that it returns stays open, waiting for a run that is about to end.
+def hold(
+    folder: Path, *, name: str = "--job.dump_folder", who: str = "run", waits: bool = True
+) -> IO[str]:
+    """Locks ``folder`` for as long as the file that it returns stays open.
+
+    Args:
+        name: What the user calls the folder.
+        who: What kind of process holds it.
+        waits: For one that is about to end.
 
     Raises:
-        UsageError: A run that lives on holds it.
+        UsageError: One that lives on holds it.
         OSError: The file cannot be written, or the file system has no locks.
     """
     # not closed here: the lock lives as long as the file is open, and dies with the process
     lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
-    _wait(folder, lock)
+    _wait(folder, lock, name, who, WAIT_S if waits else 0)
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -44,29 +52,27 @@ def wait_until_free(folder: Path) -> None:
     try:
         # writable, which NFS asks for before it locks
         with open(folder / LOCK_FILE, "r+", encoding="utf-8") as lock:
-            _wait(folder, lock)
+            _wait(folder, lock, "--job.dump_folder", "run", WAIT_S)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise UsageError(f"--job.dump_folder {folder} cannot be locked: {error}") from None
 
 
-def _wait(folder: Path, lock: IO[str]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def _wait(folder: Path, lock: IO[str], name: str, who: str, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
     told = False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = f"{folder} is in use by another run ({lock.read().strip()})"
+            holder = f"{folder} is in use by another {who} ({lock.read().strip()})"
         else:
             return
+        if time.monotonic() >= deadline:
+            raise UsageError(f"{name} {holder}; wait for it, stop it, or name another folder")
         if not told:
             logger.info(f"{holder}, waiting for it to end")
             told = True
-        if time.monotonic() >= deadline:
-            raise UsageError(
-                f"--job.dump_folder {holder}; wait for it, stop it, or name another folder"
-            )
         time.sleep(1)

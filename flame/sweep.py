@@ -1,18 +1,15 @@
 """``python -m flame.sweep FILE``: arms x seeds x learning rates, trained and compared; docs/softpick/SWEEPS.md."""
 
 import argparse
-import contextlib
-import fcntl
 import os
 import shlex
 import signal
-import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from flame.cli import Parser, make_folder
 from flame.errors import UsageError, exit_on_usage_error
+from flame.folder_lock import hold
 from flame.log import init_logger, logger
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import Sweep, read_sweep
@@ -73,8 +70,13 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         logger.info("all checks passed; --dry_run: nothing was written or started")
         return 0
-    make_folder(f"{sweep.file}: out", sweep.out)
-    with _held(sweep):
+    name = f"{sweep.file}: out"
+    make_folder(name, sweep.out)
+    try:
+        lock = hold(sweep.out, name=name, who="sweep", waits=False)
+    except OSError as error:
+        raise UsageError(f"{name} {sweep.out} cannot be locked: {error}") from None
+    with lock:
         sweep.model_file("").parent.mkdir(exist_ok=True)
         for arm in sweep.arms:
             sweep.model_file(arm.name).write_text(model_json(sweep, arm), encoding="utf-8")
@@ -144,24 +146,6 @@ def _print_commands(sweep: Sweep, states: dict[str, State]) -> None:
 
 def _first_rate(sweep: Sweep, arm: str) -> float:
     return next(a.learning_rates[0] for a in sweep.arms if a.name == arm)
-
-
-@contextlib.contextmanager
-def _held(sweep: Sweep) -> Iterator[None]:
-    """Keeps a second sweep of the same ``out`` away."""
-    with open(sweep.out / "lock", "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UsageError(
-                f"{sweep.file}: out {sweep.out} is in use by another sweep ({lock.read().strip()}); wait for it, stop "
-                "it, or name another `out`"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield
 
 
 def _positive(text: str) -> float:

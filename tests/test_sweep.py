@@ -21,6 +21,7 @@ from small_model import write_model, write_text
 from flame import gpus, placement, sweep, topology
 from flame.data import open_data
 from flame.errors import UsageError
+from flame.folder_lock import hold
 from flame.sweeps import check, report, runner
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import read_sweep
@@ -472,7 +473,7 @@ def test_a_failed_analysis_is_tried_again(write, standins, monkeypatch, capsys, 
 def test_a_second_sweep_in_the_same_folder_is_refused(write, standins, monkeypatch, capsys):
     found = read_sweep(write())
     found.out.mkdir()
-    with sweep._held(found):
+    with hold(found.out, who="sweep"):
         assert run_main(monkeypatch, found.file) == 2
     assert f"is in use by another sweep (pid {os.getpid()} on " in capsys.readouterr().err
     assert starts(standins) == []
