@@ -95,7 +95,10 @@ def _measure_all(
                 _measure_robustness(args, source, model, samples, recorder, bar.update)
                 for length in lengths:
                     tokens = samples.tokens[:, : length + 1]
-                    measure(model, tokens, recorder, thresholds=thresholds, tick=bar.update)
+                    try:
+                        measure(model, tokens, recorder, thresholds=thresholds, tick=bar.update)
+                    except UsageError as error:
+                        raise UsageError(f"--model {source.path}: {error}") from None
                 if label not in labels[:number]:
                     heads = heads or _choose_heads(recorder, lengths[-1])
                     layers, width = model.config.num_hidden_layers, model.config.num_attention_heads

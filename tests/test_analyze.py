@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from small_model import write_model, write_text
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 from word_tokenizer import word_tokenizer
 
 from flame import analyze
@@ -477,6 +477,12 @@ def test_a_model_that_is_not_whole_is_refused(models, monkeypatch, capfd, tmp_pa
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     assert "must hold the model's tokenizer" in refused(monkeypatch, capfd, *options)
+    bert = BertConfig(vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    bert.num_attention_heads = 2
+    BertLMHeadModel(bert).save_pretrained(folder)
+    load_tokenizer("byte").save_pretrained(folder)
+    line = refused(monkeypatch, capfd, *options)
+    assert f"--model {folder}: BertLMHeadModel is not a decoder that can be measured" in line
     for config, message in (("[]", "must be an object"), ('{"model_type": "resnet"}', "a decoder")):
         load_tokenizer("byte").save_pretrained(folder)
         (folder / "config.json").write_text(config)
