@@ -102,9 +102,10 @@ def write_record(config: JobConfig, argv: list[str]) -> Path:
     if patch:
         (folder / f"{name}.patch").write_bytes(patch)
     (folder / f"{name}.toml").write_text(config.to_toml(), encoding="utf-8")
-    # last, since its name counts the records
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # last, since its name counts the records, and whole or not at all
+    file, temporary = folder / f"{name}.json", folder / f"{name}.unfinished"
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
     return file
 
 
