@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 
 import pytest
 import torch
@@ -15,17 +16,21 @@ if not HAS_GPU:
     repair()
 
 
-def _keep_logger():
-    """Entry points that a test calls set up the program's logger, with a stream that ends with the test."""
+def _keep_process():
+    """Entry points that a test calls set up the program's logger, with a stream that ends with the test, and signals."""
     logger = logging.getLogger("flame")
     before = logger.handlers, logger.level, logger.propagate
+    handlers = {s: signal.getsignal(s) for s in _SIGNALS}
     yield
     logger.handlers, logger.level, logger.propagate = before
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
+_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 # for fixtures of modules, which call entry points too, and for each test
-_logger_of_module = pytest.fixture(autouse=True, scope="module")(_keep_logger)
-_logger_of_test = pytest.fixture(autouse=True)(_keep_logger)
+_module_as_it_was = pytest.fixture(autouse=True, scope="module")(_keep_process)
+_test_as_it_was = pytest.fixture(autouse=True)(_keep_process)
 
 
 @pytest.fixture
