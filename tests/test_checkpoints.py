@@ -469,7 +469,7 @@ def test_weights_that_are_not_finite_write_no_sample(flags, tmp_path):
     broken = {"optimizer.eps": 0.0, "optimizer.beta2": 0.0, "optimizer.lr": 1e-300}
     flags = flags | broken | {"training.steps": 1, "sample.max_new_tokens": 3}
     line = train(flags, tmp_path / "run", code=2).output().splitlines()[-1]
-    assert line.startswith(f"flame: error: the model in {tmp_path / 'run' / 'hf'} cannot write: ")
+    assert line.startswith(f"flame: error: the model in {tmp_path / 'run' / 'hf'} cannot be used: ")
     assert line.endswith("is not finite")
 
 
