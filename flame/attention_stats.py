@@ -324,9 +324,20 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
         module.register_forward_hook(partial(_see_output, observer, place))
         for place, module in enumerate(places)
     ]
+    try:
+        with replaced_operator(attn_impl, observed):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def replaced_operator(attn_impl: str, function: Callable[..., object]) -> Iterator[None]:
+    """Runs ``function`` where models ask transformers' table for ``attn_impl``, eagerly and without TF32."""
     precision = torch.get_float32_matmul_precision()
     # an entry of this table's own, on top of the registered one
-    ALL_ATTENTION_FUNCTIONS[attn_impl] = observed
+    ALL_ATTENTION_FUNCTIONS[attn_impl] = function
     try:
         # NOTE(numerics): TF32 would round float32 scores and blur which of them are zero
         torch.set_float32_matmul_precision("highest")
@@ -336,8 +347,6 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
     finally:
         torch.set_float32_matmul_precision(precision)
         del ALL_ATTENTION_FUNCTIONS[attn_impl]
-        for hook in hooks:
-            hook.remove()
 
 
 def _local(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flame.analysis.heads import (
     DEAD,
@@ -28,7 +27,7 @@ from flame.analysis.heads import (
     position_buckets,
 )
 from flame.analysis.records import Recorder
-from flame.attention_stats import TILE_ELEMENTS, kurtosis, power_sums
+from flame.attention_stats import TILE_ELEMENTS, kurtosis, power_sums, replaced_operator
 from flame.errors import UsageError
 from flame.models.attention import IMPLEMENTATIONS, normalizer_of
 
@@ -104,17 +103,8 @@ def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterato
         ]
         return torch.stack(outputs).to(query.dtype), None
 
-    precision = torch.get_float32_matmul_precision()
-    # an entry of this table's own, on top of the registered one
-    ALL_ATTENTION_FUNCTIONS[name] = forward
-    try:
-        # NOTE(numerics): TF32 would round float32 scores and blur which of them are zero
-        torch.set_float32_matmul_precision("highest")
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        del ALL_ATTENTION_FUNCTIONS[name]
+    with replaced_operator(name, forward):
+        yield
 
 
 @torch.no_grad()
