@@ -259,6 +259,13 @@ def test_gradient_checkpointing_changes_nothing(model):
     torch.testing.assert_close(got, expected)
 
 
+def test_a_step_without_a_cache_compiles(model):
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids = tokens(2, 9)
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+
+
 def test_saved_and_loaded_an_arm_stays(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -16,7 +16,6 @@ import fla.ops.attn.softpick as softpick_ops
 from fla.ops.attn.softpick import NORMALIZERS
 from flame.errors import UsageError
 from flame.models.key_ranges import (
-    MAYBE_PACKED,
     KeyRanges,
     attend,
     causal_key_ranges,
@@ -112,7 +111,8 @@ def attention_forward(name: str) -> Callable[..., Any]:
             )
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         options = {"window_size": sliding_window, "sink_bias": s_aux}
-        if attention_mask is MAYBE_PACKED:
+        if isinstance(attention_mask, str):
+            # `MAYBE_PACKED`
             attention_mask = None
             if cu_seqlens is None:
                 require_one_sequence(name, kwargs.get("position_ids"))

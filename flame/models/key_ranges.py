@@ -172,7 +172,7 @@ def _runs(padding: torch.Tensor) -> list[tuple[int, int]]:
 def num_visible_keys(
     T: int,
     S: int,
-    ranges: KeyRanges | None,
+    ranges: KeyRanges | str | None,
     cu_seqlens: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
@@ -180,14 +180,14 @@ def num_visible_keys(
 
     Args:
         S: Keys, of which the queries are the last without ``ranges``.
-        ranges: Which of them are a row's.
+        ranges: Which of them are a row's; `MAYBE_PACKED` without ``cu_seqlens`` is one sequence, see `require_one_sequence`.
         cu_seqlens: Bounds of packed sequences ``[N + 1]``, ``S == T``.
     """
     places = torch.arange(T, device=device)
     if cu_seqlens is not None:
         own = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1
         return (places - cu_seqlens[own] + 1)[None]
-    if ranges is None:
+    if not isinstance(ranges, KeyRanges):
         return (S - T + places + 1)[None]
     # a query that is padding sees none, and its output is not used
     return (ranges.stop - T + places - ranges.starts[:, None] + 1).clamp(min=1)
