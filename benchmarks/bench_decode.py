@@ -11,6 +11,7 @@ exit code is 1. The rows so far are kept after Ctrl-C or an error.
 
 import argparse
 import csv
+import gc
 import itertools
 import sys
 from collections.abc import Callable
@@ -142,12 +143,14 @@ def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, c
     num_bytes = 2 * B * T * H * D * 2
     calls = [draw(B, T, D, HQ, H, negative) for _ in range(-(-LEAST_BYTES // num_bytes))]
     _, share = softpick_attn_decode(*calls[0], return_stats=True)
+    failed = False
     for name in names:
         try:
             us, spread = time_in_graph(OPERATORS[name][0], calls)
         except RuntimeError as error:
             # FlexAttention does not compile where K has 2**31 elements (torch 2.11)
             print(f"{name:24} failed: {str(error).strip().splitlines()[0]}", flush=True)
+            failed = True
             continue
         yield Result(
             operator=name,
@@ -161,6 +164,9 @@ def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, c
             of_copy=num_bytes / us / 1e3 / copy,
             v_read=share.mean().item() if name == "softpick" else None,
         )
+    if failed:
+        # the traceback of an error and its frames hold one another, and with them this cache
+        gc.collect()
 
 
 def bench(results: list[Result], names: list[str], heads: str, args: argparse.Namespace) -> None:

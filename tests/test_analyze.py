@@ -392,7 +392,9 @@ def test_charts_place_what_they_are_given():
     assert "a, 1:" not in logs
     assert "a, 2: 5" in logs
     assert [level(x) for x in (0, 1e-9, 0.5, 1)] == [0, 1, 10, 20]
-    assert 'class="l20"' in heat_map([[0.0, 1.0]], "layer", "head", "what")
+    assert 'class="l20"' in heat_map([[0.0, 1.0]], "layer", "head", "what", most=1.0)
+    assert 'class="l20"' in heat_map([[0.0, 0.1]], "layer", "head", "what", most=0.1)
+    assert 'class="l2"' in heat_map([[0.0, 0.1]], "layer", "head", "what", most=1.0)
 
 
 @pytest.mark.parametrize(

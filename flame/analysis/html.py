@@ -15,6 +15,7 @@ from flame.analysis.svg import (
     heat_map,
     legend,
     line_chart,
+    round_up,
     triangle_map,
 )
 
@@ -148,16 +149,23 @@ def _sinks(results: Results) -> str:
     )
     drawing = line_chart(layers, _layers(results), Axis("mean weight on key 0", low=0))
     figures.append(_figure("Weight on key 0 by layer", f"mean, {length:,} tokens", drawing))
-    maps = []
+    maps, values = [], {}
     for label in results.labels:
-        cells: dict[int, dict[int, list[float]]] = {}
+        seeds: dict[int, dict[int, list[float]]] = {}
         for r in results.where("first_weight", label=label, length=length):
             if r["head"] is not None:
-                cells.setdefault(r["layer"], {}).setdefault(r["head"], []).append(r["value"])
-        values = [[mean_of(cells[i][j]).mean for j in sorted(cells[i])] for i in sorted(cells)]
+                seeds.setdefault(r["layer"], {}).setdefault(r["head"], []).append(r["value"])
+        values[label] = [
+            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])] for i in sorted(seeds)
+        ]
+    # models without sinks would otherwise be one shade, and noise of theirs dark
+    cells = [v for rows in values.values() for row in rows for v in row if math.isfinite(v)]
+    largest = max(cells, default=0.0)
+    most = min(1.0, round_up(max(largest, 0.1)))
+    for label, rows in values.items():
         what = f"mean weight on key 0 by layer and head, {label}"
-        maps.append(_figure(label, "", heat_map(values, "layer", "head", what)))
-    bar = color_bar({0: "0", 0.5: "0.5", 1: "1"}, "mean weight on key 0")
+        maps.append(_figure(label, "", heat_map(rows, "layer", "head", what, most)))
+    bar = color_bar({0: "0", 0.5: f"{most / 2:g}", 1: f"{most:g}"}, "mean weight on key 0")
     return (
         "<p>A head that puts its weight on the first key, whatever that is, is a sink.</p>"
         + _grid(figures, results)
@@ -338,22 +346,23 @@ def _robustness(results: Results) -> str:
         )
         parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
         parts.append(_grid([_figure("Perplexity by bits", "log scale", drawing)], results))
-    table, losses = tables.passkey(results), tables.passkey_losses(results)
-    if table is not None:
-        parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
+    found = [t for t in (tables.passkey(results), tables.passkey_losses(results)) if t is not None]
+    if found:
         lengths = tuple(sorted({r["length"] for r in results.where("passkey")}))
         axis = Axis("length, tokens", log=True, ticks=lengths)
         share = Axis("retrieved, %", low=0, high=100)
-        figure = line_chart(_by_depths(results, "passkey", 100), axis, share)
-        figures = [_figure("Passkeys retrieved by length", "%, mean over depths", figure)]
-        if losses is not None:
-            keyed = _by_depths(results, "passkey_loss", planted="with_key")
-            figure = line_chart(keyed, axis, Axis("nats", low=0))
-            note = "nats, the key in the text; a guess costs ln 90000 = 11.4"
-            figures.append(_figure("Loss of the key's digits by length", note, figure))
-        parts.append(_grid(figures, results))
-        if losses is not None:
-            parts.append(f"<h3>{escape(losses.title)}</h3>" + _table(losses))
+        shares = line_chart(_by_depths(results, "passkey", 100), axis, share)
+        keyed = _by_depths(results, "passkey_loss", planted="with_key")
+        costs = line_chart(keyed, axis, Axis("nats", low=0))
+        note = "nats, the key in the text; a guess costs ln 90000 = 11.4"
+        figures = [
+            _figure("Passkeys retrieved by length", "%, mean over depths", shares),
+            _figure("Loss of the key's digits by length", note, costs),
+        ]
+        parts.append("<h3>Passkeys</h3>" + _grid(figures, results))
+        parts += [
+            f"<details><summary>{escape(t.title)}</summary>{_table(t)}</details>" for t in found
+        ]
     return "".join(parts)
 
 

@@ -66,13 +66,14 @@ class _Scale:
         if axis.log:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12:
-            low, high = low - (0.5 if axis.low is None else 0.0), high + 0.5
+            # shares that are all 0 have nothing below
+            low, high = low - (0.5 if axis.low is None and low else 0.0), high + (0.5 if low else 1)
         if axis.ticks:
             self.ticks = list(axis.ticks)
         elif axis.log:
             self.ticks, low, high = _log_ticks(low, high, count)
         else:
-            step = _round_step((high - low) / count)
+            step = round_up((high - low) / count)
             low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
             self.ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
             # what is 0 but for rounding is 0
@@ -85,19 +86,21 @@ class _Scale:
         return round(self.start + min(max(place, 0.0), 1.0) * (self.end - self.start), 1)
 
 
-def _round_step(least: float) -> float:
+def round_up(least: float) -> float:
+    """The next of 1, 2 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * n for n in (1, 2, 5, 10) if power * n >= least * (1 - 1e-9))
 
 
 def _log_ticks(low: float, high: float, count: int) -> tuple[list[float], float, float]:
-    """Powers of ten where they are enough, else 1, 2 and 5 of each; log10 of the ends."""
+    """Powers of ten where they are enough, else multiples of each, more of them within a decade; log10 of the ends."""
     if high - low >= 2:
         low, high = math.floor(low + 1e-9), math.ceil(high - 1e-9)
         stride = max(1, math.ceil((high - low) / count))
         return [10.0**n for n in range(low, high + 1, stride)], low, high
+    multiples = (1, 2, 5) if high - low >= 1 else (1, 1.5, 2, 3, 4, 6, 8)
     candidates = [
-        n * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for n in (1, 2, 5)
+        n * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for n in multiples
     ]
     below = [math.log10(x) for x in candidates if math.log10(x) <= low + 1e-9]
     above = [math.log10(x) for x in candidates if math.log10(x) >= high - 1e-9]
@@ -225,8 +228,8 @@ def level(share: float) -> int:
     return 0 if share <= 0 else min(LEVELS, max(1, math.ceil(share * LEVELS)))
 
 
-def heat_map(values: list[list[float]], rows: str, columns: str, what: str) -> str:
-    """One cell a number in [0, 1]; ``values[row][column]``, row 0 on top."""
+def heat_map(values: list[list[float]], rows: str, columns: str, what: str, most: float) -> str:
+    """One cell a number in [0, most]; ``values[row][column]``, row 0 on top."""
     n, m = len(values), len(values[0])
     side = min(30.0, (WIDTH - 46) / m, 330 / n)
     left, top = 40, 4
@@ -235,7 +238,7 @@ def heat_map(values: list[list[float]], rows: str, columns: str, what: str) -> s
         for j, value in enumerate(row):
             title = f"{rows} {i}, {columns} {j}: {value:.4g}"
             box = f'x="{left + j * side:.1f}" y="{top + i * side:.1f}" width="{side:.2f}" height="{side:.2f}"'
-            cells.append(f'<rect class="l{level(value)}" {box}><title>{title}</title></rect>')
+            cells.append(f'<rect class="l{level(value / most)}" {box}><title>{title}</title></rect>')
     height = n * side
     frame = f'<path class="frame" d="M{left} {top}h{m * side:.1f}v{height:.1f}h-{m * side:.1f}z"/>'
     texts = []
