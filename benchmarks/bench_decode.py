@@ -224,12 +224,31 @@ def plot(results: list[Result], path: Path, title: str) -> None:
                     ax.set_xticks(range(len(points)), [f"{x:.0%}" for x, _ in points])
             ax.axhline(1, color="grey", linewidth=0.8)
             ax.set(xlabel="negative keys", title=f"{heads}, B {B}, T {T}")
-            ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
         row[0].set_ylabel("bytes of K and V over time,\nof a device copy's")
+    # of all panels, which share it
+    axes[0][0].set_ylim(0, 1.05 * max(1, *(r.of_copy for r in results)))
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def read_rows(files: list[Path]) -> tuple[list[Result], str]:
+    """What --csv wrote, and the machine of the first file."""
+    rows = [row for file in files for row in csv.DictReader(file.open(newline=""))]
+    kinds = {field.name: field.type for field in fields(Result)}
+    results = [
+        Result(
+            **{
+                name: (float(row[name]) if row[name] else None)
+                if name == "v_read"
+                else kind(row[name])
+                for name, kind in kinds.items()
+            }
+        )
+        for row in rows
+    ]
+    return results, rows[0]["machine"]
 
 
 def main() -> None:
@@ -241,7 +260,19 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="PNG file for speed against negative keys")
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        nargs="+",
+        help="draw --plot from these files of --csv, and time nothing",
+    )
     args = parser.parse_args()
+    if args.rows:
+        if not args.plot:
+            parser.error("--rows is for --plot, which is missing")
+        results, machine = read_rows(args.rows)
+        plot(results, args.plot, machine)
+        return
     if not torch.cuda.is_available():
         sys.exit("bench_decode.py needs a GPU")
     args.copy = copy_bandwidth()
