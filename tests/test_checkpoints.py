@@ -285,9 +285,12 @@ def test_a_failed_save_ends_the_run_and_keeps_the_earlier(flags, whole, tmp_path
         assert run.drawn(1)[4] != run.drawn(0)[4]
 
 
-def test_two_then_one_then_two_processes(flags, whole, seed, tmp_path):
-    folder = tmp_path / "run"
-    flags = flags | {"checkpoint.initial_load_path": seed.folder / "checkpoint" / "step-0"}
+def test_two_then_one_then_two_processes(flags, tmp_path):
+    # softpick's gradient has a heavy tail that follows the last bits, which differ by the number of processes
+    flags = flags | {"model.config": flags["model.config"].with_name("softmax_small.json")}
+    train(flags | {"checkpoint.create_seed_checkpoint": True}, tmp_path / "seed")
+    whole, folder = train(flags, tmp_path / "whole"), tmp_path / "run"
+    flags = flags | {"checkpoint.initial_load_path": tmp_path / "seed" / "checkpoint" / "step-0"}
     for processes, how, step, saved in ((2, "KILL", 4, 3), (1, "TERM", 7, 6)):
         halves = flags | {"training.batch_size": 4 // processes, "job.dump_folder": folder}
         with Run(halves, processes=processes, pace=0.05) as run:
