@@ -9,6 +9,10 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 
+# a script's background job ignores it, and so would the programs that tests stop with it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     from triton_interpreter import repair
