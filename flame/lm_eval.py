@@ -4,12 +4,33 @@
 is imported. Everything else, flags and output included, is the harness's own.
 """
 
+import re
+import sys
+from pathlib import Path
+
 import flame.models  # noqa: F401
 from flame.errors import UsageError, exit_on_usage_error
 
 
+def require_model(argv: list[str]) -> None:
+    """Refuses a folder that holds no model, which the harness tells by a traceback.
+
+    Raises:
+        UsageError: ``pretrained=`` names a folder without a model, or one that is not there.
+    """
+    for name in (x for word in argv for x in re.findall(r"\bpretrained=([^,]+)", word)):
+        folder = Path(name)
+        # names on the hub have one slash at most
+        is_local = folder.exists() or folder.is_absolute() or len(folder.parts) > 2
+        if is_local and not (folder / "config.json").is_file():
+            raise UsageError(
+                f"--model_args pretrained={folder} must be a folder with config.json, as <dump folder>/hf of a run"
+            )
+
+
 def main() -> None:
     with exit_on_usage_error():
+        require_model(sys.argv)
         try:
             # an extra, so not every installation has it
             from lm_eval.__main__ import cli_evaluate

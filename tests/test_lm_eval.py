@@ -116,3 +116,19 @@ def test_says_which_extra_is_missing(monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("flame: error: flame.lm_eval needs the package lm_eval (")
     assert line.endswith("): pip install -e '.[eval]'")
+
+
+@pytest.mark.parametrize("folder", [".", "missing"])
+def test_a_folder_without_a_model_is_one_line(tmp_path, monkeypatch, capsys, folder):
+    path = tmp_path / folder
+    argv = ["lm_eval", "run", "--model_args", f"dtype=float32,pretrained={path},backend=causal"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as end:
+        lm_eval.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"flame: error: --model_args pretrained={path} must be a folder with")
+
+
+def test_names_of_the_hub_are_left_to_the_harness():
+    lm_eval.require_model(["--model_args", "pretrained=gpt2", "pretrained=org/name,dtype=float32"])
