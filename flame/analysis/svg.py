@@ -238,7 +238,9 @@ def heat_map(values: list[list[float]], rows: str, columns: str, what: str, most
         for j, value in enumerate(row):
             title = f"{rows} {i}, {columns} {j}: {value:.4g}"
             box = f'x="{left + j * side:.1f}" y="{top + i * side:.1f}" width="{side:.2f}" height="{side:.2f}"'
-            cells.append(f'<rect class="l{level(value / most)}" {box}><title>{title}</title></rect>')
+            cells.append(
+                f'<rect class="l{level(value / most)}" {box}><title>{title}</title></rect>'
+            )
     height = n * side
     frame = f'<path class="frame" d="M{left} {top}h{m * side:.1f}v{height:.1f}h-{m * side:.1f}z"/>'
     texts = []
