@@ -143,14 +143,12 @@ def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, c
     num_bytes = 2 * B * T * H * D * 2
     calls = [draw(B, T, D, HQ, H, negative) for _ in range(-(-LEAST_BYTES // num_bytes))]
     _, share = softpick_attn_decode(*calls[0], return_stats=True)
-    failed = False
     for name in names:
         try:
             us, spread = time_in_graph(OPERATORS[name][0], calls)
         except RuntimeError as error:
             # FlexAttention does not compile where K has 2**31 elements (torch 2.11)
             print(f"{name:24} failed: {str(error).strip().splitlines()[0]}", flush=True)
-            failed = True
             continue
         yield Result(
             operator=name,
@@ -164,9 +162,8 @@ def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, c
             of_copy=num_bytes / us / 1e3 / copy,
             v_read=share.mean().item() if name == "softpick" else None,
         )
-    if failed:
-        # the traceback of an error and its frames hold one another, and with them this cache
-        gc.collect()
+    # the traceback of an operator that failed and its frames hold one another, and with them this cache
+    gc.collect()
 
 
 def bench(results: list[Result], names: list[str], heads: str, args: argparse.Namespace) -> None:
@@ -234,17 +231,17 @@ def plot(results: list[Result], path: Path, title: str) -> None:
 
 
 def read_rows(files: list[Path]) -> tuple[list[Result], str]:
-    """What --csv wrote, and the machine of the first file."""
-    rows = [row for file in files for row in csv.DictReader(file.open(newline=""))]
-    kinds = {field.name: field.type for field in fields(Result)}
+    """What --csv wrote, and the machine of the first file.
+
+    Raises:
+        OSError, KeyError, ValueError, IndexError: A file is missing, of another kind or empty.
+    """
+    rows = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+    kinds = {field.name: field.type for field in fields(Result) if field.name != "v_read"}
     results = [
         Result(
-            **{
-                name: (float(row[name]) if row[name] else None)
-                if name == "v_read"
-                else kind(row[name])
-                for name, kind in kinds.items()
-            }
+            **{name: kind(row[name]) for name, kind in kinds.items()},
+            v_read=float(row["v_read"]) if row["v_read"] else None,
         )
         for row in rows
     ]
@@ -270,7 +267,12 @@ def main() -> None:
     if args.rows:
         if not args.plot:
             parser.error("--rows is for --plot, which is missing")
-        results, machine = read_rows(args.rows)
+        try:
+            results, machine = read_rows(args.rows)
+        except (OSError, KeyError, ValueError, IndexError) as error:
+            parser.error(
+                f"--rows must be files that --csv wrote, got {' '.join(map(str, args.rows))}: {error!r}"
+            )
         plot(results, args.plot, machine)
         return
     if not torch.cuda.is_available():
