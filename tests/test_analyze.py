@@ -391,6 +391,9 @@ def test_charts_place_what_they_are_given():
     )
     assert "a, 1:" not in logs
     assert "a, 2: 5" in logs
+    zeros = line_chart([Line(0, "a", {1.0: Mean(0.0, None, 1)})], Axis("x"), Axis("y"))
+    assert ">1</text>" in zeros
+    assert ">-" not in zeros
     assert [level(x) for x in (0, 1e-9, 0.5, 1)] == [0, 1, 10, 20]
     assert 'class="l20"' in heat_map([[0.0, 1.0]], "layer", "head", "what", most=1.0)
     assert 'class="l20"' in heat_map([[0.0, 0.1]], "layer", "head", "what", most=0.1)

@@ -67,7 +67,8 @@ class _Scale:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12:
             # shares that are all 0 have nothing below
-            low, high = low - (0.5 if axis.low is None and low else 0.0), high + (0.5 if low else 1)
+            below, above = (0.5, 0.5) if low or axis.log else (0.0, 1.0)
+            low, high = low - (below if axis.low is None else 0.0), high + above
         if axis.ticks:
             self.ticks = list(axis.ticks)
         elif axis.log:
