@@ -18,6 +18,9 @@ def require_model(argv: list[str]) -> None:
     Raises:
         UsageError: ``pretrained=`` names a folder without a model, or one that is not there.
     """
+    if any("gguf_file=" in word for word in argv):
+        # which holds the configuration too
+        return
     for name in (x for word in argv for x in re.findall(r"\bpretrained=([^,]+)", word)):
         folder = Path(name)
         # names on the hub have one slash at most

@@ -132,3 +132,7 @@ def test_a_folder_without_a_model_is_one_line(tmp_path, monkeypatch, capsys, fol
 
 def test_names_of_the_hub_are_left_to_the_harness():
     lm_eval.require_model(["--model_args", "pretrained=gpt2", "pretrained=org/name,dtype=float32"])
+
+
+def test_a_file_that_holds_its_configuration_needs_no_other(tmp_path):
+    lm_eval.require_model(["--model_args", f"pretrained={tmp_path},gguf_file=model.gguf"])
