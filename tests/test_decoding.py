@@ -138,14 +138,18 @@ def test_decode_of_rows_padded_on_the_left(normalizer, window_size, device):
 
 
 @pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
-def test_decode_with_a_sink(normalizer, device):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_decode_with_a_sink(normalizer, splits, device, monkeypatch):
+    monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: splits)
     inputs = draw([100, 0], HQ=4, H=2, device=device)
     sink_bias = torch.tensor([-3.0, 0.0, 5.0, 90.0], device=device)
     o = normalized_attn_decode(*inputs, normalizer=normalizer, sink_bias=sink_bias)
     check(inputs, o, normalizer=normalizer, sink_bias=sink_bias)
 
 
-def test_lse_is_the_log_of_the_denominator(device):
+@pytest.mark.parametrize("splits", [1, 2])
+def test_lse_is_the_log_of_the_denominator(splits, device, monkeypatch):
+    monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: splits)
     q, k, v, lengths = draw([60, 60], device=device)
     _, lse = softpick_attn_decode(q, k, v, lengths, return_lse=True)
     _, expected = naive_normalized_attn(q, k, v, return_lse=True)
@@ -154,8 +158,9 @@ def test_lse_is_the_log_of_the_denominator(device):
 
 @pytest.mark.parametrize("scale", [1e4, -30.0])
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_decode_of_huge_scores(normalizer, scale, device, monkeypatch):
-    monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: 2)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_decode_of_huge_scores(normalizer, splits, scale, device, monkeypatch):
+    monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: splits)
     inputs = draw([130], device=device)
     o = normalized_attn_decode(*inputs, scale, normalizer=normalizer)
     check(inputs, o, normalizer=normalizer, scale=scale)
