@@ -120,7 +120,8 @@ def causal_key_ranges(
     # for one query transformers forbids to leave a mask out where it compiles
     if not allow_is_causal_skip and q_length > 1:
         # positions that restart come as an "and" around the whole mask; blocks that see each other as an "or"
-        if not use_vmap and mask_function.__qualname__.startswith("and_masks"):
+        # (by __name__: Dynamo of torch 2.11 does not know the __qualname__ of a closure)
+        if not use_vmap and mask_function.__name__ == "and_mask":
             return MAYBE_PACKED
         use_vmap = True
     if use_vmap:
