@@ -44,10 +44,6 @@ CARDS = {
 }
 
 
-# on the name of a kernel
-WHOLE = "_whole"
-
-
 class OfflineDriver(DriverBase):
     """Tells Triton of a card that is not there."""
 
@@ -78,7 +74,7 @@ class OfflineDriver(DriverBase):
 
 
 class Launch(NamedTuple):
-    """A compiled kernel, its keyword arguments, and how many different compilations there were so far."""
+    """A compiled kernel, its keyword arguments, and how many different compilations of it there were so far."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -86,10 +82,7 @@ class Launch(NamedTuple):
 
 
 def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]:
-    """What `call()` launches, compiled for a card instead, by the name of the kernel.
-
-    Decoding without splits, which ends otherwise, goes by a name of its own.
-    """
+    """What `call()` launches, compiled for a card instead, by the name of the kernel."""
     compiled = {}
 
     def getitem(kernel, grid):
@@ -99,8 +92,7 @@ def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]
                 kernel.device_caches.clear()
             binary = kernel.warmup(*args, grid=grid, **kwargs)
             (cache,) = kernel.device_caches.values()
-            name = kernel.__name__ + WHOLE * kwargs.get("IS_WHOLE", False)
-            compiled[name] = Launch(binary, kwargs, len(cache[0]))
+            compiled[kernel.__name__] = Launch(binary, kwargs, len(cache[0]))
 
         return launch
 
@@ -193,7 +185,7 @@ def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) ->
         "fwd": (K + V, (2 if dtype == torch.float16 else 3) * BS),
         "dq": (2 * K + V, 2 * BS),
         "dkv": (2 * K + 2 * V, BS + min(BS, 32)),
-    }[name.removesuffix(WHOLE).removesuffix("_kernel").rsplit("_", 1)[-1]]
+    }[name.removesuffix("_kernel").rsplit("_", 1)[-1]]
     return arguments["BT"] * streamed * features
 
 
@@ -220,11 +212,9 @@ def attention(
     lengths = torch.empty(B, dtype=torch.int32)
     table = None if args.pop("cu_seqlens") is None else torch.empty(B, 1, dtype=torch.int32)
     starts = None if table is None else lengths
-    for splits in 1, 2:
-        with mock.patch.object(decoding_kernels, "num_splits", return_value=splits):
-            decoding_kernels.normalized_attn_decode_launch(
-                q[:, :1], k, v, lengths, starts, table, sink_bias, has_stats=False, **args
-            )
+    decoding_kernels.normalized_attn_decode_launch(
+        q[:, :1], k, v, lengths, starts, table, sink_bias, has_stats=False, **args
+    )
 
 
 def compilations(card: Card, K: int) -> dict[str, int]:

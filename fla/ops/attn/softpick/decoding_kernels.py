@@ -1,15 +1,14 @@
 """Kernels of decoding and their launcher: a few query tokens a sequence against a cache of keys and values, without reading V rows of no weight.
 
-Time goes into reading the cache. Where sequences and heads are fewer than the programs that a GPU holds, the keys
-are split over programs, whose sums merge exactly in a second, small kernel. A row of V is loaded only where some
-query of the group gives it weight, which after a softpick is a few rows in a hundred. The query heads of a group
-share a tile, so the cache is read once.
+Time goes into reading the cache. The keys of a sequence are split over programs, whose sums merge exactly in a
+second, small kernel; a row of V is loaded only where some query of the group gives it weight, which after a
+softpick is a few rows in a hundred. The query heads of a group share a tile, so the cache is read once.
 
 Legend: as in `parallel_fwd.py`, and
     BT                 rows of a tile: T query tokens times G heads, rounded up to a power of two, at least 16
     NS                 splits of a sequence
     P                  tokens in a page of a paged cache
-    o_part             [B, H, NS, BT, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, BT]; of NS > 1
+    o_part             [B, H, NS, BT, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, BT]
 """
 
 import functools
@@ -53,17 +52,6 @@ def _rows_at(
     )
 
 
-@triton.jit
-def _normalize(b_o, b_m, b_z, b_c, NORMALIZER: tl.constexpr, EPS: tl.constexpr):
-    """Outputs [N, BV] and base-2 lse [N] of the sums over all keys, which are times 2**-b_m, and a sink of 2**b_c."""
-    b_m_new = tl.maximum(b_m, b_c, propagate_nan=tl.PropagateNan.ALL)
-    b_f = tl.exp2(b_m - b_m_new)
-    b_z = b_z * b_f + denominator_constant(b_m_new, b_c, NORMALIZER, EPS)
-    # a zero denominator stands under zeros only
-    b_o = b_o * b_f[:, None] / tl.where(b_z == 0, 1.0, b_z)[:, None]
-    return b_o, b_m_new + tl.log2(b_z)
-
-
 @triton.jit(do_not_specialize=["T", "H", "G", "W", "P", "NS"])
 def normalized_attn_decode_kernel(
     q,
@@ -72,13 +60,10 @@ def normalized_attn_decode_kernel(
     lengths,
     starts,
     table,
-    sink_bias,
     o_part,
     m_part,
     z_part,
     rows_read,
-    o,
-    lse,
     scale,
     sq_b,
     sq_t,
@@ -89,9 +74,6 @@ def normalized_attn_decode_kernel(
     sv_b,
     sv_t,
     sv_h,
-    so_b,
-    so_t,
-    so_h,
     st_b,
     T,
     H,
@@ -106,16 +88,12 @@ def normalized_attn_decode_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
-    EPS: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
     IS_PAGED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    HAS_SINK: tl.constexpr,
     HAS_STATS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a split, which for a whole sequence (IS_WHOLE, NS = 1) also divides."""
     i_part = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(0) % NS
     i_bh = i_part // NS
@@ -178,20 +156,10 @@ def normalized_attn_decode_kernel(
             num_read += (m_v & m_k).to(tl.int32)
 
     o_v = tl.arange(0, BV)
-    m_o = m_r[:, None] & (o_v < V)[None, :]
-    if IS_WHOLE:
-        i_hq = i_h * G + o_r % G
-        b_c = tl.full([BT], -float("inf"), tl.float32)
-        if HAS_SINK:
-            b_c = tl.load(sink_bias + i_hq, mask=m_r, other=0.0) * RCP_LN2
-        b_o, b_lse = _normalize(b_o, b_m, b_z, b_c, NORMALIZER, EPS)
-        p_o = o + i_b * so_b + ((o_r // G) * so_t + i_hq * so_h)[:, None] + o_v[None, :]
-        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_o)
-        tl.store(lse + (i_b * H * G + i_hq) * T + o_r // G, b_lse, mask=m_r)
-    else:
-        tl.store(m_part + i_part * BT + o_r, b_m)
-        tl.store(z_part + i_part * BT + o_r, b_z)
-        tl.store(o_part + (i_part * BT + o_r)[:, None] * V + o_v[None, :], b_o, mask=m_o)
+    tl.store(m_part + i_part * BT + o_r, b_m)
+    tl.store(z_part + i_part * BT + o_r, b_z)
+    p_o = o_part + (i_part * BT + o_r)[:, None] * V + o_v[None, :]
+    tl.store(p_o, b_o, mask=m_r[:, None] & (o_v < V)[None, :])
     if HAS_STATS:
         tl.store(rows_read + i_part, tl.sum(num_read, 0))
 
@@ -225,10 +193,11 @@ def normalized_attn_merge_kernel(
     i_b = i_bh // H
     i_hq = i_bh % H * G + i_r % G
     i_t = i_r // G
-    b_m = tl.full([1], smallest_shift(NORMALIZER), tl.float32)
+    b_c = tl.load(sink_bias + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
+    b_m = tl.maximum(tl.full([1], smallest_shift(NORMALIZER), tl.float32), b_c)
     b_z = tl.zeros([1], tl.float32)
     o_v = tl.arange(0, BV)
-    b_o = tl.zeros([1, BV], tl.float32)
+    b_o = tl.zeros([BV], tl.float32)
     for i_s in range(0, NS, BS):
         o_s = i_s + tl.arange(0, BS)
         at = (i_bh * NS + o_s) * BT + i_r
@@ -243,15 +212,15 @@ def normalized_attn_merge_kernel(
         b_f = tl.exp2(b_m - b_m_new)
         b_f_part = tl.exp2(b_m_part - b_m_new)
         b_z = b_z * b_f + tl.sum(b_z_part * b_f_part, 0)
-        b_o = b_o * b_f[:, None] + tl.sum(b_o_part * b_f_part[:, None], 0)[None, :]
+        b_o = b_o * b_f + tl.sum(b_o_part * b_f_part[:, None], 0)
         b_m = b_m_new
-    b_c = tl.full([1], -float("inf"), tl.float32)
-    if HAS_SINK:
-        b_c = tl.load(sink_bias + i_hq + tl.arange(0, 1)) * RCP_LN2
-    b_o, b_lse = _normalize(b_o, b_m, b_z, b_c, NORMALIZER, EPS)
-    p_o = o + i_b * so_b + i_t * so_t + i_hq * so_h + o_v[None, :]
-    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=(o_v < V)[None, :])
-    tl.store(lse + (i_b * H * G + i_hq) * T + i_t + tl.arange(0, 1), b_lse)
+    b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
+    # a zero denominator stands under zeros only
+    b_o = b_o / tl.where(b_z == 0, 1.0, b_z)
+    p_o = o + i_b * so_b + i_t * so_t + i_hq * so_h + o_v
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=o_v < V)
+    p_lse = lse + (i_b * H * G + i_hq) * T + i_t
+    tl.store(p_lse + tl.arange(0, 1), b_m + tl.log2(b_z))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -303,9 +272,8 @@ def normalized_attn_decode_launch(
     NS = num_splits(B * H, S, options.pop("programs") * num_processors(q.device.index))
     o = empty_rows(q, T, HQ, V, head_first)
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
-    parts = B, H, NS if NS > 1 else 0, BT
-    o_part = torch.empty(*parts, V, dtype=torch.float32, device=q.device)
-    m_part, z_part = torch.empty(2, *parts, dtype=torch.float32, device=q.device)
+    o_part = torch.empty(B, H, NS, BT, V, dtype=torch.float32, device=q.device)
+    m_part, z_part = torch.empty(2, B, H, NS, BT, dtype=torch.float32, device=q.device)
     rows_read = torch.empty(B, H if has_stats else 0, NS, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         normalized_attn_decode_kernel[(B * H * NS,)](
@@ -315,18 +283,14 @@ def normalized_attn_decode_launch(
             lengths,
             starts,
             block_table,
-            sink_bias,
             o_part,
             m_part,
             z_part,
             rows_read,
-            o,
-            lse,
             scale,
             *strides_bth(q, head_first),
             *strides_bth(k, head_first),
             *strides_bth(v, head_first),
-            *strides_bth(o, head_first),
             st_b=block_table.stride(0) if is_paged else 0,
             T=T,
             H=H,
@@ -339,38 +303,34 @@ def normalized_attn_decode_launch(
             BK=feature_tile(K),
             BV=feature_tile(V),
             NORMALIZER=normalizer,
-            EPS=EPS,
-            IS_WHOLE=NS == 1,
             IS_PAGED=is_paged,
             HAS_STARTS=starts is not None,
             HAS_WINDOW=window_size is not None,
-            HAS_SINK=sink_bias is not None,
             HAS_STATS=has_stats,
             BT=BT,
             **options,
         )
-        if NS > 1:
-            normalized_attn_merge_kernel[(B * HQ * T,)](
-                o_part,
-                m_part,
-                z_part,
-                sink_bias,
-                o,
-                lse,
-                *strides_bth(o, head_first),
-                T=T,
-                H=H,
-                G=G,
-                NS=NS,
-                V=V,
-                BT=BT,
-                BS=MERGED_SPLITS,
-                BV=feature_tile(V),
-                NORMALIZER=normalizer,
-                EPS=EPS,
-                HAS_SINK=sink_bias is not None,
-                num_warps=4,
-            )
+        normalized_attn_merge_kernel[(B * HQ * T,)](
+            o_part,
+            m_part,
+            z_part,
+            sink_bias,
+            o,
+            lse,
+            *strides_bth(o, head_first),
+            T=T,
+            H=H,
+            G=G,
+            NS=NS,
+            V=V,
+            BT=BT,
+            BS=MERGED_SPLITS,
+            BV=feature_tile(V),
+            NORMALIZER=normalizer,
+            EPS=EPS,
+            HAS_SINK=sink_bias is not None,
+            num_warps=4,
+        )
     if not has_stats:
         # no kernel to sum nothing
         return o, lse, rows_read.view(B, 0)
