@@ -1,8 +1,14 @@
 """``bash train.sh``: checks flags and machine, then starts NGPU processes of `flame.train` through torchrun."""
 
+import signal
+
+if __name__ == "__main__":
+    # until torchrun is started, Ctrl-C ends at once and without a traceback; set here, since importing the rest
+    # and listing the GPUs take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from types import FrameType

@@ -230,7 +230,7 @@ class TestLoadDocumentsErrors:
         "value",
         [
             "./nowhere",
-            "../x",
+            "../no-such-folder",
             "/nowhere/at/all",
             "~/no-such-file",
             "a/b/c",

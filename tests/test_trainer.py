@@ -237,10 +237,24 @@ def test_interrupt_before_the_training_ends_at_once_without_a_traceback(small, t
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT, output
+    # the latter from where the launcher itself still lists the GPUs
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT), output
     assert "Traceback" not in output
     assert "KeyboardInterrupt" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_interrupt_of_the_launcher_as_it_starts_shows_no_traceback(small, tmp_path):
+    with start_launcher(small | {"job.dump_folder": tmp_path / "run"}) as process:
+        deadline = time.monotonic() + 60
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGINT
+    assert output == ""
 
 
 def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
