@@ -1,7 +1,12 @@
 """Programs that stand in for what a sweep starts, where training would take long: the launcher and the analysis."""
 
+import json
 import sys
 from pathlib import Path
+
+import pytest
+
+from flame import sweep
 
 # Trains nothing: says that it runs, takes a moment, and leaves a finished run. An arm called "fails" fails as long as a
 # file `mended` is not there; one called "waits" runs until SIGTERM.
@@ -62,3 +67,22 @@ def write(folder: Path) -> tuple[list[str], list[str]]:
     launcher.write_text(LAUNCHER.format(log=log, mended=mended))
     analyzer.write_text(ANALYZER.format(broken=broken))
     return [sys.executable, str(launcher)], [sys.executable, str(analyzer)]
+
+
+def said(folder):
+    """The lines of the stand-ins' log, in the folder of `write`."""
+    lines = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def starts(folder):
+    """Names of the runs that were started, in their order."""
+    return [line["run"] for line in said(folder) if line["what"] == "start"]
+
+
+def run_main(monkeypatch, file, *flags):
+    """The exit code of the command."""
+    monkeypatch.setattr(sys, "argv", ["flame.sweep", str(file), *flags])
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    return end.value.code
