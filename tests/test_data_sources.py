@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from flame.config import parse_args
 from flame.data import IGNORE_INDEX, load_tokenizer, open_data
 from flame.data import stream as stream_module
+from flame.data import workers as workers_module
 from flame.data.batches import Rows, to_batch
 from flame.data.mixing import Mixture
 
@@ -172,6 +173,26 @@ class TestBothKinds:
         data = data_of(text, *mode, "--training.varlen", "--training.context_len", "20")
         plain = data_of(text, *mode)
         assert rows_of(loaders_of(plain, 1), 9) == rows_of(loaders_of(data, 1), 9)
+
+
+def test_signals_do_not_end_workers_that_are_starting(monkeypatch):
+    start = workers_module._start
+
+    def slow_start(*args):
+        time.sleep(0.5)
+        start(*args)
+
+    monkeypatch.setattr(workers_module, "_start", slow_start)
+    workers = workers_module.Workers(abs, 2, 2)
+    first = workers.submit(-1)
+    assert len(children()) == 2
+    for child in children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(child, number)
+    assert workers.result(first) == 1
+    assert len(children()) == 2
+    workers.close()
+    assert not children()
 
 
 _others: set[int] = set()

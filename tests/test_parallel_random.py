@@ -6,13 +6,13 @@ import time
 
 import pytest
 import torch
-from conftest import HAS_GPU
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from numerics import Inputs, check_attention, draw
 
 from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
 
+HAS_GPU = torch.cuda.is_available()
 SECONDS = 120
 LENGTHS = st.integers(1, 600 if HAS_GPU else 90)
 # those that models have, and any other

@@ -12,6 +12,9 @@ from typing import Any
 
 from flame.errors import TrainingError
 
+# Ctrl-C and schedulers send these to all processes of a job: the parent decides, and it still needs data
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 # what a worker was forked with
 _function: Callable[[Any], Any] | None = None
 
@@ -19,8 +22,7 @@ _function: Callable[[Any], Any] | None = None
 def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
-    # Ctrl-C and schedulers signal all processes of a job: the parent decides, and it still needs data
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # Source: prctl(2), PR_SET_PDEATHSIG = 1: a worker does not outlive its parent
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -45,6 +47,16 @@ def _one_thread_each() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Processes forked here are not ended by a signal before they ignore it; this one gets it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Process(multiprocessing.context.ForkProcess):
@@ -90,7 +102,7 @@ class Workers:
                     initializer=_start,
                     initargs=(self._function, os.getpid()),
                 )
-                with _one_thread_each():
+                with _one_thread_each(), _signals_wait():
                     return self._pool.submit(_call, item)
             return self._pool.submit(_call, item)
 
