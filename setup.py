@@ -43,7 +43,6 @@ setup(
         # setuptools builds the wheel that tests/test_packaging.py installs, from 70.1 on without the package wheel
         "test": [
             "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.9,<1",
             "setuptools>=70.1",
