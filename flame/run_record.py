@@ -132,6 +132,8 @@ def _versions() -> dict[str, str | None]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    # with the build, such as +cu130, which the package's metadata may lack
+    versions["torch"] = str(torch.__version__)
     versions |= {"torch git": torch.version.git_version, "cuda": torch.version.cuda}
     versions["hip"] = torch.version.hip
     if torch.cuda.is_available():

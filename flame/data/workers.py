@@ -11,9 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from flame.errors import TrainingError
-
-# Ctrl-C and schedulers send these to all processes of a job: the parent decides, and it still needs data
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from flame.stop import STOP_SIGNALS
 
 # what a worker was forked with
 _function: Callable[[Any], Any] | None = None
@@ -22,7 +20,8 @@ _function: Callable[[Any], Any] | None = None
 def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
-    for number in _SIGNALS:
+    # Ctrl-C and schedulers signal all processes of a job: the parent decides, and it still needs data
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # Source: prctl(2), PR_SET_PDEATHSIG = 1: a worker does not outlive its parent
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -52,7 +51,7 @@ def _one_thread_each() -> Iterator[None]:
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
     """Processes forked here are not ended by a signal before they ignore it; this one gets it afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
