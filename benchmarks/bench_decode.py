@@ -1,11 +1,13 @@
 """Times decoding beside other people's: python benchmarks/bench_decode.py
 
-One query token a sequence in bfloat16 against a full cache, each operator captured in a CUDA graph over caches of
+Query tokens of a sequence in bfloat16 against a full cache, each operator captured in a CUDA graph over caches of
 at least 1 GiB together, so that none is found in L2, and replayed: medians of `triton.testing.do_bench`. Each row
-is one operator, cache and share of negative keys, which score below 0 with every query of their group, as the others
-score above: microseconds with the spread between the 20th and the 80th percentile, the bytes of K and V over that time as
-GB/s and as a share of what a plain device copy moves in the same process (it counts what is read and what is
-written), and the share of V that was read. An operator whose output disagrees with float64 is not timed, and the
+is one operator, cache, number of query rows and share of negative keys, which score below 0 with every query of their
+group, as the others score above: microseconds with the spread between the 20th and the 80th percentile, the bytes of K
+and V over that time as GB/s and as a share of what a plain device copy moves in the same process (it counts what is
+read and what is written), the share of V that was read, and the time over that of one query token. Query rows are
+tokens times query heads a key head: one token is ordinary decoding, more are a speculated continuation or a chunk of a
+prompt. An operator whose output disagrees with float64 is not timed, and the
 exit code is 1. The rows so far are kept after Ctrl-C or an error.
 """
 
@@ -23,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from bench_attn import MAX_ERROR, describe
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench
 
 from fla.ops.attn.softpick import naive_normalized_attn
-from fla.ops.attn.softpick.decoding import softmax_attn_decode, softpick_attn_decode
+from fla.ops.attn.softpick.decoding import MAX_ROWS, softmax_attn_decode, softpick_attn_decode
 
 # name -> head dimension, query heads, key heads
 HEADS = {"D64 MHA": (64, 32, 32), "D128 GQA 4:1": (128, 32, 8)}
@@ -44,6 +47,7 @@ class Result:
     heads: str
     B: int
     T: int
+    queries: int
     negative: float
     us: float
     spread_us: float
@@ -51,6 +55,8 @@ class Result:
     of_copy: float
     v_read: float | None
     """Share of V, as the operator counts it; None of one that does not count."""
+    of_one_token: float
+    """Time over that of one query token a sequence."""
 
 
 def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
@@ -82,9 +88,10 @@ def copy_bandwidth() -> float:
     return 2 * x.numel() / us / 1e3
 
 
-def draw(B: int, T: int, D: int, HQ: int, H: int, negative: float):
-    """q [B, 1, HQ, D], k and v [B, T, H, D], lengths [B]; a share of `negative` of the keys scores about -8, the others 8."""
-    q = torch.randn(B, 1, HQ, D, device="cuda", dtype=torch.bfloat16)
+def draw(B: int, T: int, D: int, HQ: int, H: int, negative: float, queries: int = 1):
+    """q [B, queries, HQ, D], k and v [B, T, H, D], lengths [B]; a share of `negative` of the keys scores about -8, the
+    others 8."""
+    q = torch.randn(B, queries, HQ, D, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     # scores are k[..., 0] and a normal remainder of variance 1
     q[..., 0] = D**0.5
@@ -95,8 +102,11 @@ def draw(B: int, T: int, D: int, HQ: int, H: int, negative: float):
 def dense(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     def attention(q, k, v, lengths):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        bias = causal_lower_right(q.shape[2], k.shape[2]) if q.shape[2] > 1 else None
         with sdpa_kernel(backend):
-            o = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+            o = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1]
+            )
         return o.transpose(1, 2)
 
     return attention
@@ -121,12 +131,14 @@ OPERATORS: dict[str, tuple[Callable[..., torch.Tensor], str]] = {
     "softmax, cuDNN": (dense(SDPBackend.CUDNN_ATTENTION), "softmax"),
     "softmax, FlexAttention": (flex, "softmax"),
 }
+# the others mask from the first query on, or not at all
+TAKES_MANY_QUERIES = ("softpick", "softmax, same kernel", "softmax, FA2")
 
 
-def check(name: str, D: int, HQ: int, H: int) -> None:
+def check(name: str, D: int, HQ: int, H: int, queries: int) -> None:
     """Raises RuntimeError if an operator disagrees with the reference in float64."""
     f, normalizer = OPERATORS[name]
-    q, k, v, lengths = draw(2, 1024, D, HQ, H, 0.9)
+    q, k, v, lengths = draw(2, 1024, D, HQ, H, 0.9, queries)
     o = f(q, k, v, lengths)
     gold = naive_normalized_attn(q.double(), k.double(), v.double(), normalizer=normalizer)
     error = ((o.double() - gold).norm() / gold.norm()).item()
@@ -134,18 +146,24 @@ def check(name: str, D: int, HQ: int, H: int) -> None:
         raise RuntimeError(f"the output is wrong, relative error {error:.1e}: not timed")
 
 
-HEADER = f"{'':24} {'us':>14} {'GB/s':>6} {'copy':>6} {'V read':>7}"
+HEADER = f"{'':24} {'us':>14} {'GB/s':>6} {'copy':>6} {'V read':>7} {'of one':>7}"
 
 
-def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, copy: float):
+def bench_cache(
+    names: list[str], heads: str, B: int, T: int, queries: int, negative: float, copy: float
+):
     """Times operators on caches of one size; yields their rows."""
     D, HQ, H = HEADS[heads]
     num_bytes = 2 * B * T * H * D * 2
-    calls = [draw(B, T, D, HQ, H, negative) for _ in range(-(-LEAST_BYTES // num_bytes))]
+    calls = [draw(B, T, D, HQ, H, negative, queries) for _ in range(-(-LEAST_BYTES // num_bytes))]
     _, share = softpick_attn_decode(*calls[0], return_stats=True)
     for name in names:
         try:
             us, spread = time_in_graph(OPERATORS[name][0], calls)
+            one = us
+            if queries > 1:
+                last_token = [(q[:, -1:], *rest) for q, *rest in calls]
+                one, _ = time_in_graph(OPERATORS[name][0], last_token)
         except RuntimeError as error:
             # FlexAttention does not compile where K has 2**31 elements (torch 2.11)
             print(f"{name:24} failed: {str(error).strip().splitlines()[0]}", flush=True)
@@ -155,12 +173,14 @@ def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, c
             heads=heads,
             B=B,
             T=T,
+            queries=queries,
             negative=negative,
             us=us,
             spread_us=spread,
             gb_per_s=num_bytes / us / 1e3,
             of_copy=num_bytes / us / 1e3 / copy,
             v_read=share.mean().item() if name == "softpick" else None,
+            of_one_token=us / one,
         )
     # the traceback of an operator that failed and its frames hold one another, and with them this cache
     gc.collect()
@@ -168,25 +188,34 @@ def bench_cache(names: list[str], heads: str, B: int, T: int, negative: float, c
 
 def bench(results: list[Result], names: list[str], heads: str, args: argparse.Namespace) -> None:
     D, HQ, H = HEADS[heads]
-    right = []
-    for name in names:
-        try:
-            check(name, D, HQ, H)
-            right.append(name)
-        except RuntimeError as error:
-            print(f"{name}, {heads}: {str(error).splitlines()[0]}", flush=True)
-    for T, B, negative in itertools.product(args.lengths, args.batches, args.negative):
-        if 2 * B * T * H * D * 2 > MAX_BYTES:
-            print(f"\n{heads}, B {B}, T {T}: left out, the cache takes more than 40 GiB")
-            continue
-        print(f"\n{heads}, B {B}, T {T}, {negative:.0%} negative keys\n{HEADER}", flush=True)
-        for r in bench_cache(right, heads, B, T, negative, args.copy):
-            results.append(r)
-            v_read = "      -" if r.v_read is None else f"{r.v_read:7.1%}"
+    # a token is HQ / H rows at least
+    for queries in sorted({max(1, rows * H // HQ) for rows in args.query_rows}):
+        checked = []
+        for name in names:
+            if queries > 1 and name not in TAKES_MANY_QUERIES:
+                continue
+            try:
+                check(name, D, HQ, H, queries)
+                checked.append(name)
+            except RuntimeError as error:
+                print(f"{name}, {heads}: {str(error).splitlines()[0]}", flush=True)
+        for T, B, negative in itertools.product(args.lengths, args.batches, args.negative):
+            if 2 * B * T * H * D * 2 > MAX_BYTES:
+                print(f"\n{heads}, B {B}, T {T}: left out, the cache takes more than 40 GiB")
+                continue
             print(
-                f"{r.operator:24} {r.us:8.1f} ±{r.spread_us / 2:4.1f} {r.gb_per_s:6.0f} {r.of_copy:5.2f}x {v_read}",
+                f"\n{heads}, B {B}, T {T}, {queries} query tokens ({queries * HQ // H} rows), "
+                f"{negative:.0%} negative keys\n{HEADER}",
                 flush=True,
             )
+            for r in bench_cache(checked, heads, B, T, queries, negative, args.copy):
+                results.append(r)
+                v_read = "      -" if r.v_read is None else f"{r.v_read:7.1%}"
+                print(
+                    f"{r.operator:24} {r.us:8.1f} ±{r.spread_us / 2:4.1f} {r.gb_per_s:6.0f} {r.of_copy:5.2f}x "
+                    f"{v_read} {r.of_one_token:6.2f}x",
+                    flush=True,
+                )
 
 
 def plot(results: list[Result], path: Path, title: str) -> None:
@@ -206,7 +235,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     )
     for heads, row in zip(kinds, axes, strict=True):
         for T, ax in zip(lengths, row, strict=True):
-            here = [r for r in results if (r.heads, r.T) == (heads, T)]
+            here = [r for r in results if (r.heads, r.T, r.queries) == (heads, T, 1)]
             if not here:
                 continue
             B = max(r.B for r in here)
@@ -253,6 +282,13 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**12, 2**14, 2**17])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 64])
+    parser.add_argument(
+        "--query-rows",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="query tokens of a sequence times query heads a key head, at most 128; 1: one token",
+    )
     parser.add_argument("--negative", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
@@ -275,6 +311,8 @@ def main() -> None:
             )
         plot(results, args.plot, machine)
         return
+    if not all(1 <= rows <= MAX_ROWS for rows in args.query_rows):
+        parser.error(f"--query-rows must be between 1 and {MAX_ROWS}, got {args.query_rows}")
     if not torch.cuda.is_available():
         sys.exit("bench_decode.py needs a GPU")
     args.copy = copy_bandwidth()

@@ -2,6 +2,7 @@
 
     python tests/offline_compilation.py gfx942                  # every launch shape's resources
     python tests/offline_compilation.py sm_90 compilations      # how often kernels compile for shapes that differ
+    python tests/offline_compilation.py sm_90 rows              # decoding with every number of query rows
 
 A process of its own, since one that interprets kernels cannot compile them. Shared memory above a card's
 limit is no error of the compiler, so the limits stand here.
@@ -26,6 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
 from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel_bwd, parallel_fwd
+from fla.ops.attn.softpick.decoding import MAX_ROWS
 
 
 class Card(NamedTuple):
@@ -74,25 +76,26 @@ class OfflineDriver(DriverBase):
 
 
 class Launch(NamedTuple):
-    """A compiled kernel, its keyword arguments, and how many different compilations of it there were so far."""
+    """A compiled kernel, its name and keyword arguments, and how many different compilations of it there were so far."""
 
+    name: str
     kernel: Any
     arguments: dict[str, Any]
     compilations: int
 
 
-def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]:
-    """What `call()` launches, compiled for a card instead, by the name of the kernel."""
-    compiled = {}
+def compiled_launches(card: Card, call: Callable[[], None]) -> list[Launch]:
+    """What `call()` launches, in its order, compiled for a card instead."""
+    launches: list[Launch] = []
 
     def getitem(kernel, grid):
         def launch(*args, **kwargs):
-            if kernel.__name__ not in compiled:
+            if all(x.name != kernel.__name__ for x in launches):
                 # of another card
                 kernel.device_caches.clear()
             binary = kernel.warmup(*args, grid=grid, **kwargs)
             (cache,) = kernel.device_caches.values()
-            compiled[kernel.__name__] = Launch(binary, kwargs, len(cache[0]))
+            launches.append(Launch(kernel.__name__, binary, kwargs, len(cache[0])))
 
         return launch
 
@@ -104,7 +107,7 @@ def compiled_launches(card: Card, call: Callable[[], None]) -> dict[str, Launch]
     ):
         call()
     launch_shapes.architecture.cache_clear()
-    return compiled
+    return launches
 
 
 class Resources(NamedTuple):
@@ -224,7 +227,38 @@ def compilations(card: Card, K: int) -> dict[str, int]:
         for sizes in (1, 256, 4, 4), (2, 1000, 8, 2), (3, 17, 16, 16), (1, 1, 1, 1):
             attention(K, K, torch.bfloat16, sizes=sizes)
 
-    return {name: x.compilations for name, x in compiled_launches(card, call).items()}
+    return {x.name: x.compilations for x in compiled_launches(card, call)}
+
+
+def decode_rows(card: Card, K: int, dtype: torch.dtype, has_all: bool) -> list[dict[str, Any]]:
+    """Decoding with 1 to `MAX_ROWS` query rows: each compilation of its kernel once, with the rows that take it.
+
+    Args:
+        has_all: With pages, starts, a window and a sink, or with none of them.
+    """
+    k = torch.empty(4, 64, 1, K, dtype=dtype)
+    lengths = torch.empty(4, dtype=torch.int32)
+    optional = (
+        (lengths, torch.empty(4, 8, dtype=torch.int32), torch.empty(1)) if has_all else [None] * 3
+    )
+    options = {"scale": 1.0, "head_first": False, "normalizer": "softpick", "has_stats": False}
+
+    def call():
+        for rows in range(1, MAX_ROWS + 1):
+            q = torch.empty(4, rows, 1, K, dtype=dtype)
+            decoding_kernels.normalized_attn_decode_launch(
+                q, k, k, lengths, *optional, window_size=100 if has_all else None, **options
+            )
+
+    kernel_name = "normalized_attn_decode_kernel"
+    launches = [x for x in compiled_launches(card, call) if x.name == kernel_name]
+    found: dict[int, dict[str, Any]] = {}
+    for rows, launch in enumerate(launches, 1):
+        if launch.compilations not in found:
+            shape = {name: launch.arguments[name] for name in ("BT", "BS", "num_warps")}
+            found[launch.compilations] = {"rows": [], **shape, **resources(launch.kernel)._asdict()}
+        found[launch.compilations]["rows"].append(rows)
+    return list(found.values())
 
 
 # packed sequences, a window and a sink: every branch of the kernels
@@ -258,7 +292,7 @@ def main(card_name: str) -> None:
     for case, (K, V, dtype, precision, kwargs) in CASES.items():
         torch.set_float32_matmul_precision(precision)
         compiled = compiled_launches(card, partial(attention, K, V, dtype, **kwargs))
-        for name, (kernel, arguments, _) in compiled.items():
+        for name, kernel, arguments, _ in compiled:
             row = {
                 "case": case,
                 "kernel": name,
@@ -273,5 +307,12 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["compilations"]:
         for D in 64, 128:
             sys.stdout.write(json.dumps(compilations(CARDS[sys.argv[1]], D)) + "\n")
+    elif sys.argv[2:] == ["rows"]:
+        for D in 64, 128, 256:
+            for name in "bfloat16", "float32":
+                for has_all in False, True:
+                    for row in decode_rows(CARDS[sys.argv[1]], D, getattr(torch, name), has_all):
+                        case = {"D": D, "dtype": name, "has_all": has_all}
+                        sys.stdout.write(json.dumps(case | row) + "\n")
     else:
         main(sys.argv[1])

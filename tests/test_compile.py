@@ -1,6 +1,7 @@
 """Every kernel at every launch shape, compiled for cards that are not there: `pytest -m compile -s` prints what
 each takes."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ import torch
 from offline_compilation import CARDS, CASES
 
 from fla.ops.attn.softpick import launch_shapes
+from fla.ops.attn.softpick.decoding import MAX_ROWS
+from fla.ops.attn.softpick.decoding_kernels import MAX_SKIPPING_ROWS
 
 # timed, these cost less than the occupancy or the traffic of shapes that spill nothing: KERNELS.md section 4
 SPILLS_OF_TIMED_SHAPES = {"sm_90": 8}
@@ -98,6 +101,30 @@ def test_kernels_fit(card, capsys):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("card", CARDS)
+def test_decoding_compiles_for_every_number_of_rows(card, capsys):
+    rows = compiled(card, "rows")
+    for case, group in itertools.groupby(rows, lambda x: (x["D"], x["dtype"], x["has_all"])):
+        group = list(group)
+        assert sorted(n for x in group for n in x["rows"]) == list(range(1, MAX_ROWS + 1)), case
+        with capsys.disabled():
+            for x in group:
+                sys.stdout.write(
+                    f"{card:8} D {x['D']:3} {x['dtype']:8} {'all' if x['has_all'] else '':3} rows "
+                    f"{x['rows'][0]:3}-{x['rows'][-1]:3} tile {x['BT']:3}x{x['BS']:2} registers {x['registers']:3} "
+                    f"spills {x['spills']} shared {x['shared']}\n"
+                )
+    for x in rows:
+        assert x["shared"] <= CARDS[card].shared, x
+        if x["D"] <= 128:
+            assert x["spills"] == 0, x
+        kernel = "decode" if x["BT"] <= 16 and x["rows"][0] <= MAX_SKIPPING_ROWS else "chunk"
+        kind = "16bit" if x["dtype"] == "bfloat16" else "ieee"
+        shape = launch_shapes.shape_of(card, kernel, kind, x["D"], x["D"])
+        assert is_resident(card, x, shape), x
+
+
+@pytest.mark.compile
 def test_sizes_do_not_recompile():
     # with pointers at 64, with descriptors at 128
     rows = compiled("sm_90", "compilations")
@@ -106,7 +133,7 @@ def test_sizes_do_not_recompile():
 
 
 def test_every_launch_shape_is_compiled():
-    kernels = "fwd", "dq", "dkv", "decode"
+    kernels = "fwd", "dq", "dkv", "decode", "chunk"
     for shapes in launch_shapes.TABLE.values():
         kinds = {kind for _, kind in shapes}
         assert {(kernel, kind) for kernel in kernels for kind in kinds} == set(shapes)

@@ -1,5 +1,7 @@
 """Decoding against the reference of each sequence alone: caches of every kind, splits, and what is not read."""
 
+import math
+
 import pytest
 import torch
 from numerics import assert_no_worse_than_eager
@@ -12,6 +14,7 @@ from fla.ops.attn.softpick import (
     naive_normalized_attn_decode,
 )
 from fla.ops.attn.softpick.decoding import normalized_attn_decode, softpick_attn_decode
+from fla.ops.attn.softpick.naive import EPS
 
 
 def draw(
@@ -30,16 +33,14 @@ def draw(
 
 
 def reference(q, k, v, lengths, **kwargs):
-    rows = []
-    for b, length in enumerate(lengths.tolist()):
-        T = min(q.shape[1], length)
-        o = torch.zeros(*q.shape[1:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        if T:
-            o[-T:] = naive_normalized_attn(
-                q[b : b + 1, -T:], k[b : b + 1, :length], v[b : b + 1, :length], **kwargs
-            )[0]
-        rows.append(o)
-    return torch.stack(rows)
+    return torch.cat(
+        [
+            naive_normalized_attn(
+                q[b : b + 1], k[b : b + 1, :length], v[b : b + 1, :length], **kwargs
+            )
+            for b, length in enumerate(lengths.tolist())
+        ]
+    )
 
 
 def paged(x, lengths, page_size):
@@ -72,6 +73,7 @@ CASES = {
     "more tokens than keys": {"lengths": [2, 9], "T": 4, "S": 16},
     "grouped heads": {"lengths": [90, 33], "HQ": 8, "H": 2},
     "one key head": {"lengths": [90], "HQ": 20, "H": 1, "T": 2},
+    "several tiles of rows": {"lengths": [90, 30], "HQ": 6, "H": 2, "T": 11},
     "odd sizes": {"lengths": [77, 20], "K": 24, "V": 10},
     "room in the cache": {"lengths": [40, 80], "S": 200},
 }
@@ -93,6 +95,12 @@ def test_decode_in_16_bits(normalizer, dtype, device):
     check(inputs, normalized_attn_decode(*inputs, normalizer=normalizer), normalizer=normalizer)
 
 
+def test_decode_of_many_rows_in_16_bits(device):
+    # tiles of 32 rows and more, of which the last is not full
+    inputs = draw([150, 31], T=9, HQ=8, H=1, K=32, dtype=torch.bfloat16, device=device)
+    check(inputs, softpick_attn_decode(*inputs))
+
+
 @pytest.mark.parametrize("page_size", [16, 20, 64])
 @pytest.mark.parametrize("head_first", [False, True])
 def test_decode_from_pages(page_size, head_first, device):
@@ -109,7 +117,7 @@ def test_decode_from_pages(page_size, head_first, device):
     check((q, k, v, lengths), o.transpose(1, 2) if head_first else o)
 
 
-@pytest.mark.parametrize("window_size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("window_size", [0, 1, 7, 64, 1000])
 def test_decode_in_a_window(window_size, device):
     inputs = draw([100, 30, 4], T=2, device=device)
     q, k, v, lengths = inputs
@@ -135,6 +143,65 @@ def test_decode_of_rows_padded_on_the_left(normalizer, window_size, device):
     check((q, *trimmed, lengths - starts), o, **options)
     naive = naive_normalized_attn_decode(q, k, v, lengths, starts=starts, **options)
     torch.testing.assert_close(o, naive, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_beyond_the_cache_count_as_its_end(is_paged, dtype, device):
+    q, k, v, lengths = draw([64, 64, 64, 0], HQ=4, H=2, T=2, device=device)
+    arguments, options = [k, v], {}
+    if is_paged:
+        (k_pages, table), (v_pages, _) = (paged(x, lengths, 16) for x in (k, v))
+        # what lies behind the table must not be read either
+        behind = torch.full((len(table), 3), 2**30, dtype=table.dtype, device=device)
+        options["block_table"] = torch.cat((table, behind), 1)[:, : table.shape[1]]
+        arguments = [k_pages, v_pages]
+    else:
+        # rows behind the cache hold NaN
+        wide = [torch.cat((x, torch.full_like(x, float("nan"))), 1) for x in (k, v)]
+        arguments = [x[:, : k.shape[1]] for x in wide]
+    far = torch.iinfo(dtype).max
+    given = torch.tensor([65, 1000, far, -5], dtype=dtype, device=device)
+    o, share = softpick_attn_decode(q, *arguments, given, **options, return_stats=True)
+    expected, expected_share = softpick_attn_decode(
+        q, *arguments, lengths, **options, return_stats=True
+    )
+    assert torch.equal(o, expected)
+    assert torch.equal(share, expected_share)
+    if not is_paged:
+        assert torch.equal(
+            naive_normalized_attn_decode(q, *arguments, given), reference(q, k, v, lengths)
+        )
+
+
+def test_pages_that_are_not_in_the_cache_are_not_read(device):
+    q, k, v, lengths = draw([64], device=device)
+    (k_pages, table), (v_pages, _) = (paged(x, lengths, 16) for x in (k, v))
+    for page in (-1, len(k_pages), 2**31 - 1):
+        table[0, 2] = page
+        o = softpick_attn_decode(q, k_pages, v_pages, lengths, block_table=table)
+        # without the keys of that page, whose scores of 0 neither weigh nor count
+        k[:, 32:48], v[:, 32:48] = 0, 0
+        check((q, k, v, lengths), o)
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+@pytest.mark.parametrize(("T", "S", "B"), [(1, 8, 0), (0, 8, 2), (2, 0, 2)])
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_nothing_to_decode_gives_nothing_or_0(normalizer, T, S, B, is_paged, device):
+    q, k = (torch.randn(B, n, 2, 16, device=device) for n in (T, S))
+    lengths = torch.full((B,), S, dtype=torch.int32, device=device)
+    options = {"normalizer": normalizer, "return_lse": True, "return_stats": True}
+    if is_paged:
+        k = torch.randn(3, 4, 2, 16, device=device)
+        options["block_table"] = torch.zeros(B, S // 4, dtype=torch.int32, device=device)
+    o, lse, share = normalized_attn_decode(q, k, k, lengths, **options)
+    assert torch.equal(o, torch.zeros(B, T, 2, 16, device=device))
+    assert torch.equal(share, torch.zeros(B, 2, device=device))
+    empty = math.log(EPS) if normalizer == "softpick" else -math.inf
+    torch.testing.assert_close(lse, torch.full((B, 2, T), empty, device=device), rtol=1e-6, atol=0)
+    if not is_paged:
+        assert torch.equal(naive_normalized_attn_decode(q, k, k, lengths, normalizer=normalizer), o)
 
 
 @pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
@@ -216,6 +283,30 @@ def test_decode_in_a_cuda_graph(device):
     assert torch.equal(o, softpick_attn_decode(q, k, v, lengths))
 
 
+# name -> query heads, key heads
+HEADS = {"MHA": (4, 4), "GQA 8": (16, 2), "MQA 32": (32, 1)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("rows", [1, 8, 16, 17, 33, 64, 100, 128])
+@pytest.mark.parametrize("K", [64, 128])
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_decode_of_rows_at_real_size(rows, heads, K, is_paged, device):
+    HQ, H = heads
+    T = -(-rows // (HQ // H))
+    inputs = draw([3000, 513, T], T=T, HQ=HQ, H=H, K=K, dtype=torch.bfloat16, device=device)
+    q, k, v, lengths = inputs
+    options = {}
+    if is_paged:
+        (k, options["block_table"]), (v, _) = (paged(x, lengths, 64) for x in (k, v))
+    for normalizer in ("softpick", "softmax"):
+        options["normalizer"] = normalizer
+        o = normalized_attn_decode(q, k, v, lengths, **options)
+        check(inputs, o, normalizer=normalizer)
+        assert torch.equal(o, normalized_attn_decode(q, k, v, lengths, **options))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [64, 128])
 def test_decode_at_real_size(K, device):
@@ -234,7 +325,12 @@ def test_decode_at_real_size(K, device):
         ({"k": torch.randn(2, 20, 2, 8)}, r"k must have the last dimension of q, 16, got 8"),
         ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, r"block_table must be int32 or int64 \[2, pages"),
         ({"starts": torch.tensor([1])}, r"starts must be int32 or int64 \[2\]"),
-        ({"window_size": 0}, r"window_size must be at least 1"),
+        ({"window_size": -1}, r"window_size must be at least 0"),
+        ({"lengths": torch.tensor([21, 9]), "check_bounds": True}, r"lengths must be between 0 and .* 20, got 21 for sequence 0"),
+        ({"lengths": torch.tensor([20, -1]), "check_bounds": True}, r"lengths must be .* got -1 for sequence 1"),
+        ({"starts": torch.tensor([0, 10]), "check_bounds": True}, r"starts must be .* 9, got 10 for sequence 1"),
+        ({"lengths": torch.tensor([41, 9]), "block_table": torch.tensor([[0, 1], [0, 2]]), "check_bounds": True}, r"capacity of the cache, 40, got 41"),
+        ({"block_table": torch.tensor([[1, 2], [2, 7]]), "check_bounds": True}, r"block_table must name pages from 0 to 1, got 2 for sequence 1"),
         ({"v": torch.randn(2, 20, 16, 2).transpose(2, 3)}, r"v must be contiguous in its last dimension"),
         ({"q": torch.randn(2, 1, 4, 16, requires_grad=True)}, r"must not require gradients"),
         ({"normalizer": "hardmax"}, r"normalizer must be one of softpick, .* 'hardmax'"),

@@ -50,8 +50,8 @@ def test_packed_sequences_head_first_with_a_window():
     assert_exact(got, concatenated(parts, dim=2))
 
 
-@pytest.mark.parametrize("window_size", [1, 2, 5, 9, 100])
-@pytest.mark.parametrize("S", [9, 12])
+@pytest.mark.parametrize("window_size", [0, 1, 2, 5, 9, 100])
+@pytest.mark.parametrize("S", [4, 9, 12])
 @each_normalizer
 def test_window_is_a_call_on_the_keys_inside(normalizer, S, window_size):
     T = 9
@@ -59,7 +59,7 @@ def test_window_is_a_call_on_the_keys_inside(normalizer, S, window_size):
     o = naive_normalized_attn(*inputs[:3], normalizer=normalizer, window_size=window_size)
     for t in range(T):
         last = t + S - T
-        keys = slice(max(0, last + 1 - window_size), last + 1)
+        keys = slice(max(0, last + 1 - window_size), max(0, last + 1))
         row = naive_normalized_attn(
             inputs.q[:, t : t + 1], inputs.k[:, keys], inputs.v[:, keys], normalizer=normalizer
         )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from numerics import Inputs, check_attention, draw, outputs_and_gradients
 
-from fla.ops.attn.softpick import NORMALIZERS, parallel_normalized_attn
+from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn, parallel_normalized_attn
+from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.tiles import row_descriptor
 
 each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -36,6 +37,8 @@ SHAPES = {
     "chunk": {"T": 5, "S": 70, "HQ": 2},
     "chunk-one-key-into-the-next-tile": {"T": 64, "S": 65},
     "chunk-gqa-ragged-tail": {"T": 65, "S": 101, "HQ": 2, "H": 1},
+    "fewer-keys-than-queries": {"T": 150, "S": 70, "HQ": 2, "H": 1},
+    "one-key": {"T": 70, "S": 1},
 }
 
 
@@ -82,7 +85,37 @@ def test_head_first(normalizer, shape, device):
     check(inputs, device, normalizer=normalizer, head_first=True)
 
 
+@pytest.mark.parametrize(("B", "T", "S"), [(0, 5, 5), (2, 0, 7), (2, 5, 0), (2, 0, 0)])
+@pytest.mark.parametrize("has_sink", [False, True])
+@pytest.mark.parametrize("normalizer", ["softpick", "softmax"])
+@pytest.mark.parametrize("attn", [naive_normalized_attn, parallel_normalized_attn])
+def test_nothing_to_attend_to_gives_0(attn, normalizer, has_sink, B, T, S, device):
+    q, k = (torch.randn(B, n, 4, 16, device=device, requires_grad=True) for n in (T, S))
+    v = torch.randn(B, S, 4, 24, device=device, requires_grad=True)
+    leaves, options = [q, k, v], {"normalizer": normalizer}
+    constant = EPS if normalizer == "softpick" else 0.0
+    if has_sink:
+        sink_bias = torch.linspace(-1, 1, 4, device=device, requires_grad=True)
+        leaves.append(sink_bias)
+        options["sink_bias"] = sink_bias
+    o, lse = attn(q, k, v, **options, return_lse=True)
+    assert torch.equal(o, torch.zeros(B, T, 4, 24, device=device))
+    z = constant + (sink_bias.exp() if has_sink else torch.zeros(4, device=device))
+    expected = z.log()[None, :, None].expand(B, 4, T)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.rand_like(lse)
+    grads = torch.autograd.grad((o, lse), leaves, (torch.ones_like(o), weight))
+    for x, grad in zip(leaves[:3], grads, strict=False):
+        assert torch.equal(grad, torch.zeros_like(x))
+    if has_sink:
+        d_sink = weight.sum((0, 2)) * sink_bias.exp() / z
+        torch.testing.assert_close(grads[3], d_sink, rtol=1e-5, atol=1e-6)
+
+
 WINDOWS = {
+    "nothing": ({"T": 70}, 0),
+    "nothing-of-a-chunk": ({"T": 5, "S": 170}, 0),
+    "fewer-keys-than-queries": ({"T": 170, "S": 90}, 30),
     "itself": ({"T": 70}, 1),
     "less-than-a-tile": ({"T": 150, "HQ": 2, "H": 1}, 5),
     "tile": ({"T": 150}, 64),

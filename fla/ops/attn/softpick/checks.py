@@ -68,21 +68,19 @@ def check_inputs(
             f"beside {tuple(k.shape)} in layout {layout}"
         )
     T, S, HQ, H = q.shape[time], k.shape[time], q.shape[head], k.shape[head]
-    if min(q.shape) == 0 or min(v.shape) == 0:
+    if 0 in (HQ, H, q.shape[-1], v.shape[-1]):
         raise ValueError(
-            f"q, k and v must not be empty, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            "q, k and v must have at least one head and one feature, got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} in layout {layout}"
         )
     if HQ % H:
         raise ValueError(
             f"the heads of q must be a multiple of those of k, got {HQ} and {H} in layout {layout}"
         )
-    if S < T:
+    if window_size is not None and window_size < 0:
         raise ValueError(
-            f"k must be at least as long as q, whose rows are the last positions; got {S} keys "
-            f"for {T} queries in layout {layout}"
+            f"window_size must be at least 0 (1 is the query itself), got {window_size}"
         )
-    if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size must be at least 1 (the query itself), got {window_size}")
     if sink_bias is not None and (
         sink_bias.shape != (HQ,)
         or not sink_bias.is_floating_point()
@@ -131,21 +129,23 @@ def check_decode_inputs(
 ) -> None:
     """Raises ValueError, naming the argument and the value seen, unless the call of a decoder is well-formed.
 
-    The numbers in lengths, starts and block_table are the caller's to answer for: looking at them would wait for the GPU.
+    The numbers in lengths, starts and block_table are for `check_decode_bounds`, since they come from a GPU.
     """
     time, head = (2, 1) if head_first else (1, 2)
-    # a page of the cache counts as a sequence of its own length
     is_paged = block_table is not None
-    rows = q[:1] if is_paged and q.dim() == 4 else q
-    pages = (k[:1], v[:1]) if is_paged and k.dim() == v.dim() == 4 else (k, v)
     if is_paged and q.dim() == k.dim() == v.dim() == 4:
         if k.shape[:3] != v.shape[:3]:
             raise ValueError(
                 f"v must have the pages of k, {tuple(k.shape[:3])}, got {tuple(v.shape[:3])}"
             )
-        # pages may be shorter than the queries are many
-        rows = rows.narrow(time, 0, min(1, rows.shape[time]))
-    check_inputs(rows, *pages, None, head_first, window_size, sink_bias, normalizer, normalizers)
+        if k.shape[time] == 0:
+            raise ValueError(f"k must have pages of at least one token, got {tuple(k.shape)}")
+        # for the checks a page is a batch row; there may be more of them, or fewer
+        rows = min(q.shape[0], k.shape[0])
+        inputs = q[:rows], k[:rows], v[:rows]
+    else:
+        inputs = q, k, v
+    check_inputs(*inputs, None, head_first, window_size, sink_bias, normalizer, normalizers)
     B, T, HQ, H = q.shape[0], q.shape[time], q.shape[head], k.shape[head]
     num_rows = T * (HQ // H)
     if num_rows > max_rows:
@@ -172,3 +172,41 @@ def check_decode_inputs(
     for name, x in (("lengths", lengths), ("starts", starts), ("block_table", block_table)):
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def check_decode_bounds(
+    lengths: torch.Tensor,
+    starts: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    capacity: int,
+    num_pages: int,
+    page_size: int,
+) -> None:
+    """Raises ValueError, naming the sequence and the value, unless a decoder's numbers lie in the cache.
+
+    Args:
+        lengths: See `normalized_attn_decode`; so ``starts`` and ``block_table``.
+        capacity: Tokens that a sequence has room for.
+        num_pages: Pages of the cache.
+        page_size: Tokens in a page.
+    """
+    firsts = [0] * len(lengths) if starts is None else starts.tolist()
+    for b, (first, length) in enumerate(zip(firsts, lengths.tolist(), strict=True)):
+        if not 0 <= length <= capacity:
+            raise ValueError(
+                f"lengths must be between 0 and the capacity of the cache, {capacity}, got {length} "
+                f"for sequence {b}"
+            )
+        if not 0 <= first <= length:
+            raise ValueError(
+                f"starts must be between 0 and the length of the sequence, {length}, got {first} "
+                f"for sequence {b}"
+            )
+        if block_table is None:
+            continue
+        for page in block_table[b, first // page_size : -(-length // page_size)].tolist():
+            if not 0 <= page < num_pages:
+                raise ValueError(
+                    f"block_table must name pages from 0 to {num_pages - 1}, got {page} "
+                    f"for sequence {b}"
+                )

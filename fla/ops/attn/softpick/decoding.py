@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from fla.ops.attn.softpick.checks import check_decode_inputs
+from fla.ops.attn.softpick.checks import check_decode_bounds, check_decode_inputs
 from fla.ops.attn.softpick.decoding_kernels import normalized_attn_decode_launch
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 from fla.ops.attn.softpick.parallel import check_kernel_inputs
@@ -46,7 +46,7 @@ def _(
     H = k.shape[1 if head_first else 2]
     o = empty_rows(q, T, HQ, v.shape[-1], head_first)
     lse = q.new_empty((B, HQ, T), dtype=torch.float32)
-    return o, lse, q.new_empty((B, H if has_stats else 0), dtype=torch.int32)
+    return o, lse, lse.new_empty(B, H if has_stats else 0)
 
 
 _decode = torch.ops.softpick.normalized_attn_decode.default
@@ -67,12 +67,13 @@ def normalized_attn_decode(
     sink_bias: torch.Tensor | None = None,
     return_lse: bool = False,
     return_stats: bool = False,
+    check_bounds: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     r"""Attention of the last tokens of sequences to their cache, with any normaliser of the family.
 
     What `parallel_normalized_attn` gives for each sequence with its ``lengths`` keys, for a few queries: the
-    keys are split over the GPU, the heads of a group share what is read, and rows of ``v`` that no query of a group
-    gives weight are not read. No host synchronisation, so a call can be captured in a CUDA graph, after one
+    keys are split over the GPU, and the heads of a group share what is read. With ``T * HQ / H <= 16`` query rows,
+    rows of ``v`` that none of them gives weight are not read. No host synchronisation, so a call can be captured in a CUDA graph, after one
     outside it; equal inputs give bitwise equal outputs.
 
     Args:
@@ -82,20 +83,22 @@ def normalized_attn_decode(
             ``block_table`` pages ``[num_pages, page_size, H, K]`` of any size. ``HQ`` is a multiple of ``H``.
         v: Cache of values, like ``k`` with a last dimension ``V``; ``K``, ``V <= 256``.
         lengths: One past the last key of each sequence in the cache ``[B]``, int32 or int64, those of the queries
-            counted; at most the cache's capacity, which is not checked. A query before the start of its sequence
-            gives 0.
+            counted. A length beyond the capacity ``S`` (or of the block table) counts as the capacity, one below 0
+            as 0. A query before the start of its sequence gives 0.
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         head_first: ``q``, ``k``, ``v`` and the output are ``[B, H, T, D]`` instead, pages ``[num_pages, H,
             page_size, D]``.
         normalizer: A name of `NORMALIZERS`.
         starts: First key of each sequence in the cache ``[B]``, int32 or int64, for rows that are padded on the
             left. Default: 0.
-        block_table: Pages of each sequence in order ``[B, max_pages]``, int32 or int64; places beyond its length are
-            not read.
-        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        block_table: Pages of each sequence in order ``[B, max_pages]``, int32 or int64. Entries beyond its length
+            are not read; the keys of a page that is not in the cache have no weight and no denominator.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it, with 0 no key. Default: all.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
         return_lse: Also return the natural logarithm of the denominator ``[B, HQ, T]``, float32.
         return_stats: Also return the share of the sequence's rows of ``v`` that were read ``[B, H]``, float32.
+        check_bounds: Also refuse lengths, starts and pages that are not in the cache. Waits for the GPU, so leave
+            it out of a CUDA graph or a compiled model.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``, then what was asked for.
@@ -132,6 +135,10 @@ def normalized_attn_decode(
             raise ValueError(
                 f"{name} must be contiguous in its last dimension, got strides {x.stride()}"
             )
+    time = 2 if head_first else 1
+    capacity = k.shape[time] * (1 if block_table is None else block_table.shape[1])
+    if check_bounds:
+        check_decode_bounds(lengths, starts, block_table, capacity, k.shape[0], k.shape[time])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     lengths = lengths.contiguous()
     if starts is not None:
@@ -143,7 +150,9 @@ def normalized_attn_decode(
     )  # fmt: skip
     extra = (lse * math.log(2),) * return_lse
     if return_stats:
-        num_keys = lengths if starts is None else lengths - starts
+        num_keys = lengths.clamp(max=capacity)
+        if starts is not None:
+            num_keys = num_keys - starts.clamp(min=0)
         extra += (rows_read / num_keys.clamp(min=1)[:, None],)
     return (o, *extra) if extra else o
 
@@ -163,6 +172,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
         sink_bias: torch.Tensor | None = None,
         return_lse: bool = False,
         return_stats: bool = False,
+        check_bounds: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return normalized_attn_decode(
             q,
@@ -178,6 +188,7 @@ def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, 
             sink_bias=sink_bias,
             return_lse=return_lse,
             return_stats=return_stats,
+            check_bounds=check_bounds,
         )
 
     decode.__name__ = decode.__qualname__ = f"{normalizer}_attn_decode"

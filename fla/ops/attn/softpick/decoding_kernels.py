@@ -1,14 +1,18 @@
 """Kernels of decoding and their launcher: a few query tokens a sequence against a cache of keys and values, without reading V rows of no weight.
 
 Time goes into reading the cache. The keys of a sequence are split over programs, whose sums merge exactly in a
-second, small kernel; a row of V is loaded only where some query of the group gives it weight, which after a
-softpick is a few rows in a hundred. The query heads of a group share a tile, so the cache is read once.
+second, small kernel. The query heads of a group share a tile, so the cache is read once; where queries take several
+tiles, these run next to each other and find in L2 what the first has read. With few query rows a row of V is loaded
+only where some of them gives it weight, which after a softpick is a few rows in a hundred.
 
 Legend: as in `parallel_fwd.py`, and
-    BT                 rows of a tile: T query tokens times G heads, rounded up to a power of two, at least 16
+    R                  query rows of a key head: T query tokens times G heads
+    BT                 rows of a tile, a power of two, at least 16
+    NR                 tiles of rows
     NS                 splits of a sequence
-    P                  tokens in a page of a paged cache
-    o_part             [B, H, NS, BT, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, BT]
+    S                  tokens that a sequence has room for
+    P                  tokens in a page of a paged cache, NP its pages
+    o_part             [B, H, NS, R, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, R]
 """
 
 import functools
@@ -28,6 +32,9 @@ from fla.ops.attn.softpick.normalizers import (
 )
 from fla.ops.attn.softpick.tiles import empty_rows, feature_tile, strides_bth, visible
 
+# Query rows of a key head up to which values without weight are not read. Some row of a larger tile gives weight to
+# nearly every key, and loads that wait for no weight run ahead of their use.
+MAX_SKIPPING_ROWS = 16
 # A split of fewer keys costs more to start and to merge than it saves.
 LEAST_SPLIT = 256
 # Rounds of resident programs that splitting may take.
@@ -37,22 +44,16 @@ MERGED_SPLITS = 16
 
 
 @triton.jit
-def _rows_at(
-    p, o_s, table, P, s_b, s_t, D: tl.constexpr, BD: tl.constexpr, m_s, IS_PAGED: tl.constexpr
-):
-    """[BS, BD] rows at the positions o_s of a sequence where m_s, else 0 and not read."""
+def _load_cache_rows(p, page, o_p, m_s, s_b, s_t, D: tl.constexpr, BD: tl.constexpr):
+    """[BS, BD] rows o_p of the pages (contiguous: 0), zeros and not read where not m_s."""
     o_d = tl.arange(0, BD)
-    if IS_PAGED:
-        page = tl.load(table + o_s // P, mask=m_s, other=0).to(tl.int64)
-        at = page * s_b + (o_s % P).to(tl.int64) * s_t
-    else:
-        at = o_s.to(tl.int64) * s_t
+    at = page * s_b + o_p.to(tl.int64) * s_t
     return tl.load(
         p + at[:, None] + o_d[None, :], mask=m_s[:, None] & (o_d < D)[None, :], other=0.0
     )
 
 
-@triton.jit(do_not_specialize=["T", "H", "G", "W", "P", "NS"])
+@triton.jit(do_not_specialize=["T", "S", "H", "G", "W", "P", "NP", "NR", "NS"])
 def normalized_attn_decode_kernel(
     q,
     k,
@@ -76,10 +77,13 @@ def normalized_attn_decode_kernel(
     sv_h,
     st_b,
     T,
+    S,
     H,
     G,
     W,
     P,
+    NP,
+    NR,
     NS,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -92,14 +96,17 @@ def normalized_attn_decode_kernel(
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    SKIPS_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_part = tl.program_id(0).to(tl.int64)
-    i_split = tl.program_id(0) % NS
+    # the tiles of rows that read the same keys are neighbours
+    i_part = tl.program_id(0).to(tl.int64) // NR
+    i_split = i_part % NS
     i_bh = i_part // NS
     i_b = i_bh // H
     i_h = i_bh % H
-    length = tl.load(lengths + i_b).to(tl.int32)
+    # before the cast, which would wrap
+    length = tl.minimum(tl.load(lengths + i_b), S).to(tl.int32)
     q += i_b * sq_b + i_h * G * sq_h
     k += i_h * sk_h
     v += i_h * sv_h
@@ -110,8 +117,9 @@ def normalized_attn_decode_kernel(
         v += i_b * sv_b
 
     # the heads of a group are neighbours, so that a row is token T_r and head G_r
-    o_r = tl.arange(0, BT)
-    m_r = o_r < T * G
+    o_r = tl.program_id(0) % NR * BT + tl.arange(0, BT)
+    R = T * G
+    m_r = o_r < R
     o_d = tl.arange(0, BK)
     p_q = q + ((o_r // G) * sq_t + (o_r % G) * sq_h)[:, None] + o_d[None, :]
     b_q = tl.load(p_q, mask=m_r[:, None] & (o_d < K)[None, :], other=0.0)
@@ -121,12 +129,12 @@ def normalized_attn_decode_kernel(
 
     start = 0
     if HAS_STARTS:
-        start = tl.load(starts + i_b).to(tl.int32)
+        start = tl.maximum(tl.minimum(tl.load(starts + i_b), S), 0).to(tl.int32)
     first = start // BS * BS
     if HAS_WINDOW:
         first = tl.maximum(length - T - W + 1, start) // BS * BS
     size = tl.cdiv(tl.cdiv(length - first, NS), BS) * BS
-    first += i_split * size
+    first += i_split.to(tl.int32) * size
     end = tl.minimum(first + size, length)
 
     b_m = tl.full([BT], smallest_shift(NORMALIZER), tl.float32)
@@ -138,7 +146,14 @@ def normalized_attn_decode_kernel(
         m_k = o_s < end
         if HAS_STARTS:
             m_k = m_k & (o_s >= start)
-        b_k = _rows_at(k, o_s, table, P, sk_b, sk_t, K, BK, m_k, IS_PAGED)
+        page = 0
+        o_p = o_s
+        if IS_PAGED:
+            page = tl.load(table + o_s // P, mask=m_k, other=0).to(tl.int64)
+            # a page that the cache does not have
+            m_k = m_k & (page >= 0) & (page < NP)
+            o_p = o_s % P
+        b_k = _load_cache_rows(k, page, o_p, m_k, sk_b, sk_t, K, BK)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
         b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_s = visible(o_q[:, None], o_s[None, :], W, HAS_WINDOW) & m_k[None, :] & m_r[:, None]
@@ -149,19 +164,22 @@ def normalized_attn_decode_kernel(
         b_n, b_d = weights(b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
         b_z = b_z * b_f + tl.sum(b_d, 1)
         b_p = b_n.to(v.dtype.element_ty)
-        m_v = tl.max(tl.where(b_p == 0, 0, 1), 0) > 0
-        b_v = _rows_at(v, o_s, table, P, sv_b, sv_t, V, BV, m_v & m_k, IS_PAGED)
+        m_v = m_k
+        if SKIPS_VALUES:
+            m_v = m_v & (tl.max(tl.where(b_p == 0, 0, 1), 0) > 0)
+        b_v = _load_cache_rows(v, page, o_p, m_v, sv_b, sv_t, V, BV)
         b_o = tl.dot(b_p, b_v, b_o * b_f[:, None], input_precision=PRECISION)
         if HAS_STATS:
-            num_read += (m_v & m_k).to(tl.int32)
+            num_read += m_v.to(tl.int32)
 
     o_v = tl.arange(0, BV)
-    tl.store(m_part + i_part * BT + o_r, b_m)
-    tl.store(z_part + i_part * BT + o_r, b_z)
-    p_o = o_part + (i_part * BT + o_r)[:, None] * V + o_v[None, :]
+    row = i_part * R + o_r
+    tl.store(m_part + row, b_m, mask=m_r)
+    tl.store(z_part + row, b_z, mask=m_r)
+    p_o = o_part + row[:, None] * V + o_v[None, :]
     tl.store(p_o, b_o, mask=m_r[:, None] & (o_v < V)[None, :])
     if HAS_STATS:
-        tl.store(rows_read + i_part, tl.sum(num_read, 0))
+        tl.store(rows_read + tl.program_id(0), tl.sum(num_read, 0))
 
 
 @triton.jit(do_not_specialize=["T", "H", "G", "NS"])
@@ -180,7 +198,6 @@ def normalized_attn_merge_kernel(
     G,
     NS,
     V: tl.constexpr,
-    BT: tl.constexpr,
     BS: tl.constexpr,
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
@@ -188,8 +205,9 @@ def normalized_attn_merge_kernel(
     HAS_SINK: tl.constexpr,
 ):
     """One program a row: the sums of its splits, in their order, and the division."""
-    i_r = tl.program_id(0) % (T * G)
-    i_bh = (tl.program_id(0) // (T * G)).to(tl.int64)
+    R = T * G
+    i_r = tl.program_id(0) % R
+    i_bh = (tl.program_id(0) // R).to(tl.int64)
     i_b = i_bh // H
     i_hq = i_bh % H * G + i_r % G
     i_t = i_r // G
@@ -200,7 +218,7 @@ def normalized_attn_merge_kernel(
     b_o = tl.zeros([BV], tl.float32)
     for i_s in range(0, NS, BS):
         o_s = i_s + tl.arange(0, BS)
-        at = (i_bh * NS + o_s) * BT + i_r
+        at = (i_bh * NS + o_s) * R + i_r
         b_m_part = tl.load(m_part + at, mask=o_s < NS, other=smallest_shift(NORMALIZER))
         b_z_part = tl.load(z_part + at, mask=o_s < NS, other=0.0)
         b_o_part = tl.load(
@@ -231,7 +249,7 @@ def num_splits(heads: int, S: int, programs: int) -> int:
     a last round of a few takes as long as a full one.
 
     Args:
-        heads: Key heads of all sequences.
+        heads: Programs of one split: key heads of all sequences times tiles of rows.
         S: Tokens that a sequence has room for.
         programs: Programs that are resident on the GPU at a time.
     """
@@ -258,7 +276,7 @@ def normalized_attn_decode_launch(
 
     Returns:
         Outputs like ``q`` with the last dimension of ``v``, the base-2 lse ``[B, HQ, T]`` float32, and the rows of V
-        read ``[B, H]`` int32, ``[B, 0]`` without ``has_stats``.
+        that a tile of query rows reads, in the mean over tiles, ``[B, H]`` float32, ``[B, 0]`` without ``has_stats``.
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, HQ, H = q.shape[0], q.shape[time], q.shape[head], k.shape[head]
@@ -266,17 +284,20 @@ def normalized_attn_decode_launch(
     is_paged = block_table is not None
     P = k.shape[time]
     S = block_table.shape[1] * P if is_paged else P
-    BT = max(16, triton.next_power_of_2(T * G))
-    with torch.cuda.device_of(q):
-        options = launch_options("decode", q, V)
-    NS = num_splits(B * H, S, options.pop("programs") * num_processors(q.device.index))
     o = empty_rows(q, T, HQ, V, head_first)
     lse = torch.empty(B, HQ, T, dtype=torch.float32, device=q.device)
-    o_part = torch.empty(B, H, NS, BT, V, dtype=torch.float32, device=q.device)
-    m_part, z_part = torch.empty(2, B, H, NS, BT, dtype=torch.float32, device=q.device)
-    rows_read = torch.empty(B, H if has_stats else 0, NS, dtype=torch.int32, device=q.device)
+    if o.numel() == 0:
+        return o, lse, lse.new_zeros(B, H if has_stats else 0)
     with torch.cuda.device_of(q):
-        normalized_attn_decode_kernel[(B * H * NS,)](
+        options = launch_options("decode" if T * G <= MAX_SKIPPING_ROWS else "chunk", q, V)
+    NR = triton.cdiv(T * G, options["BT"])
+    programs = options.pop("programs") * num_processors(q.device.index)
+    NS = num_splits(B * H * NR, S, programs)
+    o_part = torch.empty(B, H, NS, T * G, V, dtype=torch.float32, device=q.device)
+    m_part, z_part = torch.empty(2, B, H, NS, T * G, dtype=torch.float32, device=q.device)
+    rows_read = torch.empty(B, H if has_stats else 0, NS, NR, dtype=torch.int32, device=q.device)
+    with torch.cuda.device_of(q):
+        normalized_attn_decode_kernel[(B * H * NS * NR,)](
             q,
             k,
             v,
@@ -293,10 +314,13 @@ def normalized_attn_decode_launch(
             *strides_bth(v, head_first),
             st_b=block_table.stride(0) if is_paged else 0,
             T=T,
+            S=S,
             H=H,
             G=G,
             W=0 if window_size is None else min(window_size, S),
             P=P,
+            NP=k.shape[0],
+            NR=NR,
             NS=NS,
             K=K,
             V=V,
@@ -307,7 +331,7 @@ def normalized_attn_decode_launch(
             HAS_STARTS=starts is not None,
             HAS_WINDOW=window_size is not None,
             HAS_STATS=has_stats,
-            BT=BT,
+            SKIPS_VALUES=T * G <= MAX_SKIPPING_ROWS,
             **options,
         )
         normalized_attn_merge_kernel[(B * HQ * T,)](
@@ -323,7 +347,6 @@ def normalized_attn_decode_launch(
             G=G,
             NS=NS,
             V=V,
-            BT=BT,
             BS=MERGED_SPLITS,
             BV=feature_tile(V),
             NORMALIZER=normalizer,
@@ -333,5 +356,5 @@ def normalized_attn_decode_launch(
         )
     if not has_stats:
         # no kernel to sum nothing
-        return o, lse, rows_read.view(B, 0)
-    return o, lse, rows_read.sum(-1, dtype=torch.int32)
+        return o, lse, lse.new_empty(B, 0)
+    return o, lse, rows_read.sum((-1, -2)) / NR

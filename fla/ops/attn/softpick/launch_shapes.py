@@ -29,10 +29,12 @@ class LaunchShape(NamedTuple):
 
 
 class DecodeShape(NamedTuple):
-    """Programs of which a multiprocessor has registers and shared memory for at least as many at a time, rows of the
-    tile that a program streams, warps, pipeline stages, and on NVIDIA the registers that a thread may take."""
+    """Programs of which a multiprocessor has registers and shared memory for at least as many at a time, query rows
+    of a program, keys of the tile that it streams, warps, pipeline stages, and on NVIDIA the registers that a thread
+    may take."""
 
     programs: int
+    BT: int
     BS: int
     num_warps: int
     num_stages: int
@@ -49,7 +51,7 @@ def _shapes(**rows: tuple[tuple[int, ...], ...]) -> Shapes:
     shapes = {}
     for name, row in rows.items():
         kernel, precision = name.split("_")
-        kind = DecodeShape if kernel == "decode" else LaunchShape
+        kind = DecodeShape if kernel in ("decode", "chunk") else LaunchShape
         shapes[kernel, precision] = tuple(kind(*x) for x in row)
     return shapes
 
@@ -65,9 +67,12 @@ _NVIDIA = _shapes(
     fwd_ieee=((64, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dq_ieee=((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dkv_ieee=((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    decode_16bit=((3, 64, 4, 3), (2, 32, 4, 3), (2, 32, 4, 2), (2, 32, 4, 1)),
-    decode_tf32=((2, 32, 4, 2), (2, 32, 4, 1), (2, 16, 4, 1), (2, 16, 4, 1)),
-    decode_ieee=((2, 16, 4, 1), (2, 16, 4, 1), (1, 16, 8, 1), (1, 16, 8, 1)),
+    decode_16bit=((3, 16, 64, 4, 3), (2, 16, 32, 4, 3), (2, 16, 32, 4, 2), (2, 16, 32, 4, 1)),
+    decode_tf32=((2, 16, 32, 4, 2), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
+    decode_ieee=((2, 16, 16, 4, 1), (2, 16, 16, 4, 1), (1, 16, 16, 8, 1), (1, 16, 16, 8, 1)),
+    chunk_16bit=((2, 64, 64, 4, 2), (2, 64, 64, 4, 2), (2, 16, 32, 4, 2), (2, 16, 32, 4, 1)),
+    chunk_tf32=((2, 16, 32, 4, 2), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
+    chunk_ieee=((2, 16, 16, 4, 1), (2, 16, 16, 4, 1), (1, 16, 16, 8, 1), (1, 16, 16, 8, 1)),
 )
 # one stage, since more take shared memory that gfx90a and gfx942 lack; 16 rows a warp, since otherwise
 # warps repeat each other's matrix instructions
@@ -78,20 +83,23 @@ _AMD = _shapes(
     fwd_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dq_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dkv_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
-    decode_16bit=((4, 64, 4, 1), (3, 64, 4, 1), (3, 32, 4, 1), (3, 32, 4, 1)),
-    decode_ieee=((4, 32, 4, 1), (3, 32, 4, 1), (2, 16, 4, 1), (2, 16, 4, 1)),
+    decode_16bit=((4, 16, 64, 4, 1), (3, 16, 64, 4, 1), (3, 16, 32, 4, 1), (3, 16, 32, 4, 1)),
+    decode_ieee=((4, 16, 32, 4, 1), (3, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
+    chunk_16bit=((2, 64, 64, 4, 1), (2, 64, 64, 4, 1), (2, 16, 32, 4, 1), (2, 16, 32, 4, 1)),
+    chunk_ieee=((4, 16, 32, 4, 1), (3, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
 )
 # at most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can take them too
 _SM_80 = _NVIDIA | _shapes(
     fwd_16bit=((128, 64, 8, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 8, 1)),
     dq_16bit=((128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
+    chunk_16bit=((2, 64, 32, 4, 2), (2, 64, 32, 4, 2), (2, 16, 32, 4, 2), (2, 16, 32, 4, 1)),
 )
 _SM_90 = _NVIDIA | _shapes(
     fwd_16bit=((128, 64, 8, 3, 128), (64, 64, 4, 3, None, True), (64, 16, 4, 2), (32, 32, 8, 1)),
     dq_16bit=((128, 64, 8, 3, 128), (128, 64, 8, 3, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 64, 4, 3), (64, 64, 4, 2, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
-    decode_16bit=((4, 64, 4, 3, 128), (2, 64, 4, 3), (2, 32, 4, 2), (2, 32, 4, 1)),
+    decode_16bit=((4, 16, 64, 4, 3, 128), (2, 16, 64, 4, 3), (2, 16, 32, 4, 2), (2, 16, 32, 4, 1)),
 )
 _GFX90A = _AMD | _shapes(
     fwd_16bit=((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
@@ -99,7 +107,7 @@ _GFX90A = _AMD | _shapes(
 )
 # the one AMD card here with TF32
 _GFX942 = _AMD | {
-    (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv", "decode")
+    (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv", "decode", "chunk")
 }
 
 TABLE: dict[str, Shapes] = {

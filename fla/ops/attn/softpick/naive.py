@@ -44,10 +44,14 @@ def _exponentials(
     """``x`` with ``masked`` where a key is not visible, ``e^(x - m)`` and m = max(floor, row maximum)."""
     if visible is not None:
         x = x.masked_fill(~visible, masked)
-    m = torch.zeros_like(x.detach().narrow(dim, 0, 1))
+    shape = list(x.shape)
+    shape[dim] = 1
+    m = x.new_zeros(shape)
     if safe:
+        # a row without keys has no maximum
+        top = x.detach().amax(dim, keepdim=True) if x.shape[dim] else m - INF
         # numerator and denominator carry the same factor e^-m: the shift is exact and has no gradient
-        m = torch.maximum(x.detach().amax(dim, keepdim=True), m + floor)
+        m = torch.maximum(top, m + floor)
         # a row without a visible key has no maximum
         m = m.masked_fill(m == -INF, 0.0)
     return x, torch.exp(x - m), m
@@ -206,8 +210,9 @@ def naive_normalized_attn(
 
     Args:
         q: Queries ``[B, T, HQ, K]``, any float dtype.
-        k: Keys ``[B, S, H, K]``, dtype and device of ``q``, ``S >= T``: the queries are the last ``T``
-            positions. ``HQ`` is a multiple of ``H``; query head ``h`` reads key head ``h // (HQ // H)``.
+        k: Keys ``[B, S, H, K]``, dtype and device of ``q``. The queries are the last ``T`` positions; where
+            ``S < T`` the first ``T - S`` of them see no key and give 0. ``HQ`` is a multiple of ``H``; query
+            head ``h`` reads key head ``h // (HQ // H)``.
         v: Values ``[B, S, H, V]``, dtype and device of ``q``.
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         cu_seqlens: Boundaries ``[N + 1]`` of ``N`` packed sequences, int32 or int64, from 0 to ``T``,
@@ -216,7 +221,7 @@ def naive_normalized_attn(
         normalizer: A key of `NORMALIZERS`.
         safe: Shift scores by ``max(0, row maximum)`` (softmax: by the row maximum) before ``exp``: exact
             for every finite input. ``False`` does not shift: for scores known to stay below 80.
-        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it, with 0 no key. Default: all.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype; it
             gets a gradient. Default: none.
         return_lse: Also return the natural logarithm of the denominator.
@@ -225,7 +230,8 @@ def naive_normalized_attn(
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``; with ``return_lse`` then the log of the
         denominator ``[B, HQ, T]``, float32 (float64 for float64); with ``return_weights`` then the weights
-        ``[B, HQ, T, S]``. A row whose denominator is 0 gives 0 and a log of -inf.
+        ``[B, HQ, T, S]``. A row without a key or with a denominator of 0 gives 0; the log of 0 is -inf.
+        ``B``, ``T`` and ``S`` may be 0.
 
     Raises:
         ValueError: A shape, dtype, device, ``cu_seqlens`` or name breaks a condition above; the message

@@ -43,24 +43,21 @@ def naive_normalized_attn_decode(
         NORMALIZERS,
         max_rows=q.shape[time] * q.shape[head],
     )
-    T = q.shape[time]
+    S = k.shape[time]
     firsts = [0] * len(lengths) if starts is None else starts.tolist()
-    rows = []
+    o = q.new_zeros(q.shape[:-1] + v.shape[-1:])
+    rows = list(o.split(1))
     for b, (first, end) in enumerate(zip(firsts, lengths.tolist(), strict=True)):
-        # queries that are in the sequence
-        t = max(0, min(T, end - first))
-        padding = q.new_zeros(q[b : b + 1].shape[:-1] + v.shape[-1:]).narrow(time, 0, T - t)
-        if t:
-            keys = [x[b : b + 1].narrow(time, first, end - first) for x in (k, v)]
-            o = naive_normalized_attn(
-                q[b : b + 1].narrow(time, T - t, t),
-                *keys,
-                scale,
-                head_first=head_first,
-                normalizer=normalizer,
-                window_size=window_size,
-                sink_bias=sink_bias,
-            )
-            padding = torch.cat((padding, o), time)
-        rows.append(padding)
-    return torch.cat(rows)
+        end = min(max(end, 0), S)
+        first = min(max(first, 0), end)
+        keys = [x[b : b + 1].narrow(time, first, end - first) for x in (k, v)]
+        rows[b] = naive_normalized_attn(
+            q[b : b + 1],
+            *keys,
+            scale,
+            head_first=head_first,
+            normalizer=normalizer,
+            window_size=window_size,
+            sink_bias=sink_bias,
+        )
+    return torch.cat(rows) if rows else o

@@ -215,8 +215,9 @@ def parallel_softpick_attn(
     Args:
         q: Queries ``[B, T, HQ, K]``: float32, float16 or bfloat16, ``K <= 256``. Any strides; a copy is
             made only if the last dimension is not contiguous.
-        k: Keys ``[B, S, H, K]``, dtype and device of ``q``, ``S >= T``: the queries are the last ``T``
-            positions. ``HQ`` is a multiple of ``H``; query head ``h`` reads key head ``h // (HQ // H)``.
+        k: Keys ``[B, S, H, K]``, dtype and device of ``q``. The queries are the last ``T`` positions; where
+            ``S < T`` the first ``T - S`` of them see no key and give 0. ``HQ`` is a multiple of ``H``; query
+            head ``h`` reads key head ``h // (HQ // H)``.
         v: Values ``[B, S, H, V]``, dtype and device of ``q``. ``V <= 256`` may differ from ``K``.
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         cu_seqlens: Boundaries ``[N + 1]`` of ``N`` packed sequences, int32 or int64, from 0 to ``T``,
@@ -225,7 +226,7 @@ def parallel_softpick_attn(
         head_first: Inputs and output are ``[B, H, T, D]`` instead.
         safe: Exact for every finite input. ``False`` skips the shift of the scores: for scores known to
             stay below 80 (float16: below 11, since weights are rounded to the input dtype).
-        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it, with 0 no key. Default: all.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value, any float dtype: adds
             ``e^sink_bias`` to the denominator of every row, and gets a gradient. Default: none.
         return_lse: Also return the log of the denominator.

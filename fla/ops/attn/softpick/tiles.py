@@ -155,12 +155,14 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
 
 
 def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> TensorDescriptor | None:
-    """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles of BT rows; None if rows do not start at multiples of
-    16 bytes, as descriptors ask."""
+    """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles of BT rows; None if there are no rows, or if they do not
+    start at multiples of 16 bytes, as descriptors ask."""
     b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
     # the stride of a dimension of one is never used, and may be anything
     strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (b, t, h)]
-    if x.data_ptr() % 16 or any(s <= 0 or s * x.element_size() % 16 for s in strides):
+    if x.numel() == 0 or x.data_ptr() % 16:
+        return None
+    if any(s <= 0 or s * x.element_size() % 16 for s in strides):
         return None
     shape = [x.shape[i] for i in (b, t, h, 3)]
     return TensorDescriptor(x, shape, [*strides, 1], [1, BT, 1, BD])
