@@ -6,6 +6,7 @@ while it runs, which leaves the GPU with work in the meantime.
 """
 
 import contextlib
+import io
 import math
 import pickle
 import re
@@ -26,7 +27,7 @@ import flame._compat  # noqa: F401  # before torchtitan
 from flame.attention_stats import Observer, observe
 from flame.config import JobConfig
 from flame.data import IGNORE_INDEX
-from flame.errors import TrainingError, UsageError
+from flame.errors import LostProcessError, TrainingError, UsageError
 from flame.log import logger
 from flame.models import normalizer_of
 from flame.stop import StopRequest
@@ -230,7 +231,10 @@ class CheckedTrainer(Trainer):
             "inputs": [inputs for inputs, _ in microbatches],
             "labels": [labels for _, labels in microbatches],
         }
-        torch.save(batch, folder / f"batch.rank{rank}.pt")
+        # torch's own writer says nothing of a full disk
+        buffer = io.BytesIO()
+        torch.save(batch, buffer)
+        (folder / f"batch.rank{rank}.pt").write_bytes(buffer.getbuffer())
         # norms are collectives where parameters are sharded
         norms = self._norms(seen["gradient_norm"])
         if rank == 0:
@@ -301,7 +305,7 @@ def _trace_folder(config: JobConfig) -> Path:
 
 @contextlib.contextmanager
 def explain_lost_processes(trainer: CheckedTrainer) -> Iterator[None]:
-    """Turns gloo's words for a collective that was not joined into a `TrainingError`, with what led up to it.
+    """Turns gloo's words for a collective that was not joined into a `LostProcessError`, with what led up to it.
 
     Where NCCL is what waits, it writes its trace and ends the process itself.
     """
@@ -312,7 +316,7 @@ def explain_lost_processes(trainer: CheckedTrainer) -> Iterator[None]:
             raise
         file = _write_trace(trainer.config)
         where = f"; its last collectives are in {file}" if file else ""
-        raise TrainingError(
+        raise LostProcessError(
             f"step {trainer.step}: another process ended, or did not answer within "
             f"--comm.train_timeout_seconds {trainer.config.comm.train_timeout_seconds}{where} ({error})"
         ) from error

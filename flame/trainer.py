@@ -132,13 +132,15 @@ class FlameTrainer(CheckedTrainer):
 
     def train(self) -> signal.Signals | None:
         """Trains; returns the signal that ended it before the last step, the same on every rank."""
-        with self.stop.listening():
+        try:
             super().train()
             stopped, _ = self.stop.agree(failed=False)
             if stopped is None:
                 self.checkpointer.wait()
             else:
                 self.checkpointer.save_before_stop(self.step)
+        finally:
+            self.stop.close()
         return stopped
 
     def should_continue_training(self) -> bool:
@@ -147,6 +149,9 @@ class FlameTrainer(CheckedTrainer):
             if self.step >= self.config.training.steps:
                 logger.info(f"step {self.step} of {self.config.training.steps} is done already")
         stopped, failed = self.stop.agree(self.checkpointer.has_failed())
+        if self.step > self.start_step:
+            # every rank has done a step, so there is something to save
+            self.stop.listen()
         if failed:
             # on all ranks after the same step, since one that goes on alone would wait for the others
             self.checkpointer.wait()
