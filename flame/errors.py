@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 
 EXIT_CODE = 2
-_PATIENCE_S = 8
+PATIENCE_S = 10
+"""How long a process lets another one say first what has happened."""
 LESS_MEMORY = (
     "lower --training.batch_size and raise --training.gradient_accumulation_steps as much, lower "
     "--training.seq_len, or give --activation_checkpoint.mode full"
@@ -26,19 +27,12 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message names the step, what happened and where to look."""
 
 
-class LostProcessError(TrainingError):
-    """Another process of the run is gone, or does not answer."""
-
-
 @contextlib.contextmanager
 def exit_on_training_error() -> Iterator[None]:
     """Turns `TrainingError` into one line of every process that it happens to, and exit code 1."""
     try:
         yield
     except TrainingError as error:
-        if isinstance(error, LostProcessError) and "TORCHELASTIC_RUN_ID" in os.environ:
-            # the process that is lost, or the launcher, says why; torchrun then ends this one
-            time.sleep(_PATIENCE_S)
         sys.stderr.write(f"flame: error: rank {os.environ.get('RANK', '0')}: {error}\n")
         sys.exit(1)
 
@@ -56,7 +50,7 @@ def exit_on_usage_error() -> Iterator[None]:
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             # torchrun ends all processes as soon as one has ended: the first one, which as a rule says the same,
             # is to be heard, and where it has nothing to say this one is
-            time.sleep(_PATIENCE_S)
+            time.sleep(PATIENCE_S)
         sys.stderr.write(f"flame: error: {error}\n")
         sys.exit(EXIT_CODE)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 from types import FrameType
@@ -39,6 +40,18 @@ class StopRequest:
         for s, handler in self._handlers.items():
             signal.signal(s, handler)
         self._handlers = {}
+
+    def exit_if_told(self, seconds: float) -> None:
+        """Ends the process by the signal that it has heard, or hears in the next ``seconds``.
+
+        torchrun sends one to all processes when one has failed, and that one has said why.
+        """
+        self.close()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.signal is not None:
+                sys.exit(128 + self.signal)
+            time.sleep(0.1)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -8,6 +8,7 @@ while it runs, which leaves the GPU with work in the meantime.
 import contextlib
 import io
 import math
+import os
 import pickle
 import re
 import statistics
@@ -27,7 +28,7 @@ import flame._compat  # noqa: F401  # before torchtitan
 from flame.attention_stats import Observer, observe
 from flame.config import JobConfig
 from flame.data import IGNORE_INDEX
-from flame.errors import LostProcessError, TrainingError, UsageError
+from flame.errors import PATIENCE_S, TrainingError, UsageError
 from flame.log import logger
 from flame.models import normalizer_of
 from flame.stop import StopRequest
@@ -305,7 +306,7 @@ def _trace_folder(config: JobConfig) -> Path:
 
 @contextlib.contextmanager
 def explain_lost_processes(trainer: CheckedTrainer) -> Iterator[None]:
-    """Turns gloo's words for a collective that was not joined into a `LostProcessError`, with what led up to it.
+    """Turns gloo's words for a collective that was not joined into a `TrainingError`, with what led up to it.
 
     Where NCCL is what waits, it writes its trace and ends the process itself.
     """
@@ -314,9 +315,11 @@ def explain_lost_processes(trainer: CheckedTrainer) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, TrainingError) or not _LOST.search(str(error)):
             raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            trainer.stop.exit_if_told(PATIENCE_S)
         file = _write_trace(trainer.config)
         where = f"; its last collectives are in {file}" if file else ""
-        raise LostProcessError(
+        raise TrainingError(
             f"step {trainer.step}: another process ended, or did not answer within "
             f"--comm.train_timeout_seconds {trainer.config.comm.train_timeout_seconds}{where} ({error})"
         ) from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from flame.errors import UsageError
 from flame.writers import JsonLines, TensorBoard
 
 ROOT = Path(__file__).parent.parent
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def python(code, **env):
@@ -287,3 +289,33 @@ def test_whose_folder_it_is(tmp_path):
     (folder / "hf").mkdir()
     with pytest.raises(UsageError, match="a was 1, is now 4"):
         run_folder.claim(config, run | {"a": 4})
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456"},
+            "the environment has RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=23456, but no LOCAL_RANK; "
+            "unset RANK, WORLD_SIZE for a run of one process, or start",
+        ),
+        (
+            {"WORLD_SIZE": "4"},
+            "has WORLD_SIZE=4, but no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT",
+        ),
+        (
+            dict.fromkeys(GROUP, "1"),
+            "RANK must be at least LOCAL_RANK and below WORLD_SIZE, got RANK=1 LOCAL_RANK=1 WORLD_SIZE=1",
+        ),
+        (dict.fromkeys(GROUP, "x"), "RANK must be an integer of at least 0, got 'x'"),
+    ],
+)
+def test_a_part_of_a_group_is_refused(env, words, monkeypatch):
+    from flame.train import _join_group
+
+    for name in GROUP:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=re.escape(words)):
+        _join_group()

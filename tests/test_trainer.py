@@ -103,6 +103,7 @@ def test_run_learns_and_reports(finished):
         assert len(curve(folder, name)) == STEPS
     assert f"step {STEPS}/{STEPS} 100%" in output
     assert "tokens/s" in output
+    assert max(len(line) for line in output.splitlines() if "  step " in line) <= 80
     assert "left" in output
     assert f"checkpoint      {folder / 'checkpoint' / f'step-{STEPS}'}" in output
     assert f"exported model  {folder / 'hf'}" in output
