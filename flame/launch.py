@@ -155,7 +155,7 @@ def main() -> None:
         logger.info(line)
     if num_processes > num_cpus:
         logger.info(
-            f"NGPU={num_processes} processes share {num_cpus} CPU cores, and take turns: NGPU={num_cpus} is faster"
+            f"NGPU={num_processes} processes share {num_cpus} CPU cores and wait for one another"
         )
     # torchrun gives each of several processes one thread; a run wants its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

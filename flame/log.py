@@ -26,3 +26,10 @@ def init_logger() -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+
+
+def announce_imports() -> None:
+    """Says why nothing will be heard for some seconds, before the imports of a program that was started by hand."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and not {"-h", "--help"} & set(sys.argv):
+        init_logger()
+        logger.info("importing torch and transformers")

@@ -2,6 +2,7 @@
 
 import signal
 
+from flame.log import announce_imports
 from flame.stop_signals import end_with_launcher
 
 if __name__ == "__main__":
@@ -9,6 +10,7 @@ if __name__ == "__main__":
     # the launcher do; set here, since importing the rest takes seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_launcher()
+    announce_imports()
 
 import contextlib
 import os

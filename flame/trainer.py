@@ -234,6 +234,13 @@ def describe(trainer: FlameTrainer) -> None:
         f"{t.steps:,} steps of {sequences} x {t.seq_len} = {sequences * t.seq_len:,} tokens; "
         f"{trainer.inputs.data.summary}"
     )
+    if config.lr_scheduler.warmup_steps > t.steps:
+        logger.info(
+            f"--lr_scheduler.warmup_steps {config.lr_scheduler.warmup_steps} is more than --training.steps {t.steps}: "
+            "the learning rate rises to the end"
+        )
+    if t.compile:
+        logger.info("the first step compiles the model, which takes a minute or more")
     logger.info(f"run folder {config.dump_folder}")
     if config.job.description:
         logger.info(config.job.description)
