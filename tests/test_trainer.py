@@ -257,7 +257,8 @@ def test_interrupt_of_the_launcher_as_it_starts_shows_no_traceback(small, tmp_pa
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == -signal.SIGINT
-    assert output == ""
+    (line,) = output.splitlines()
+    assert line.endswith("looking at this machine's processors, for which torch is imported")
 
 
 def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
