@@ -8,6 +8,7 @@ import contextlib
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +59,14 @@ def _set_pg_timeouts(timeout: timedelta, parallel_dims: "titan_distributed.Paral
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
+# "`_set_pg_timeout` is deprecated": torchtitan calls it by the name that it had before torch 2.14
+_c10d = dist.distributed_c10d
+_c10d._set_pg_timeout = getattr(_c10d, "set_timeout", _c10d._set_pg_timeout)
+
 if DEVICE_TYPE == "cpu":
+    # "DTensor random operators may not have complete support on cpu device mesh", twice a process: our weights are
+    # drawn whole, before they are sharded
+    warnings.filterwarnings("ignore", message="DTensor .* may not have complete support on cpu")
     # "module 'torch.cpu' has no attribute 'get_device_name'"
     titan_metrics.build_device_memory_monitor = _HostMemoryMonitor
     # "barrier(): device_ids" is a TypeError with ['cpu']

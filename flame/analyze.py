@@ -5,6 +5,11 @@ page that needs nothing else). Several models with one ``--label`` are seeds of 
 docs/softpick/ANALYSIS.md.
 """
 
+from flame.log import announce_imports
+
+if __name__ == "__main__":
+    announce_imports()
+
 import argparse
 import shlex
 import signal
@@ -89,6 +94,8 @@ def _measure_all(
         for number, (source, label) in enumerate(zip(models, labels, strict=True)):
             recorder = Recorder(str(args.model[number]), label)
             bar.set_description(label)
+            with tqdm.external_write_mode():
+                logger.info(f"measuring model {number + 1} of {len(models)}, {label}")
             model = source.load()
             try:
                 # first, since a package may be missing or a length too short
@@ -137,6 +144,8 @@ def _measure_robustness(
             "seed": 0,
         }
         for length in sorted(args.passkey_lengths):
+            with tqdm.external_write_mode():
+                logger.info(f"passkeys in {length} tokens")
             try:
                 shares = passkey_accuracy(model, source.tokenizer, length, **options)
             except UsageError as error:
@@ -153,6 +162,8 @@ def _measure_robustness(
 
         longest = max(args.lengths)
         for bits in sorted(args.bits):
+            with tqdm.external_write_mode():
+                logger.info(f"weights of {bits} bits")
             quantized = source.load()
             try:
                 quantize_weights(quantized, bits)
@@ -186,6 +197,7 @@ def _setup(args: argparse.Namespace, samples: Samples, device: str) -> dict[str,
 def _analyze(args: argparse.Namespace) -> None:
     check(args)
     require_out(args.out)
+    logger.info("reading the models' configurations and the text of --data")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     labels = labels_of(args)
     models = find_models(args, labels, device)

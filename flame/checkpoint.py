@@ -270,9 +270,10 @@ class Checkpointer:
         if dist.get_rank() == 0:
             remove_unfinished(self.folder, step)
         newest = newest_checkpoint(self.folder)
+        kept = f"{newest.name} is kept, from which" if newest else "from the start"
         message = (
             f"checkpoint step-{step} in {self.folder} could not be written: {describe_failure(error)}; "
-            f"{newest.name if newest else 'no checkpoint'} is kept, from which the same command continues"
+            f"{kept} the same command continues"
         )
         # a full disk is the user's to mend; anything else is an error of ours, and shows where
         return (UsageError if isinstance(first_failure(error), OSError) else RuntimeError)(message)

@@ -1,11 +1,80 @@
-"""What the small commands share: their parser, and the folder that they write."""
+"""What all commands share: the check of their words, the parser of the small ones, and the folder that they write."""
 
 import argparse
+import difflib
+import sys
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flame.errors import UsageError
+
+_LIKE_ENOUGH = 0.7
+# what a switch is given by those who take it for an option
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The name that was meant: of names with a section, such as ``training.steps``, the option counts most."""
+    section, _, option = name.rpartition(".")
+
+    def likeness(other: str) -> float:
+        of, _, last = other.rpartition(".")
+        # the section decides between options that are equally like
+        same = difflib.SequenceMatcher(None, section, of).ratio()
+        return difflib.SequenceMatcher(None, option, last).ratio() + same / 10
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= _LIKE_ENOUGH else None
+
+
+def require_text(words: Sequence[str]) -> None:
+    """Raises UsageError for an argument with bytes that are no text, which no file could name or hold."""
+    for i, word in enumerate(words):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            before = words[i - 1] if i and words[i - 1].startswith("--") else "an argument"
+            flag, equals, value = word.partition("=")
+            is_whole = word.startswith("--") and equals and flag.isascii()
+            name, value = (flag, value) if is_whole else (before, word)
+            raise UsageError(f"{name} must be text in UTF-8, got {value!r}") from None
+
+
+def require_flags(
+    words: Sequence[str],
+    options: Mapping[str, bool],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    help_command: str,
+) -> None:
+    """Raises UsageError for a flag that is not there, naming the one that was meant, or a switch with a value.
+
+    Args:
+        words: The command line.
+        options: Name of a flag, without its dashes -> whether it takes a value.
+        aliases: What other programs call an option -> the name here.
+        help_command: Lists the flags.
+    """
+    aliases = {other: name for other, name in (aliases or {}).items() if name in options}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if word == "--":
+            return
+        if not word.startswith("--"):
+            continue
+        flag, has_value, value = word.removeprefix("--").partition("=")
+        if flag not in options:
+            meant = aliases.get(flag.rpartition(".")[2]) or closest(flag, options)
+            hint = f"; perhaps you meant --{meant}" if meant else ""
+            raise UsageError(f"unrecognized option --{flag}{hint} ({help_command} lists the flags)")
+        if not options[flag]:
+            if not has_value and following.lower() in _BOOLEANS:
+                has_value, value = "=", following
+            if has_value:
+                raise UsageError(
+                    f"--{flag} takes no value, got {value!r}; give it alone, or leave it out"
+                )
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +82,22 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        require_text(words)
+        # the parser of a subcommand checks what is its own
+        if self._subparsers is None:
+            options = {
+                name.removeprefix("--"): action.nargs != 0
+                for action in self._actions
+                for name in action.option_strings
+                if name.startswith("--")
+            }
+            require_flags(words, options, help_command=f"{self.prog} -h")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} -h lists the flags)")

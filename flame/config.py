@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 import tyro
 
+from flame.cli import require_flags, require_text
 from flame.errors import UsageError
+from flame.help import show
 from flame.refused_flags import refuse
 
 
@@ -689,9 +692,52 @@ class JobConfig:
         return "\n".join(lines)
 
 
-_HELP = """Trains a model; repeating the command continues the run. The defaults are the smallest useful run: a 1M parameter
-model on the text that ships with Python. A flag wins over --job.config_file, a TOML file with the same names in
-sections, and the file over the defaults. docs/softpick/FLAME.md explains a run."""
+# what other trainers call an option
+_ALIASES = {
+    "learning_rate": "optimizer.lr",
+    "max_lr": "optimizer.lr",
+    "max_steps": "training.steps",
+    "num_steps": "training.steps",
+    "train_steps": "training.steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
+    "block_size": "training.seq_len",
+    "sequence_length": "training.seq_len",
+    "max_seq_len": "training.seq_len",
+    "output_dir": "job.dump_folder",
+    "save_steps": "checkpoint.interval",
+    "logging_steps": "metrics.log_freq",
+    "clip_grad": "training.max_norm",
+    "max_grad_norm": "training.max_norm",
+    "tokenizer": "model.tokenizer_path",
+}
+
+
+def _known_words() -> dict[str, bool]:
+    """Flag -> whether it takes a value."""
+    words = {}
+    for flag, value in JobConfig().flags().items():
+        is_switch = isinstance(value, bool)
+        words[flag] = not is_switch
+        if is_switch:
+            words[flag.replace(".", ".no_", 1)] = False
+    return words
+
+
+def _check_words(argv: list[str]) -> None:
+    require_text(argv)
+    refuse(argv)
+    # both spellings are taken
+    words = [
+        "=".join([flag.replace("-", "_").replace("__", "--", 1), *rest])
+        if w.startswith("--")
+        else w
+        for w in argv
+        for flag, *rest in [w.split("=", 1)]
+    ]
+    require_flags(
+        words, _known_words() | {"help": False}, aliases=_ALIASES, help_command="bash train.sh -h"
+    )
 
 
 def _flags_of_toml(path: Path) -> list[str]:
@@ -736,23 +782,27 @@ def parse_args(argv: list[str]) -> JobConfig:
     # without a value: tyro says so below
     peek.add_argument("--job.config_file", "--job.config-file", dest="config_file", nargs="?")
     config_file = peek.parse_known_args(argv)[0].config_file
+    for i, word in enumerate(argv):
+        if word in ("-h", "--help"):
+            topic = argv[i + 1] if i + 1 < len(argv) else None
+            show(topic, JobConfig(), sys.modules[__name__])
+            sys.exit(0)
     if config_file is not None:
+        # before the file is read
+        require_text(["--job.config_file", config_file])
         argv = _flags_of_toml(Path(config_file)) + argv
-    refuse(argv)
+    _check_words(argv)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(
                 JobConfig,
                 prog="train.sh",
-                description=_HELP,
                 args=argv,
                 use_underscores=True,
                 config=(tyro.conf.AvoidSubcommands,),
             )
-    except SystemExit as exit_:
-        if exit_.code == 0:
-            raise
+    except SystemExit:
         raise UsageError(_one_line(complaint.getvalue())) from None
     for flag, value in config.flags().items():
         # written so that NaN is refused too
@@ -769,6 +819,4 @@ def _one_line(box: str) -> str:
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rules = [i for i, line in enumerate(lines) if line.startswith("───")]
     message = " ".join(lines[: rules[0]] if rules else lines)
-    if len(rules) > 1 and lines[rules[0] + 1].startswith("Perhaps you meant"):
-        message += f"; perhaps you meant {lines[rules[0] + 2]}"
     return message + " (bash train.sh -h lists the flags)"

@@ -1,13 +1,22 @@
-"""The one way to end because of what the user asked for: a line on stderr and exit code 2."""
+"""The ways to end because of what the user asked for, or of what the machine has: a line on stderr and an exit code."""
 
 import contextlib
+import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 
 EXIT_CODE = 2
-_PATIENCE_S = 10
+PATIENCE_S = 10
+"""How long a process lets another one say first what has happened."""
+LESS_MEMORY = (
+    "lower --training.batch_size and raise --training.gradient_accumulation_steps as much, lower "
+    "--training.seq_len, or give --activation_checkpoint.mode full"
+)
+# of the host, and of a GPU where not even its runtime starts
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate|(CUDA|HIP) error: out of memory")
 
 
 class UsageError(ValueError):
@@ -30,13 +39,49 @@ def exit_on_training_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_usage_error() -> Iterator[None]:
-    """Turns `UsageError` into one line, of one process of a machine under torchrun, and exit code 2."""
+    """Turns `UsageError`, and a full disk, into one line, of one process of a machine under torchrun, and exit code 2."""
     try:
         yield
-    except UsageError as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+    except (UsageError, OSError) as error:
+        if isinstance(error, OSError):
+            if not is_full_disk(error):
+                raise
+            error = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             # torchrun ends all processes as soon as one has ended: the first one, which as a rule says the same,
             # is to be heard, and where it has nothing to say this one is
-            time.sleep(_PATIENCE_S)
+            time.sleep(PATIENCE_S)
         sys.stderr.write(f"flame: error: {error}\n")
         sys.exit(EXIT_CODE)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether the file system, a quota or a limit has no room for what was written."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or the device's memory ran out."""
+    # torch.OutOfMemoryError of a GPU, by name, since the launcher imports no torch
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+    )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(batch: str) -> Iterator[None]:
+    """Turns memory that ran out into a `TrainingError`.
+
+    Args:
+        batch: What was asked for, as flags.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # torch's own advice and stack of C++ fill a page
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"memory ran out ({reason}) with {batch}: {LESS_MEMORY}") from None

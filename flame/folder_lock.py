@@ -22,7 +22,7 @@ WAIT_S = 30
 
 def hold(
     folder: Path, *, name: str = "--job.dump_folder", who: str = "run", waits: bool = True
-) -> IO[str]:
+) -> IO[bytes]:
     """Locks ``folder`` for as long as the file that it returns stays open.
 
     Args:
@@ -35,11 +35,10 @@ def hold(
         OSError: The file cannot be written, or the file system has no locks.
     """
     # not closed here: the lock lives as long as the file is open, and dies with the process
-    lock = open(folder / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+    lock = open(folder / LOCK_FILE, "ab+", buffering=0)  # noqa: SIM115
     _wait(folder, lock, name, who, WAIT_S if waits else 0)
     lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
 
 
@@ -51,7 +50,7 @@ def wait_until_free(folder: Path) -> None:
     """
     try:
         # writable, which NFS asks for before it locks
-        with open(folder / LOCK_FILE, "r+", encoding="utf-8") as lock:
+        with open(folder / LOCK_FILE, "rb+", buffering=0) as lock:
             _wait(folder, lock, "--job.dump_folder", "run", WAIT_S)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -59,7 +58,7 @@ def wait_until_free(folder: Path) -> None:
         raise UsageError(f"--job.dump_folder {folder} cannot be locked: {error}") from None
 
 
-def _wait(folder: Path, lock: IO[str], name: str, who: str, wait_s: float) -> None:
+def _wait(folder: Path, lock: IO[bytes], name: str, who: str, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
     told = False
     while True:
@@ -67,7 +66,7 @@ def _wait(folder: Path, lock: IO[str], name: str, who: str, wait_s: float) -> No
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = f"{folder} is in use by another {who} ({lock.read().strip()})"
+            holder = f"{folder} is in use by another {who} ({lock.read().decode().strip()})"
         else:
             return
         if time.monotonic() >= deadline:

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-import torch
-
 from flame.errors import UsageError
 
 
@@ -20,6 +18,8 @@ def addresses(env: Mapping[str, str]) -> list[str]:
     Raises:
         UsageError: The GPU runtime fails.
     """
+    import torch  # seconds, which the launcher's first checks do not wait for
+
     if not (torch.version.cuda or torch.version.hip):
         return []
     run = subprocess.run(
@@ -32,6 +32,8 @@ def addresses(env: Mapping[str, str]) -> list[str]:
 
 
 def main() -> None:
+    import torch
+
     found = []
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

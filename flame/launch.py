@@ -3,27 +3,24 @@
 import signal
 
 if __name__ == "__main__":
-    # until torchrun is started, Ctrl-C ends at once and without a traceback; set here, since importing the rest
-    # and listing the GPUs take seconds
+    # until torchrun is started, Ctrl-C ends at once and without a traceback; set here, since importing torch and
+    # listing the GPUs take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-
-import torch
-from torch.distributed import DistError
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from flame import placement, port
 from flame.config import parse_args
-from flame.errors import UsageError, exit_on_usage_error
+from flame.errors import LESS_MEMORY, UsageError, exit_on_usage_error
 from flame.folder_lock import wait_until_free
 from flame.log import init_logger, logger
-from flame.stop import STOP_SIGNALS, stop_signals
+from flame.stop_signals import LAUNCHER_PID, STOP_SIGNALS, stop_signals
 
 # the machines of a run start at different times, on a busy cluster minutes apart
 RENDEZVOUS_TIMEOUT_S = 900
@@ -72,24 +69,66 @@ def rendezvous_args() -> list[str]:
     ]
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Sends a signal to the processes of the run, which save, end and so end torchrun."""
-    processes = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    if not processes:
-        # torchrun has not started them yet
-        sys.exit(128 + number)
-    for process in processes:
-        os.kill(int(process), number)
+def _refuse_torchruns_variables() -> None:
+    """Raises UsageError for variables that torchrun would take for its own flags, over those it gets here."""
+    if given := [name for name in sorted(os.environ) if name.startswith("PET_")]:
+        raise UsageError(
+            f"{' '.join(f'{name}={os.environ[name]}' for name in given)}: torchrun would read "
+            f"{'this' if len(given) == 1 else 'these'} in the place of what train.sh tells it; unset "
+            f"{' '.join(given)}. NGPU, NNODE, NODE_RANK, MASTER_ADDR and MASTER_PORT say which processes a run has"
+        )
+
+
+@contextlib.contextmanager
+def _passing_signals_on() -> Iterator[None]:
+    """While this lasts, stop signals reach the processes of the run, which save, end and so end torchrun.
+
+    A thread does it, woken through a pipe: Python runs handlers in the main thread alone, and there torchrun waits in
+    C++, for other machines many minutes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    numbers = stop_signals()
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=_pass_on, args=(reader, numbers), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)
+
+
+def _pass_on(reader: int, numbers: tuple[signal.Signals, ...]) -> None:
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    # empty when the other end is closed
+    while heard := os.read(reader, 1):
+        if heard[0] not in numbers:
+            continue
+        processes = children.read_text().split()
+        if not processes:
+            # torchrun has not started them yet, and those that it is starting end with this process
+            os._exit(128 + heard[0])
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), heard[0])
+    os.close(reader)
 
 
 def main() -> None:
     init_logger()
     argv = sys.argv[1:]
     with exit_on_usage_error():
-        # a wrong flag is answered here, in a second, and not once for every process
+        # a wrong flag is answered here, at once, and not once for every process
         config = parse_args(argv)
+        _refuse_torchruns_variables()
         num_processes = _integer("NGPU", "1", 1)
         args = [f"--nproc-per-node={num_processes}", *rendezvous_args()]
+        logger.info("looking at this machine's processors, for which torch is imported")
+        import torch  # seconds, which a wrong flag does not wait for
+
         places = placement.place(
             ngpu=num_processes,
             is_rocm=torch.version.hip is not None,
@@ -105,31 +144,52 @@ def main() -> None:
             wait_until_free(config.dump_folder)
     # signals are passed on below, without torchrun's knowing: it would kill after 30 s what still saves
     args += ["--signals-to-handle=SIGQUIT"]
+    num_cpus = len(os.sched_getaffinity(0))
     if places:
         args += ["-m", "flame.bound", placement.to_json(places)]
         threads = placement.threads(places)
     else:
         args += ["-m", "flame.train"]
-        threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+        threads = max(1, num_cpus // num_processes)
     for line in placement.describe(places):
         logger.info(line)
+    if num_processes > num_cpus:
+        logger.info(
+            f"NGPU={num_processes} processes share {num_cpus} CPU cores and wait for one another"
+        )
     # torchrun gives each of several processes one thread; a run wants its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # threads that spin while they wait make a CPU run ten times slower as soon as another program wants
     # one of its cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    logger.info(
+        f"starting {num_processes} process{'es' if num_processes > 1 else ''}, each of which imports torch and "
+        "transformers first"
+    )
+    _run([*args, *argv])
+
+
+def _run(args: list[str]) -> None:
+    """torchrun, and the exit code and last line of this process."""
+    # here, so that a wrong flag does not wait for the import
+    from torch.distributed import DistError
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # the process that failed has said why; torchrun would say so again, in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in stop_signals():
-        signal.signal(number, _pass_on)
     try:
-        torchrun.run(torchrun.parse_args([*args, *argv]))
+        with _passing_signals_on():
+            torchrun.run(torchrun.parse_args(args))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0 and -failure.exitcode not in STOP_SIGNALS:
             # it could not say so itself
             name = signal.Signals(-failure.exitcode).name
-            memory = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+            memory = ""
+            if name == "SIGKILL":
+                memory = f", as the kernel does when memory runs out (then {LESS_MEMORY})"
             sys.stderr.write(
                 f"flame: error: {name} killed rank {rank}{memory}; the same command continues the run\n"
             )

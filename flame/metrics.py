@@ -1,6 +1,7 @@
 """What is measured while training: one line on the screen and one set of scalars every `log_freq` steps."""
 
 import math
+import shutil
 import sys
 import time
 from typing import Any
@@ -70,14 +71,19 @@ class Metrics(MetricsProcessor):
         steps = self.config.training.steps
         color = self.color
         skipped = extra_metrics.get("skipped_steps")
-        logger.info(
-            f"{color.red}step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  "
-            f"{color.green}loss {global_avg_loss:.4f}  {color.orange}grad_norm {grad_norm:.3f}  "
-            f"{color.turquoise}lr {scalars['lr']:.2e}  {color.blue}{tokens_per_s:,.0f} tokens/s  "
-            + (f"{color.magenta}MFU {mfu:.1%}  " if "mfu" in scalars else "")
-            + (f"{color.red}{skipped} skipped  " if skipped else "")
-            + f"{color.cyan}{memory:.2f} GiB  {color.reset}{self._time_left(step, now)}"
-        )
+        # in their order, with what counts most first in importance
+        pieces = [
+            (0, color.red, f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}"),
+            (1, color.green, f"loss {global_avg_loss:.4f}"),
+            (5, color.orange, f"grad {grad_norm:.3g}"),
+            (7, color.turquoise, f"lr {scalars['lr']:.2e}"),
+            (4, color.blue, f"{_short(tokens_per_s)} tokens/s"),
+            (6, color.magenta, f"MFU {mfu:.1%}" if "mfu" in scalars else ""),
+            (2, color.red, f"{skipped} skipped" if skipped else ""),
+            (8, color.cyan, f"{memory:.2f} GiB"),
+            (3, color.reset, self._time_left(step, now)),
+        ]
+        logger.info(_fitting(pieces, _columns() - len("00:00:00  ")) + color.reset)
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
         self.device_memory_monitor.reset_peak_stats()
@@ -138,6 +144,28 @@ class Metrics(MetricsProcessor):
         )
         minutes, seconds = divmod(seconds, 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+
+
+def _short(number: float) -> str:
+    """At most 5 characters, as long as it is below a billion."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= 10 * size:
+            return f"{number / size:,.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def _columns() -> int:
+    """Of the terminal; what goes to a file is read in one of 80."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+
+
+def _fitting(pieces: list[tuple[int, str, str]], width: int) -> str:
+    """The pieces (rank, colour, text) in their order, without those of the last ranks that do not fit."""
+    chosen: list[tuple[int, str, str]] = []
+    for piece in sorted(piece for piece in pieces if piece[2]):
+        if sum(len(text) + 2 for _, _, text in [*chosen, piece]) - 2 <= width:
+            chosen.append(piece)
+    return "  ".join(color + text for _, color, text in pieces if (_, color, text) in chosen)
 
 
 class _Pause:

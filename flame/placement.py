@@ -48,11 +48,21 @@ def place(
         UsageError: A rule is broken, or the topology cannot be read.
     """
     visible = gpus.addresses(env)
-    if not visible:
-        return []
     names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
     variable = names[1] if is_rocm else names[2]
-    given = ", ".join(f"{name}={env[name]}" for name in names if name in env) or f"no {variable}"
+    masks = {name: env[name] for name in (names if is_rocm else names[2:]) if name in env}
+    given = ", ".join(f"{name}={mask}" for name, mask in masks.items()) or f"no {variable}"
+    if not visible:
+        # what hides all GPUs from a run that is meant for the CPU; Slurm says NoDevFiles
+        if masks and not {"", "-1", "NoDevFiles"} & set(masks.values()):
+            counted = (
+                "; HIP counts from 0 what ROCR_VISIBLE_DEVICES leaves" if len(masks) > 1 else ""
+            )
+            raise UsageError(
+                f"torch sees no GPU with {given}{counted}: name GPUs that there are, or set {variable}= to nothing "
+                "to train on the CPU"
+            )
+        return []
     if ngpu > len(visible):
         raise UsageError(
             f"NGPU={ngpu} must be at most the number of visible GPUs, {len(visible)} ({given})"

@@ -1,13 +1,16 @@
 """The dump folder belongs to one run: what makes a run, where that is written, and when it is refused."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from flame.checkpoint_folder import newest_checkpoint
+from flame.checkpoint_folder import newest_checkpoint, remove
 from flame.config import JobConfig
-from flame.errors import UsageError
+from flame.errors import UsageError, is_full_disk
 from flame.folder_lock import LOCK_FILE, hold
+from flame.log import logger
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
@@ -61,6 +64,17 @@ _FREE_FLAGS = (
 )
 
 
+# what a run writes before its first checkpoint, as patterns
+_LOGS = (
+    "metrics*.jsonl*",
+    "tb",
+    "record",
+    "spikes",
+    "comm_traces",
+    "profile_traces",
+    "memory_snapshot",
+    "wandb*",
+)
 # what transformers adds to a configuration and an upgrade may change
 _NOT_SHAPE = ("transformers_version", "architectures", "dtype")
 
@@ -87,7 +101,7 @@ def identity(
     return {**flags, **batch, **data, **shape}
 
 
-def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
+def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
     """Makes the dump folder this run's, as long as the file that it returns stays open.
 
     Raises:
@@ -101,6 +115,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
         lock = hold(folder)
         # while this run waited for the lock, another may have written
         require_same_run(folder, run)
+        _make_way(folder, run)
         # in one move: with this file the folder counts as a run's
         (folder / _TEMPORARY).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         (folder / _TEMPORARY).replace(folder / RUN_FILE)
@@ -111,7 +126,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[str]:
 
 
 def require_same_run(folder: Path, run: dict[str, Any]) -> None:
-    """Raises UsageError unless ``folder`` is new, empty, or holds this very run."""
+    """Raises UsageError unless ``folder`` is new, empty, holds this very run, or one that saved nothing."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -124,18 +139,67 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
         raise UsageError(
             f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
         )
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
-    if not isinstance(earlier, dict):
-        raise UsageError(f"--job.dump_folder {folder}: {file} is not a run's")
+    earlier = _read_run(folder)
+    if _saved_nothing(folder, earlier):
+        return
     for key in {**earlier, **run}:
         if earlier.get(key) != run.get(key):
             raise UsageError(
                 f"--job.dump_folder {folder} holds another run: {key} was {earlier.get(key)!r}, is now "
                 f"{run.get(key)!r}; repeat its command to continue it, or name another folder"
             )
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    file = folder / RUN_FILE
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
+    if not isinstance(run, dict):
+        raise UsageError(f"--job.dump_folder {folder}: {file} is not a run's")
+    return run
+
+
+def _saved_nothing(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether ``run``, which the folder belongs to, ended before its first checkpoint, and so cannot be continued."""
+    # a run without checkpoints leaves its metrics as its result
+    if not run.get("--checkpoint.enable_checkpoint") or (folder / "hf").exists():
+        return False
+    return newest_checkpoint(folder / run["--checkpoint.folder"]) is None
+
+
+def _make_way(folder: Path, run: dict[str, Any]) -> None:
+    """Deletes what another run than ``run`` wrote into the folder before it ended without a checkpoint."""
+    if not (folder / RUN_FILE).is_file():
+        return
+    earlier = _read_run(folder)
+    if earlier == run or not _saved_nothing(folder, earlier):
+        return
+    patterns = (*_LOGS, earlier["--checkpoint.folder"])
+    logs = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    logger.info(
+        f"{folder} holds another run, which saved nothing: replacing it, and deleting its "
+        f"{', '.join(path.name for path in logs)}"
+    )
+    for path in logs:
+        remove(path)
+
+
+@contextlib.contextmanager
+def explain_full_disk(config: JobConfig) -> Iterator[None]:
+    """Turns a disk that is full into a `UsageError` that says from where the same command continues."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        newest = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
+        file = f" ({error.filename})" if error.filename else ""
+        raise UsageError(
+            f"--job.dump_folder {config.dump_folder} cannot be written: {error.strerror}{file}; make room, and the "
+            f"same command continues from {newest.name if newest else 'the start'}"
+        ) from None
 
 
 def _check_checkpoints(config: JobConfig) -> None:

@@ -1,25 +1,19 @@
 """A signal ends the training after the step under way, on all ranks after the same one."""
 
-import contextlib
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# SIGUSR1 is what Slurm sends ahead of the time limit (--signal=USR1@120)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from flame.stop_signals import stop_signals
+
 _SAME_REQUEST_S = 5
-
-
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """`STOP_SIGNALS`, without SIGHUP where it is ignored: that is what nohup asks for."""
-    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(s for s in STOP_SIGNALS if not (is_ignored and s == signal.SIGHUP))
 
 
 class StopRequest:
@@ -32,18 +26,32 @@ class StopRequest:
     def __init__(self, timeout: timedelta) -> None:
         self.signal: signal.Signals | None = None
         self._time = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
         # on the host, so that asking every step does not wait for the GPU
         self.group = dist.new_group(backend="gloo", timeout=timeout)
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """While this lasts, a stop signal is noted and not obeyed."""
-        handlers = {s: signal.signal(s, self._hear) for s in stop_signals()}
-        try:
-            yield
-        finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
+    def listen(self) -> None:
+        """From now on a stop signal is noted; before, it ends the process at once."""
+        if not self._handlers:
+            self._handlers = {s: signal.signal(s, self._hear) for s in stop_signals()}
+
+    def close(self) -> None:
+        """From now on a stop signal ends the process at once again."""
+        for s, handler in self._handlers.items():
+            signal.signal(s, handler)
+        self._handlers = {}
+
+    def exit_if_told(self, seconds: float) -> None:
+        """Ends the process by the signal that it has heard, or hears in the next ``seconds``.
+
+        torchrun sends one to all processes when one has failed, and that one has said why.
+        """
+        self.close()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.signal is not None:
+                sys.exit(128 + self.signal)
+            time.sleep(0.1)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -129,7 +129,8 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.optimizer.eps = config.optimizer.eps
     c.optimizer.weight_decay = config.optimizer.weight_decay
     c.optimizer.implementation = config.optimizer.implementation
-    c.lr_scheduler.warmup_steps = config.lr_scheduler.warmup_steps
+    # more than there are would be shortened as well, with a warning of every process
+    c.lr_scheduler.warmup_steps = min(config.lr_scheduler.warmup_steps, t.steps)
     c.lr_scheduler.decay_ratio = config.lr_scheduler.decay_ratio
     c.lr_scheduler.decay_type = config.lr_scheduler.decay_type
     c.lr_scheduler.min_lr_factor = config.lr_scheduler.lr_min

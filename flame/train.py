@@ -2,12 +2,17 @@
 
 import signal
 
-if __name__ == "__main__":
-    # until the training listens to it, Ctrl-C ends at once and without a traceback, as SIGTERM does; set here,
-    # since importing the rest takes seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from flame.log import announce_imports
+from flame.stop_signals import end_with_launcher
 
-import ctypes
+if __name__ == "__main__":
+    # until there is something to save, Ctrl-C ends at once and without a traceback, as SIGTERM and the death of
+    # the launcher do; set here, since importing the rest takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_with_launcher()
+    announce_imports()
+
+import contextlib
 import os
 import shlex
 import socket
@@ -27,14 +32,19 @@ from flame.checkpoint_folder import newest_checkpoint
 from flame.config import JobConfig, parse_args
 from flame.convert import dcp_to_hf
 from flame.data import load_tokenizer, open_data
-from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
+from flame.errors import (
+    UsageError,
+    exit_on_training_error,
+    exit_on_usage_error,
+    explain_out_of_memory,
+)
 from flame.generate import generate
 from flame.layout import check_layout
 from flame.log import init_logger, logger
 from flame.loss import linear_loss
 from flame.memory_estimation import estimate_memory
 from flame.models import SoftpickTransformerConfig, read_config, require_device
-from flame.run_folder import claim, identity
+from flame.run_folder import claim, explain_full_disk, identity
 from flame.run_record import write_record
 from flame.titan import global_batch_size, world_size
 from flame.train_step import explain_lost_processes
@@ -117,18 +127,40 @@ def set_precision(config: JobConfig) -> None:
         config.training.mixed_precision_param = "float32" if DEVICE_TYPE == "cpu" else "bfloat16"
 
 
-def _join_launcher() -> None:
-    """Ends with torchrun, or sets what torchrun would for a process started by hand."""
-    if "RANK" in os.environ:
-        # a launcher that is killed cannot pass that on: the kernel sends SIGTERM, and the run saves.
-        # Source: prctl(2), PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+_OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def _join_group() -> None:
+    """Checks what torchrun sets, or sets it for a process started by hand.
+
+    Raises:
+        UsageError: Something else has set a part of it.
+    """
+    env = os.environ
+    if not any(name in env for name in _OF_A_GROUP):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    names = (*_OF_A_GROUP, "MASTER_ADDR", "MASTER_PORT")
+    given = " ".join(f"{name}={env[name]}" for name in names if name in env)
+    advice = (
+        f"unset {', '.join(name for name in _OF_A_GROUP if name in env)} for a run of one process, "
+        "or start the run with bash train.sh, which sets them all"
+    )
+    if missing := [name for name in names if not env.get(name)]:
+        raise UsageError(f"the environment has {given}, but no {', '.join(missing)}; {advice}")
+    for name in (*_OF_A_GROUP, "MASTER_PORT"):
+        if not (env[name].isascii() and env[name].isdecimal()):
+            raise UsageError(
+                f"{name} must be an integer of at least 0, got {env[name]!r}; {advice}"
+            )
+    if not int(env["LOCAL_RANK"]) <= int(env["RANK"]) < int(env["WORLD_SIZE"]):
+        raise UsageError(
+            f"RANK must be at least LOCAL_RANK and below WORLD_SIZE, got {given}; {advice}"
+        )
 
 
 def finish(
@@ -207,36 +239,49 @@ def main() -> None:
     init_logger()
     transformers_logging.disable_progress_bar()
     huggingface_hub_logging.set_verbosity_error()
-    _join_launcher()
-    with exit_on_usage_error():
+    with exit_on_usage_error(), exit_on_training_error():
+        _join_group()
         config = parse_args(sys.argv[1:])
         asked = config.flags()
         set_precision(config)
-        inputs = read_inputs(config)
-        if config.memory_estimation.enabled:
-            estimate_memory(config, inputs)
-            return
-        check_start(config, inputs.model, DEVICE_TYPE)
-        run = identity(
-            config,
-            model=inputs.model,
-            data=inputs.data.identity,
-            global_batch_size=global_batch_size(config),
-        )
-        # one process alone, which the others then wait for: they would find a folder half written
-        if os.environ["RANK"] == "0":
-            lock = claim(config, run)  # noqa: F841  # held to the end of the process
-            write_record(config, sys.argv[1:])
-        trainer = FlameTrainer(config, inputs)
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save_seed()
-            seed = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
-            logger.info(f"seed checkpoint: --checkpoint.initial_load_path {seed}")
-            trainer.close()
-            dist.destroy_process_group()
-            return
+        t = config.training
+        batch = f"--training.batch_size {t.batch_size}, --training.seq_len {t.seq_len}"
+        with explain_out_of_memory(batch), explain_full_disk(config):
+            stopped = _run(config, asked)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped is not None:
+        sys.exit(128 + stopped)
+
+
+def _run(config: JobConfig, asked: dict[str, Any]) -> signal.Signals | None:
+    """Trains, exports and reports; returns the signal that ended it before the last step."""
+    logger.info("reading the model, the tokenizer and the data")
+    inputs = read_inputs(config)
+    if config.memory_estimation.enabled:
+        estimate_memory(config, inputs)
+        return None
+    check_start(config, inputs.model, DEVICE_TYPE)
+    run = identity(
+        config,
+        model=inputs.model,
+        data=inputs.data.identity,
+        global_batch_size=global_batch_size(config),
+    )
+    # one process alone, which the others then wait for: they would find a folder half written
+    if os.environ["RANK"] == "0":
+        lock = claim(config, run)  # noqa: F841  # held to the end of the process
+        write_record(config, sys.argv[1:])
+    logger.info("building the model")
+    trainer = FlameTrainer(config, inputs)
+    if config.checkpoint.create_seed_checkpoint:
+        trainer.checkpointer.save_seed()
+        seed = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
+        logger.info(f"seed checkpoint: --checkpoint.initial_load_path {seed}")
+        trainer.close()
+        return None
     try:
-        with exit_on_usage_error(), exit_on_training_error(), explain_lost_processes(trainer):
+        with explain_lost_processes(trainer):
             describe(trainer)
             stopped = trainer.train()
             if stopped is None and config.validates:
@@ -248,16 +293,13 @@ def main() -> None:
         trainer.close()
     if stopped is not None:
         newest = newest_checkpoint(config.dump_folder / config.checkpoint.folder)
-        place = newest.name if newest else "the start"
+        start = newest.name if newest else "the start"
         logger.info(
-            f"{stopped.name} after step {trainer.step}: the same command continues from {place}"
+            f"{stopped.name} after step {trainer.step}: the same command continues from {start}"
         )
     elif dist.get_rank() == 0:
-        with exit_on_usage_error():
-            finish(config, inputs, asked, loss)
-    dist.destroy_process_group()
-    if stopped is not None:
-        sys.exit(128 + stopped)
+        finish(config, inputs, asked, loss)
+    return stopped
 
 
 def run() -> NoReturn:
@@ -272,8 +314,10 @@ def run() -> NoReturn:
         main()
     except SystemExit as exit_:
         code = exit_.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # one that cannot be written has been told of
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 

@@ -6,7 +6,9 @@ while it runs, which leaves the GPU with work in the meantime.
 """
 
 import contextlib
+import io
 import math
+import os
 import pickle
 import re
 import statistics
@@ -26,7 +28,7 @@ import flame._compat  # noqa: F401  # before torchtitan
 from flame.attention_stats import Observer, observe
 from flame.config import JobConfig
 from flame.data import IGNORE_INDEX
-from flame.errors import TrainingError, UsageError
+from flame.errors import PATIENCE_S, TrainingError, UsageError
 from flame.log import logger
 from flame.models import normalizer_of
 from flame.stop import StopRequest
@@ -230,7 +232,10 @@ class CheckedTrainer(Trainer):
             "inputs": [inputs for inputs, _ in microbatches],
             "labels": [labels for _, labels in microbatches],
         }
-        torch.save(batch, folder / f"batch.rank{rank}.pt")
+        # torch's own writer says nothing of a full disk
+        buffer = io.BytesIO()
+        torch.save(batch, buffer)
+        (folder / f"batch.rank{rank}.pt").write_bytes(buffer.getbuffer())
         # norms are collectives where parameters are sharded
         norms = self._norms(seen["gradient_norm"])
         if rank == 0:
@@ -310,6 +315,8 @@ def explain_lost_processes(trainer: CheckedTrainer) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, TrainingError) or not _LOST.search(str(error)):
             raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            trainer.stop.exit_if_told(PATIENCE_S)
         file = _write_trace(trainer.config)
         where = f"; its last collectives are in {file}" if file else ""
         raise TrainingError(

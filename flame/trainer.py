@@ -132,13 +132,15 @@ class FlameTrainer(CheckedTrainer):
 
     def train(self) -> signal.Signals | None:
         """Trains; returns the signal that ended it before the last step, the same on every rank."""
-        with self.stop.listening():
+        try:
             super().train()
             stopped, _ = self.stop.agree(failed=False)
             if stopped is None:
                 self.checkpointer.wait()
             else:
                 self.checkpointer.save_before_stop(self.step)
+        finally:
+            self.stop.close()
         return stopped
 
     def should_continue_training(self) -> bool:
@@ -147,6 +149,9 @@ class FlameTrainer(CheckedTrainer):
             if self.step >= self.config.training.steps:
                 logger.info(f"step {self.step} of {self.config.training.steps} is done already")
         stopped, failed = self.stop.agree(self.checkpointer.has_failed())
+        if self.step > self.start_step:
+            # every rank has done a step, so there is something to save
+            self.stop.listen()
         if failed:
             # on all ranks after the same step, since one that goes on alone would wait for the others
             self.checkpointer.wait()
@@ -229,6 +234,13 @@ def describe(trainer: FlameTrainer) -> None:
         f"{t.steps:,} steps of {sequences} x {t.seq_len} = {sequences * t.seq_len:,} tokens; "
         f"{trainer.inputs.data.summary}"
     )
+    if config.lr_scheduler.warmup_steps > t.steps:
+        logger.info(
+            f"--lr_scheduler.warmup_steps {config.lr_scheduler.warmup_steps} is more than --training.steps {t.steps}: "
+            "the learning rate rises to the end"
+        )
+    if t.compile:
+        logger.info("the first step compiles the model, which takes a minute or more")
     logger.info(f"run folder {config.dump_folder}")
     if config.job.description:
         logger.info(config.job.description)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -83,15 +84,18 @@ class JsonLines:
         temporary = file.with_name(f"{file.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(file)
-        self.stream = open(file, "a", encoding="utf-8")  # noqa: SIM115  # closed by `close`
+        # without a buffer, so that a full disk is told by the write that meets it, and by nothing after it
+        self.stream = open(file, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         if step == self.start_step and scalars.keys() <= self.done:
             # a finished run that is started again measures its last step anew
             return
         record = {"step": step, "time": round(time.time(), 3), **scalars}
-        self.stream.write(strict_json(record) + "\n")
-        self.stream.flush()
+        line = memoryview((strict_json(record) + "\n").encode())
+        while line:
+            # a disk takes a part when it has no room for the whole
+            line = line[self.stream.write(line) :]
 
     def close(self) -> None:
         self.stream.close()
@@ -101,6 +105,7 @@ class TensorBoard:
     """Scalars by name. A continued run hides the steps that it is about to repeat."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
+        _silence_failed_threads()
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
 
     def write(self, scalars: dict[str, float], step: int) -> None:
@@ -109,6 +114,18 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _silence_failed_threads() -> None:
+    """TensorBoard's thread fails with a traceback and, in the main thread, with the same error again: one is enough."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        is_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_tensorboard and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def require_wandb() -> None:
@@ -128,7 +145,10 @@ class WeightsAndBiases:
         folder = config.dump_folder
         file = folder / "wandb_id"
         if not file.exists():
-            file.write_text(f"{uuid.uuid4().hex[:12]}\n", encoding="utf-8")
+            # in one move: a kill must not leave an empty one
+            temporary = file.with_name("wandb_id.tmp")
+            temporary.write_text(f"{uuid.uuid4().hex[:12]}\n", encoding="utf-8")
+            temporary.replace(file)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "flame"),
             name=os.environ.get("WANDB_NAME", folder.name),

@@ -13,6 +13,7 @@ from walk_flags import assigned_to_titan, flags_read, names_read, read_by_method
 
 import flame
 from flame import config as config_module
+from flame.cli import Parser
 from flame.config import JobConfig, parse_args
 from flame.errors import UsageError
 from flame.refused_flags import REFUSED, REFUSED_SECTIONS
@@ -182,27 +183,23 @@ def test_what_is_handed_to_torchtitan_is_read_there():
         assert option in read, name
 
 
-def test_help_names_every_flag_with_its_meaning_and_default(capsys, monkeypatch):
-    # narrow, so that boxes stand below and not beside one another
-    monkeypatch.setenv("COLUMNS", "80")
+def help_on(*topic):
     with pytest.raises(SystemExit) as exit_:
-        parse_args(["-h"])
+        parse_args(["-h", *topic])
     assert exit_.value.code == 0
-    lines = [line.strip("│╭─ ") for line in capsys.readouterr().out.splitlines()]
-    starts = [i for i, line in enumerate(lines) if re.match(r"--\w+\.\w", line)]
-    entries: dict[str, str] = {}
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
-        name = lines[start].split()[0].rstrip(",").removeprefix("--")
-        entries.setdefault(name, "")
-        entries[name] += " ".join(lines[start:end])
-    named = [name for name in entries if not name.split(".")[1].startswith("no_")]
-    assert named == list(TREE.flags())
-    for name in named:
-        # a long switch has its negative form, and with it the text, on the next line
-        section, option = name.split(".")
-        assert "(default:" in entries[name] + entries.get(f"{section}.no_{option}", ""), name
-    for section in SECTIONS:
-        assert any(line.startswith(f"{section} options") for line in lines), section
+
+
+def test_help_names_every_flag_with_its_meaning_and_default(capsys):
+    help_on("all")
+    text = capsys.readouterr().out
+    entries = dict(re.findall(r"^--(\w+\.\w+)(.*?)(?=^--|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert list(entries) == list(TREE.flags())
+    for name, entry in entries.items():
+        meaning, _, default = " ".join(entry.split()).partition(" (default: ")
+        assert len(meaning.split()) > 1, name
+        assert default, name
+    assert "--training.compile, --training.no_compile\n" in text
+    assert "--optimizer.name AdamW|Adam\n" in text
     # a docstring below every field
     for node in ast.parse(Path(config_module.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name in CLASSES:
@@ -213,6 +210,74 @@ def test_help_names_every_flag_with_its_meaning_and_default(capsys, monkeypatch)
                     getattr(following.value, "value", None), str
                 )
                 assert is_text, f"{node.name}.{ast.unparse(node.body[i].target)}"
+
+
+def test_help_is_short_and_goes_into_one_section(capsys):
+    help_on()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 80
+    assert max(map(len, lines)) <= 80
+    words = set(" ".join(lines).split())
+    assert words >= SECTIONS.keys() | {name for names in SECTIONS.values() for name in names}
+    assert words >= {
+        "NGPU",
+        "MASTER_PORT",
+        "HIP_VISIBLE_DEVICES",
+        "CUDA_VISIBLE_DEVICES",
+        "NNODE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+    }
+    for topic, flags in (
+        ("sample", {f"sample.{name}" for name in SECTIONS["sample"]}),
+        ("--training.seed", {"training.seed"}),
+        ("warmup_steps", {"lr_scheduler.warmup_steps"}),
+    ):
+        help_on(topic)
+        text = capsys.readouterr().out
+        assert set(re.findall(r"^--(\S+?),? ", text, re.MULTILINE)) == flags
+    with pytest.raises(UsageError, match="-h trainin: no such section or flag; .* -h training"):
+        parse_args(["-h", "trainin"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.step", "3"], "--training.step; perhaps you meant --training.steps "),
+        (["--lr", "1"], "--lr; perhaps you meant --optimizer.lr "),
+        (["--training.lr=1"], "--training.lr; perhaps you meant --optimizer.lr "),
+        (["--training.learning_rate", "1"], "learning_rate; perhaps you meant --optimizer.lr "),
+        (["--no_compile"], "--no_compile; perhaps you meant --training.no_compile "),
+        (["--training.batch-sizes", "1"], "perhaps you meant --training.batch_size "),
+        (["--frobnicate", "1"], "unrecognized option --frobnicate .bash"),
+        (["--training.compile", "true"], "--training.compile takes no value, got 'true'"),
+        (["--training.compile=False"], "--training.compile takes no value, got 'False'"),
+        (
+            ["--sample.prompt", "caf\udce9"],
+            r"--sample.prompt must be text in UTF-8, got 'caf.udce9'",
+        ),
+        (["--job.dump_folder=caf\udce9"], "--job.dump_folder must be text in UTF-8"),
+        (["--job.config_file", "caf\udce9"], "--job.config_file must be text in UTF-8"),
+    ],
+)
+def test_the_flag_that_was_meant(argv, message):
+    with pytest.raises(UsageError, match=message) as error:
+        parse_args(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_the_flag_that_was_meant_in_the_small_commands():
+    parser = Parser(prog="program")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--interactive", action="store_true")
+    for words, message in (
+        (["--modle", "x"], "option --modle; perhaps you meant --model .program -h"),
+        (["--model", "x", "--interactive", "true"], "--interactive takes no value, got 'true'"),
+        (["--model", "caf\udce9"], "--model must be text in UTF-8, got"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            parser.parse_args(words)
+    assert parser.parse_args(["--model=--x", "--interactive"]).model == "--x"
 
 
 def upstream_flags():

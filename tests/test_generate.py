@@ -91,7 +91,8 @@ def test_share_of_the_values_read(model):
         (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["--max_new_tokens", "x"], "argument --max_new_tokens: invalid int value: 'x'"),
         (["--seed", "-1"], "--seed must be at least 0 and below 2^63, got -1"),
-        (["--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["--steps", "3"], "unrecognized option --steps"),
+        (["--modle", "x"], "unrecognized option --modle; perhaps you meant --model "),
         (["--model", "/nowhere"], "--model must be the folder of an exported model, got /nowhere"),
     ],
 )

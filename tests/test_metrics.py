@@ -508,3 +508,18 @@ def test_memory_is_estimated_and_nothing_is_trained(tmp_path, small):
     assert sizes["Optstate"] == pytest.approx(2 * mib, abs=0.06)
     assert sizes["Activation"] > 0
     assert not (tmp_path / "exp").exists()
+
+
+def test_a_line_fits_a_terminal(monkeypatch):
+    from flame import metrics
+
+    pieces = [(0, "R", "step 1/2"), (2, "G", "loss 5.1234"), (3, "B", ""), (1, "C", "0:00:12 left")]
+    assert metrics._fitting(pieces, 80) == "Rstep 1/2  Gloss 5.1234  C0:00:12 left"
+    assert metrics._fitting(pieces, 22) == "Rstep 1/2  C0:00:12 left"
+    assert [metrics._short(x) for x in (0.4, 9999, 12345, 9999999, 12345678)] == [
+        "0",
+        "9999",
+        "12k",
+        "10,000k",
+        "12M",
+    ]

@@ -147,7 +147,7 @@ def test_flops_count():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hiden_size": 3}, "unknown key 'hiden_size'"),
+        ({"hiden_size": 3}, "unknown key 'hiden_size'; perhaps you meant 'hidden_size'"),
         ({"model_type": "llama"}, 'must have "model_type": "softpick_transformer", got \'llama\''),
         ({"num_attention_heads": 3, "num_key_value_heads": 3}, "128.*3"),
         ({"num_key_value_heads": 3}, "num_key_value_heads, got 4 and 3"),

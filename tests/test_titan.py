@@ -1,6 +1,7 @@
 """What reaches torchtitan: the configuration, the learning-rate schedule, the known peaks."""
 
 import math
+from datetime import timedelta
 
 import pytest
 import torch
@@ -61,3 +62,20 @@ def test_no_mfu_where_the_peak_is_unknown(monkeypatch):
     assert utils.get_peak_flops("NVIDIA H200") == 989e12
     assert utils.get_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert math.isnan(utils.get_peak_flops("AMD Radeon PRO W7900"))
+
+
+def test_a_warmup_longer_than_the_run_warns_in_no_process(caplog):
+    got = rates("--training.steps", "4", "--lr_scheduler.warmup_steps", "10")
+    assert got == rates("--training.steps", "4", "--lr_scheduler.warmup_steps", "4")
+    assert caplog.text == ""
+
+
+def test_timeouts_are_set_without_a_warning(recwarn):
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    try:
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=9), None)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not [x for x in recwarn if x.category is FutureWarning]

@@ -25,7 +25,10 @@ def build(tmp_path, monkeypatch):
         def addresses(env):
             visible = env.get("HIP_VISIBLE_DEVICES") or env.get("CUDA_VISIBLE_DEVICES")
             every = range(len(gpu_nodes))
-            return [machine.address(int(i)) for i in (visible.split(",") if visible else every)]
+            hidden = "ROCR_VISIBLE_DEVICES" in env and len(env["ROCR_VISIBLE_DEVICES"].split(","))
+            chosen = [int(i) for i in (visible.split(",") if visible else every)]
+            # HIP counts from 0 what ROCR leaves
+            return [machine.address(i) for i in chosen if not hidden or i < hidden]
 
         monkeypatch.setattr(topology, "ROOT", machine.build(tmp_path, nodes=nodes, gpus=gpu_nodes))
         monkeypatch.setattr(gpus, "addresses", addresses)
@@ -156,6 +159,29 @@ def test_more_processes_than_gpus(build):
         place(4, "0,1")
     with pytest.raises(UsageError, match=r"NGPU=9 .* 8 \(no HIP_VISIBLE_DEVICES\)"):
         place(9, allow=True)
+
+
+def test_variables_that_leave_no_gpu_are_named_together(build, monkeypatch):
+    build()
+    both = (
+        "torch sees no GPU with ROCR_VISIBLE_DEVICES=4,5, HIP_VISIBLE_DEVICES=4; HIP counts from 0"
+    )
+    with pytest.raises(UsageError, match=both):
+        place(1, "4", ROCR_VISIBLE_DEVICES="4,5")
+    assert place(1, "1", ROCR_VISIBLE_DEVICES="4,5")
+    monkeypatch.setattr(gpus, "addresses", lambda env: [])
+    with pytest.raises(UsageError, match="no GPU with CUDA_VISIBLE_DEVICES=0: name GPUs"):
+        placement.place(
+            ngpu=1,
+            is_rocm=False,
+            allow_cross_numa=False,
+            allowed_cpus=ALL_CPUS,
+            env={"CUDA_VISIBLE_DEVICES": "0"},
+            argv=[],
+        )
+    # hidden on purpose
+    for mask in ("", "-1"):
+        assert place(1, ROCR_VISIBLE_DEVICES="4", CUDA_VISIBLE_DEVICES=mask) == []
 
 
 def test_what_cannot_be_read_stops_the_run_unless_allowed(build, tmp_path, monkeypatch):

@@ -103,6 +103,7 @@ def test_run_learns_and_reports(finished):
         assert len(curve(folder, name)) == STEPS
     assert f"step {STEPS}/{STEPS} 100%" in output
     assert "tokens/s" in output
+    assert max(len(line) for line in output.splitlines() if "  step " in line) <= 80
     assert "left" in output
     assert f"checkpoint      {folder / 'checkpoint' / f'step-{STEPS}'}" in output
     assert f"exported model  {folder / 'hf'}" in output
@@ -182,7 +183,9 @@ def test_two_processes_continue_a_run_of_one(half_done, small, tmp_path, replica
     shutil.copytree(half_done / "run", tmp_path / "run")
     flags = small | {"job.dump_folder": tmp_path / "run"}
     halves = {"training.batch_size": 2, "training.data_parallel_replicate_degree": replicas}
-    train(flags | halves, processes=2)
+    run = train(flags | halves, processes=2)
+    # of torch and torchtitan, about what is not the user's
+    assert "Warning" not in run.stderr
     assert list(curve(tmp_path / "run")) == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm", "validation_loss"):
         expected, got = curve(alone, name), curve(tmp_path / "run", name)
@@ -254,7 +257,8 @@ def test_interrupt_of_the_launcher_as_it_starts_shows_no_traceback(small, tmp_pa
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == -signal.SIGINT
-    assert output == ""
+    (line,) = output.splitlines()
+    assert line.endswith("looking at this machine's processors, for which torch is imported")
 
 
 def test_killed_process_is_named_and_the_command_continues(small, tmp_path):

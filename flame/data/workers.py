@@ -1,7 +1,6 @@
 """Processes that work ahead of the training process, on items whose results are taken in order."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from flame.errors import TrainingError
-from flame.stop import STOP_SIGNALS
+from flame.stop_signals import STOP_SIGNALS, end_with_parent
 
 # what a worker was forked with
 _function: Callable[[Any], Any] | None = None
@@ -23,10 +22,7 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
     # Ctrl-C and schedulers signal all processes of a job: the parent decides, and it still needs data
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # Source: prctl(2), PR_SET_PDEATHSIG = 1: a worker does not outlive its parent
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(parent, signal.SIGKILL)
 
 
 def _call(item: object) -> object:

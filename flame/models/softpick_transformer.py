@@ -17,6 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers import initialization as init
 
+from flame.cli import closest
 from flame.models.attention import IMPLEMENTATIONS, OPERATORS, normalizer_of
 from flame.models.attention_layer import LOG_SCALE_START, SoftpickAttention
 
@@ -162,7 +163,9 @@ def read_config(path: str | Path) -> SoftpickTransformerConfig:
     known = {option.name for option in fields(SoftpickTransformerConfig)}
     known |= {"model_type", "architectures", "transformers_version", "dtype", "head_dim"}
     if unknown := raw.keys() - known:
-        raise ValueError(f"{file} has an unknown key {min(unknown)!r}")
+        meant = closest(min(unknown), known)
+        hint = f"; perhaps you meant {meant!r}" if meant else ""
+        raise ValueError(f"{file} has an unknown key {min(unknown)!r}{hint}")
     try:
         config = SoftpickTransformerConfig(**raw)
     except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:

@@ -5,11 +5,13 @@ import shlex
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from flame.log import logger
+from flame.stop_signals import end_with_parent
 from flame.sweeps.plan import REFERENCE_ARM, Arm, Run, Sweep
-from flame.sweeps.runner import end_with_parent, last_words
+from flame.sweeps.runner import last_words
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State
 
@@ -164,7 +166,7 @@ def analyze(sweep: Sweep, runs: list[Run], slot: Slot) -> str | None:
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            preexec_fn=end_with_parent,
+            preexec_fn=partial(end_with_parent, os.getpid()),
         ).returncode
     if code:
         return f"exit code {code}: {last_words(log)}; log {log}"

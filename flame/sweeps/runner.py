@@ -1,7 +1,6 @@
 """The processes of a sweep: starts runs in slots, passes signals on to them, says what they do."""
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -10,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from flame.log import logger
-from flame.stop import STOP_SIGNALS, stop_signals
+from flame.stop_signals import STOP_SIGNALS, end_with_parent, stop_signals
 from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State, read_state
@@ -22,13 +22,6 @@ from flame.sweeps.state import State, read_state
 # what `bash train.sh` is
 LAUNCHER = [sys.executable, "-m", "flame.launch"]
 _POLL_S = 0.2
-_LIBC = ctypes.CDLL(None)
-
-
-def end_with_parent() -> None:
-    """In a new process: the kernel sends it SIGTERM when the one that started it dies, of kill -9 too."""
-    # Source: prctl(2), PR_SET_PDEATHSIG = 1
-    _LIBC.prctl(1, signal.SIGTERM)
 
 
 def environment(sweep: Sweep, run: Run, slot: Slot) -> dict[str, str]:
@@ -142,7 +135,7 @@ class Runner:
                 stderr=log,
                 # a terminal's Ctrl-C is passed on once, by the sweep
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
         step = read_state(run).step
         self.running.append(_Job(run, slot, process, time.time(), size, is_new=step == 0))
