@@ -148,14 +148,16 @@ class DataSource:
 @dataclass(kw_only=True, slots=True)
 class Training:
     dataset: str = "python-docs"
-    """Text to train on, one source or several separated by commas: a file or folder (txt, md, jsonl,
-    parquet), a folder written by flame.data.prepare, a Hugging Face dataset name, or the built-in
-    "python-docs", Python's language reference as it ships with every interpreter."""
+    """Text to train on, one source or several separated by commas: a file or folder (txt, md, jsonl, json,
+    also compressed; parquet, arrow), a folder written by flame.data.prepare or by save_to_disk of
+    datasets, a Hugging Face dataset name, or the built-in "python-docs", Python's language reference as
+    it ships with every interpreter."""
     dataset_name: str | None = None
-    """Configuration of a Hugging Face dataset. With several sources one value each, separated by commas,
+    """Configuration of a Hugging Face dataset, or of a folder with a dataset card. With several sources one value each, separated by commas,
     an empty one where a source takes none; so with the next three flags."""
     dataset_split: str = "train"
-    """Split of a Hugging Face dataset; the default is that of every source."""
+    """Split of a Hugging Face dataset, or of a folder that has splits, where several are joined by + and
+    "all" is every file; the default is that of every source."""
     data_dir: str | None = None
     """Folder within a Hugging Face dataset."""
     data_files: str | None = None

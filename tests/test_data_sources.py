@@ -332,6 +332,28 @@ class TestStream:
         assert not names & {"a0", "a1"}
         assert {"a59", "b0", "b59", "c0", "c59"} <= names
 
+    def test_splits_compressed_and_saved_text_stream_as_they_are_mapped(self, tmp_path):
+        texts = [f"{i} is a number" for i in range(50)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        (tmp_path / "hub" / "data").mkdir(parents=True)
+        (tmp_path / "hub" / "README.md").write_text("# A card")
+        for split in ("train", "test"):
+            raw = lines if split == "train" else lines.replace(b"is", b"was")
+            compressed = pa.compress(raw, "zstd", asbytes=True)
+            name = f"{split}-00000-of-00001.jsonl.zst"
+            (tmp_path / "hub" / "data" / name).write_bytes(compressed)
+        saved = datasets.Dataset.from_dict({"text": texts})
+        saved.save_to_disk(tmp_path / "saved", num_shards=2)
+        stream = [i for text in texts for i in (*text.encode(), EOS)]
+        for folder in ("hub", "saved"):
+            flags = ["--training.dataset", str(tmp_path / folder), "--training.seq_len", "8"]
+            data, mapped = (open_data(parse_args([*flags, *mode]), BYTE) for mode in (STREAM, MAP))
+            assert mapped.identity["the number of tokens (--training.dataset)"] == len(stream)
+            [loader], [resumed] = loaders_of(data, 1), loaders_of(data, 1)
+            for i, row in enumerate(rows_of([loader], 3)):
+                assert row == stream[8 * i : 8 * i + 9]
+            assert rows_of([resumed], 3, loader.state_dict()) == rows_of([loader], 3)
+
     @pytest.mark.parametrize("num_shards", [1, 3])
     def test_hub_stream(self, text, tmp_path, monkeypatch, num_shards):
         # a real load_dataset, with one of its own builders instead of a dataset of the hub

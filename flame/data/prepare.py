@@ -199,8 +199,13 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the data flags of training, for one source; `one_source` reads them."""
     for flag, dest, default, text in (
         ("dataset", "dataset", None, "file, folder, Hugging Face name or python-docs"),
-        ("dataset_name", "name", None, "configuration of a Hugging Face dataset"),
-        ("dataset_split", "split", "train", "split of a Hugging Face dataset"),
+        (
+            "dataset_name",
+            "name",
+            None,
+            "configuration of a Hugging Face dataset or of a folder's card",
+        ),
+        ("dataset_split", "split", "train", "split of a Hugging Face dataset or of a folder"),
         ("data_dir", "data_dir", None, "folder within a Hugging Face dataset"),
         ("data_files", "data_files", None, "files of it, or a glob pattern in a folder"),
     ):

@@ -6,16 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from flame.config import DataSource
+from flame.data.files import TEXT, read_file
 from flame.data.locate import first_line, local_path
 from flame.data.prepared import is_prepared
-from flame.data.text import (
-    PYTHON_DOCS,
-    TEXT,
-    load_documents,
-    load_from_hub,
-    local_files,
-    read_file,
-)
+from flame.data.text import PYTHON_DOCS, load_documents, load_from_hub, local_files
 
 _FLAG = "--training.dataset"
 
