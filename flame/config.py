@@ -19,6 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from flame.errors import UsageError
+from flame.paths import expand, split_list
 from flame.refused_flags import refuse
 
 
@@ -67,6 +68,8 @@ class Job:
 
     def __post_init__(self) -> None:
         _require(self.dump_folder != "", "job.dump_folder", self.dump_folder, "a folder")
+        if self.dump_folder is not None:
+            self.dump_folder = expand("--job.dump_folder", self.dump_folder)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +78,9 @@ class Model:
     """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
     tokenizer_path: str = "byte"
     """Hugging Face tokenizer (folder or hub name), or the built-in "byte" (256 bytes, bos, eos, pad)."""
+
+    def __post_init__(self) -> None:
+        self.config = expand("--model.config", self.config)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,7 +154,7 @@ class DataSource:
 @dataclass(kw_only=True, slots=True)
 class Training:
     dataset: str = "python-docs"
-    """Text to train on, one source or several separated by commas: a file or folder (txt, md, jsonl, json,
+    """Text to train on, one source or several separated by commas (an existing path keeps its own): a file or folder (txt, md, jsonl, json,
     also compressed; parquet, arrow), a folder written by flame.data.prepare or by save_to_disk of
     datasets, a Hugging Face dataset name, or the built-in "python-docs", Python's language reference as
     it ships with every interpreter."""
@@ -264,7 +270,7 @@ class Training:
         Raises:
             UsageError: A flag has another number of values than there are sources, or the shares are none.
         """
-        datasets = self.dataset.split(",")
+        datasets = split_list(self.dataset)
         columns = {}
         for name in ("dataset_name", "dataset_split", "data_dir", "data_files"):
             value = getattr(self, name)
@@ -444,6 +450,8 @@ class Checkpoint:
         )
         name = "checkpoint.initial_load_path"
         _require(self.initial_load_path != "", name, self.initial_load_path, "a folder")
+        if self.initial_load_path is not None:
+            self.initial_load_path = expand(f"--{name}", self.initial_load_path)
         _require(
             set(self.excluded()) <= set(_LOADED),
             "checkpoint.exclude_from_loading",
@@ -739,7 +747,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     peek.add_argument("--job.config_file", "--job.config-file", dest="config_file", nargs="?")
     config_file = peek.parse_known_args(argv)[0].config_file
     if config_file is not None:
-        argv = _flags_of_toml(Path(config_file)) + argv
+        argv = _flags_of_toml(Path(expand("--job.config_file", config_file))) + argv
     refuse(argv)
     complaint = io.StringIO()
     try:

@@ -86,6 +86,18 @@ def folder_files(dataset: str, folder: Path, name: str | None, split: str) -> li
     return chosen
 
 
+def has_splits(dataset: str, folder: Path) -> bool:
+    """Whether `folder_files` would have to choose among the files of a folder.
+
+    Raises:
+        ValueError: As `folder_files`.
+    """
+    if is_saved(folder):
+        return (folder / "dataset_dict.json").is_file()
+    files = _list(folder)
+    return _has_configurations(folder, files) or bool(_named_splits(folder, files))
+
+
 def matching_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
     """The files below the folder that match at least one pattern, sorted by path; what describes the data
     is no match of a wildcard.

@@ -37,6 +37,7 @@ from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
 from flame.log import init_logger, logger
+from flame.paths import path_argument, split_list, text_argument
 
 # characters that a process gets at a time, and at least one document
 _CHUNK = 1 << 20
@@ -219,7 +220,7 @@ def one_source(args: argparse.Namespace) -> DataSource:
     Raises:
         UsageError: They name several.
     """
-    if "," in args.dataset:
+    if len(split_list(args.dataset)) > 1:
         raise UsageError(
             f"--training.dataset must be one source, got {args.dataset!r}; prepare a folder for each"
         )
@@ -234,11 +235,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes text as a folder of token files that training maps into memory.",
         epilog="The data flags mean what they mean in training (bash train.sh -h), for one source.",
     )
-    parser.add_argument("--out", type=Path, help="folder to write, which must not exist")
-    parser.add_argument("--verify", type=Path, help="check a finished folder instead")
+    parser.add_argument("--out", type=path_argument, help="folder to write, which must not exist")
+    parser.add_argument("--verify", type=path_argument, help="check a finished folder instead")
     parser.add_argument(
         "--model.tokenizer_path",
         dest="tokenizer_path",
+        type=text_argument,
         default="byte",
         help='folder, hub name or "byte" (default: %(default)s)',
     )
