@@ -11,12 +11,15 @@ import pytest
 from forked_runs import Run
 from small_model import write_model
 from test_trainer import FLAGS, ROOT, STEPS, command, curve, environment, train, wait_for
+from torch.nn.functional import cross_entropy
 
+from flame import memory_estimation
 from flame.checkpoint_folder import newest_checkpoint
 from flame.config import parse_args
 from flame.errors import UsageError
+from flame.memory_estimation import estimate_memory
 from flame.run_folder import identity, require_same_run
-from flame.train import read_inputs
+from flame.train import read_inputs, set_precision
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,33 @@ def test_what_makes_another_run(small, tmp_path):
     require_same_run(tmp_path / "exp", own)
     with pytest.raises(UsageError, match="--training.seed was"):
         require_same_run(tmp_path / "exp", own | {"--training.seed": 1})
+
+
+def test_memory_is_estimated_of_the_run_that_was_asked_for(small, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def estimate(*more):
+        config, inputs = inputs_of(small, "--memory_estimation.enabled", *more)
+        set_precision(config)
+        return estimate_memory(config, inputs)["Activation"]
+
+    real = "--memory_estimation.disable_fake_mode"
+    with pytest.raises(UsageError, match=rf"--training\.varlen with attn_impl naive.*; {real} est"):
+        estimate("--training.varlen")
+    # bounds and positions, which the plain run does not have
+    assert estimate("--training.varlen", real) != estimate(real)
+    called = []
+
+    def kernel(hidden, weight, labels):
+        called.append(len(labels))
+        return cross_entropy(hidden @ weight.T, labels, reduction="sum")
+
+    monkeypatch.setattr(memory_estimation, "linear_loss", lambda *_: kernel)
+    with pytest.raises(UsageError, match=rf"--training\.loss cross_entropy is a kernel .*; {real}"):
+        estimate()
+    estimate(real)
+    assert called == [4 * 32] * 2
 
 
 def test_reference_operator_is_not_compiled_with_packed_documents(small):
