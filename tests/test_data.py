@@ -327,7 +327,8 @@ class TestSplits:
         assert self.splits_of(tmp_path, "train", "test") == [["train"], ["test"]]
         write(tmp_path / "essay.txt", "essay")
         with pytest.raises(
-            ValueError, match=r"essay\.txt .*none of the splits .*\(train, validation, test\)"
+            ValueError,
+            match=r"1 files, essay\.txt the first, .*none of the splits .*\(train, validation, test\)",
         ):
             load_documents(str(tmp_path))
         assert "essay" in load_documents(str(tmp_path), split="all")
@@ -375,6 +376,10 @@ class TestSplits:
         assert load_documents(folder) == texts
         with pytest.raises(ValueError, match=r"dataset_split 'test': .*save_to_disk wrote"):
             load_documents(folder, split="test")
+        with pytest.raises(
+            ValueError, match="one': was written by save_to_disk .*; name this fold"
+        ):
+            load_documents(str(tmp_path))
         (tmp_path / "one" / "state.json").write_text("{")
         with pytest.raises(
             ValueError, match="one': was written by save_to_disk of datasets, which"

@@ -77,7 +77,7 @@ def folder_files(dataset: str, folder: Path, name: str | None, split: str) -> li
         rest = sorted(set(files).difference(*splits.values()))
         if rest:
             raise ValueError(
-                f"{_FLAG} {dataset!r}: {rest[0].relative_to(folder)} and {len(rest) - 1} more files belong "
+                f"{_FLAG} {dataset!r}: {len(rest)} files, {rest[0].relative_to(folder)} the first, belong "
                 f"to none of the splits that names tell ({', '.join(splits)}); choose files with "
                 f"{_FILES_FLAG}, or take them all with {_SPLIT_FLAG} {ALL}"
             )
@@ -247,6 +247,8 @@ def _list(folder: Path) -> list[Path]:
         fail(Path(error.filename), error.strerror, "make the folder readable")
 
     for root, folders, names in os.walk(folder, onerror=stop):
+        if is_saved(Path(root)):
+            fail(Path(root), "was written by save_to_disk of datasets", "name this folder itself")
         folders[:] = [name for name in folders if not name.startswith(".")]
         # os.walk does not enter linked folders
         ignored += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
