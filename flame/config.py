@@ -22,6 +22,7 @@ import tyro
 from flame.cli import require_flags, require_text
 from flame.errors import UsageError
 from flame.help import show
+from flame.paths import expand, split_list
 from flame.refused_flags import refuse
 
 
@@ -70,6 +71,8 @@ class Job:
 
     def __post_init__(self) -> None:
         _require(self.dump_folder != "", "job.dump_folder", self.dump_folder, "a folder")
+        if self.dump_folder is not None:
+            self.dump_folder = expand("--job.dump_folder", self.dump_folder)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +81,9 @@ class Model:
     """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
     tokenizer_path: str = "byte"
     """Hugging Face tokenizer (folder or hub name), or the built-in "byte" (256 bytes, bos, eos, pad)."""
+
+    def __post_init__(self) -> None:
+        self.config = expand("--model.config", self.config)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,14 +157,16 @@ class DataSource:
 @dataclass(kw_only=True, slots=True)
 class Training:
     dataset: str = "python-docs"
-    """Text to train on, one source or several separated by commas: a file or folder (txt, md, jsonl,
-    parquet), a folder written by flame.data.prepare, a Hugging Face dataset name, or the built-in
-    "python-docs", Python's language reference as it ships with every interpreter."""
+    """Text to train on, one source or several separated by commas (an existing path keeps its own): a file or folder (txt, md, jsonl, json,
+    also compressed; parquet, arrow), a folder written by flame.data.prepare or by save_to_disk of
+    datasets, a Hugging Face dataset name, or the built-in "python-docs", Python's language reference as
+    it ships with every interpreter."""
     dataset_name: str | None = None
-    """Configuration of a Hugging Face dataset. With several sources one value each, separated by commas,
+    """Configuration of a Hugging Face dataset, or of a folder with a dataset card. With several sources one value each, separated by commas,
     an empty one where a source takes none; so with the next three flags."""
     dataset_split: str = "train"
-    """Split of a Hugging Face dataset; the default is that of every source."""
+    """Split of a Hugging Face dataset, or of a folder that has splits, where several are joined by + and
+    "all" is every file; the default is that of every source."""
     data_dir: str | None = None
     """Folder within a Hugging Face dataset."""
     data_files: str | None = None
@@ -265,7 +273,7 @@ class Training:
         Raises:
             UsageError: A flag has another number of values than there are sources, or the shares are none.
         """
-        datasets = self.dataset.split(",")
+        datasets = split_list(self.dataset)
         columns = {}
         for name in ("dataset_name", "dataset_split", "data_dir", "data_files"):
             value = getattr(self, name)
@@ -445,6 +453,8 @@ class Checkpoint:
         )
         name = "checkpoint.initial_load_path"
         _require(self.initial_load_path != "", name, self.initial_load_path, "a folder")
+        if self.initial_load_path is not None:
+            self.initial_load_path = expand(f"--{name}", self.initial_load_path)
         _require(
             set(self.excluded()) <= set(_LOADED),
             "checkpoint.exclude_from_loading",
@@ -790,7 +800,7 @@ def parse_args(argv: list[str]) -> JobConfig:
     if config_file is not None:
         # before the file is read
         require_text(["--job.config_file", config_file])
-        argv = _flags_of_toml(Path(config_file)) + argv
+        argv = _flags_of_toml(Path(expand("--job.config_file", config_file))) + argv
     _check_words(argv)
     complaint = io.StringIO()
     try:

@@ -32,6 +32,7 @@ from flame.data import load_tokenizer
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
+from flame.paths import path_argument, text_argument
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SHARD_SIZE = "2GB"
@@ -300,17 +301,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m flame.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("dcp-to-hf", help="checkpoint of a run -> Hugging Face folder")
-    export.add_argument("--checkpoint", type=Path, required=True, help="folder step-N of a run")
     export.add_argument(
-        "--model.config", dest="config", required=True, help="model JSON of the run"
+        "--checkpoint", type=path_argument, required=True, help="folder step-N of a run"
+    )
+    export.add_argument(
+        "--model.config",
+        dest="config",
+        type=text_argument,
+        required=True,
+        help="model JSON of the run",
     )
     export.add_argument(
         "--model.tokenizer_path",
         dest="tokenizer",
+        type=text_argument,
         default="byte",
         help="tokenizer of the run (default: %(default)s)",
     )
-    export.add_argument("--out", type=Path, required=True, help="folder to write, a new one")
+    export.add_argument(
+        "--out", type=path_argument, required=True, help="folder to write, a new one"
+    )
     export.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -329,16 +339,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     start.add_argument(
         "--model",
-        type=Path,
+        type=path_argument,
         required=True,
         help="folder of a softpick_transformer or a LlamaForCausalLM, with safetensors",
     )
     start.add_argument(
         "--model.config",
         dest="config",
+        type=text_argument,
         help="model JSON to train with; a Llama needs it (default: the folder's own)",
     )
-    start.add_argument("--out", type=Path, required=True, help="folder to write, a new one")
+    start.add_argument(
+        "--out", type=path_argument, required=True, help="folder to write, a new one"
+    )
     return parser
 
 

@@ -21,6 +21,7 @@ from flame.cli import Parser
 from flame.errors import UsageError, exit_on_usage_error
 from flame.models.key_ranges import count_reads
 from flame.models.loading import READING_ERRORS, load_model, unreadable
+from flame.paths import text_argument
 
 
 def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
@@ -104,7 +105,9 @@ def main() -> None:
     parser = Parser(
         prog="python -m flame.generate", description="Lets an exported model continue a text."
     )
-    parser.add_argument("--model", required=True, help="folder of an exported model")
+    parser.add_argument(
+        "--model", type=text_argument, required=True, help="folder of an exported model"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to continue")
     what.add_argument(

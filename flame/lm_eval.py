@@ -10,6 +10,7 @@ from pathlib import Path
 
 import flame.models  # noqa: F401
 from flame.errors import UsageError, exit_on_usage_error
+from flame.paths import expand
 
 
 def require_model(argv: list[str]) -> None:
@@ -22,7 +23,7 @@ def require_model(argv: list[str]) -> None:
         # which holds the configuration too
         return
     for name in (x for word in argv for x in re.findall(r"\bpretrained=([^,]+)", word)):
-        folder = Path(name)
+        folder = Path(expand("--model_args pretrained", name))
         # names on the hub have one slash at most
         is_local = folder.exists() or folder.is_absolute() or len(folder.parts) > 2
         if is_local and not (folder / "config.json").is_file():

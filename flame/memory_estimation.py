@@ -2,7 +2,8 @@
 
 The model is built, spread and trained as in a run, but with tensors that have a shape and no data and among
 processes that do not exist (`torch.distributed._tools`). One step more than one, since the first makes the
-optimizer's state. Layers run eagerly: what torch.compile would save is not taken off.
+optimizer's state. Layers run eagerly: what torch.compile would save is not taken off. The batch is the run's
+first one; what cannot be simulated, such as a kernel without a shape function, is refused.
 """
 
 import contextlib
@@ -12,7 +13,11 @@ import os
 import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -21,6 +26,7 @@ from flame.config import JobConfig
 from flame.errors import UsageError
 from flame.layout import Layout
 from flame.log import logger
+from flame.loss import LinearLoss, linear_loss
 from flame.parallelize import parallelize
 from flame.titan import ModelArgs, TitanModel, titan_config, world_size
 from flame.trainer import RunInputs
@@ -31,6 +37,7 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import utils as dist_utils
 
 STEPS = 2
+_REAL = "--memory_estimation.disable_fake_mode estimates it with real tensors"
 
 
 def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
@@ -41,6 +48,13 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
     """
     if os.environ["RANK"] != "0":
         return {}
+    is_fake = not config.memory_estimation.disable_fake_mode
+    linear = linear_loss(config.training.loss, DEVICE_TYPE)
+    if is_fake and linear is not None:
+        raise UsageError(
+            f"--memory_estimation.enabled: --training.loss {config.training.loss} is a kernel that cannot be "
+            f"simulated; {_REAL}"
+        )
     config = copy.deepcopy(config)
     config.training.compile = False
     titan = titan_config(config)
@@ -69,15 +83,23 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
         )
         # its ranks are numbers, which fake tensors do not have
         dims.build_mesh()
-        is_fake = not config.memory_estimation.disable_fake_mode
-        with FakeTensorMode() if is_fake else contextlib.nullcontext():
+        batch = _first_batch(inputs)
+        mode = FakeTensorMode() if is_fake else None
+        with mode or contextlib.nullcontext():
             # a run goes by meta to the device; fake parameters cost nothing and cannot be moved
             with torch.device(DEVICE_TYPE if is_fake else "meta"):
                 model = TitanModel(ModelArgs(inputs.model, config.training.seed))
             model = parallelize(model, dims, config)
             if not is_fake:
                 model.to_empty(device=DEVICE_TYPE)
-            peak = _peak(model, config, dims)
+            tensors = {name: _on_device(x, mode) for name, x in batch.items()}
+            peak = _peak(model, config, dims, tensors, linear)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        attn_impl = inputs.model.attn_impl
+        raise UsageError(
+            f"--memory_estimation.enabled: --training.varlen with attn_impl {attn_impl} reads the bounds of "
+            f"documents, which cannot be simulated; {_REAL}"
+        ) from error
     finally:
         dist.destroy_process_group()
     logger.info(
@@ -91,22 +113,43 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
     return peak
 
 
-def _peak(model: TitanModel, config: JobConfig, dims: Layout) -> dict[str, float]:
-    titan, device = titan_config(config), torch.device(DEVICE_TYPE)
+def _first_batch(inputs: RunInputs) -> dict[str, torch.Tensor]:
+    """What the first process trains on first, and its ``labels``, on the host."""
+    loader = inputs.data.loader(dp_rank=0, dp_world_size=world_size())
+    try:
+        tensors, labels = next(iter(loader))
+    finally:
+        loader.close()
+    return tensors | {"labels": labels}
+
+
+def _on_device(x: torch.Tensor, mode: FakeTensorMode | None) -> torch.Tensor:
+    return (x if mode is None else mode.from_tensor(x)).to(DEVICE_TYPE)
+
+
+def _peak(
+    model: TitanModel,
+    config: JobConfig,
+    dims: Layout,
+    tensors: dict[str, torch.Tensor],
+    linear: LinearLoss | None,
+) -> dict[str, float]:
+    titan = titan_config(config)
     optimizers = build_optimizers([model], titan.optimizer, dims)
     loss_fn = build_cross_entropy_loss(titan)
     t = config.training
-    tokens = torch.zeros(t.batch_size, t.seq_len, dtype=torch.int64, device=device)
+    rest = {name: x for name, x in tensors.items() if name not in ("input", "labels")}
+    tokens, labels = tensors["input"], tensors["labels"]
     if t.mixed_precision_param == "float32":
         amp = contextlib.nullcontext()
     else:
         amp = dist_utils.maybe_enable_amp(dims, t.mixed_precision_param, DEVICE_TYPE)
     if dims.fsdp_enabled:
         tracker = FSDPMemTracker(model, optimizers.optimizers[0])
-        tracker.track_inputs((tokens,))
+        tracker.track_inputs(tuple(tensors.values()))
     else:
         tracker = MemTracker()
-        tracker.track_external(model, optimizers.optimizers[0], tokens)
+        tracker.track_external(model, optimizers.optimizers[0], *tensors.values())
     with tracker:
         for _ in range(STEPS):
             optimizers.zero_grad()
@@ -114,7 +157,10 @@ def _peak(model: TitanModel, config: JobConfig, dims: Layout) -> dict[str, float
                 # it keeps statistics of one forward pass of a module, not of several
                 tracker.reset_mod_stats()
                 with amp:
-                    loss = loss_fn(model(tokens), tokens)
+                    if linear is None:
+                        loss = loss_fn(model(tokens, **rest), labels)
+                    else:
+                        loss = model(tokens, **rest, labels=labels, linear_loss=linear)
                 loss.backward()
             dist_utils.clip_grad_norm_(list(model.parameters()), t.max_norm, foreach=True)
             optimizers.step()

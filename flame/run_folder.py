@@ -63,6 +63,10 @@ _FREE_FLAGS = (
     "checkpoint.create_seed_checkpoint",
 )
 
+# a stream's checkpoint knows which of its files were read
+_FREE_OF_STREAMS = ("training.data_files",)
+# keys of earlier versions for what is compared so today
+_LEFT_TO_STREAMS = ("the files", *(f"--{flag}" for flag in _FREE_OF_STREAMS))
 
 # what a run writes before its first checkpoint, as patterns
 _LOGS = (
@@ -87,10 +91,11 @@ def identity(
     global_batch_size: int,
 ) -> dict[str, Any]:
     """What must stay the same for a run to be continued, by flag."""
+    free = (*_FREE_FLAGS, *(_FREE_OF_STREAMS if config.training.streaming else ()))
     flags = {
         f"--{flag}": value
         for flag, value in config.flags().items()
-        if flag not in _FREE_FLAGS and flag.split(".")[0] not in _FREE_SECTIONS
+        if flag not in free and flag.split(".")[0] not in _FREE_SECTIONS
     }
     shape = {
         f"--model.config, {key}": value
@@ -143,6 +148,8 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     if _saved_nothing(folder, earlier):
         return
     for key in {**earlier, **run}:
+        if key not in run and key.startswith(_LEFT_TO_STREAMS):
+            continue
         if earlier.get(key) != run.get(key):
             raise UsageError(
                 f"--job.dump_folder {folder} holds another run: {key} was {earlier.get(key)!r}, is now "

@@ -5,12 +5,12 @@ import os
 import shlex
 import signal
 import sys
-from pathlib import Path
 
 from flame.cli import Parser, make_folder
 from flame.errors import UsageError, exit_on_usage_error
 from flame.folder_lock import hold
 from flame.log import init_logger, logger
+from flame.paths import path_argument
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import Sweep, read_sweep
 from flame.sweeps.report import (
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     # argparse names a type in its complaint
     _positive.__name__ = "positive number"
     parser.add_argument(
-        "file", type=Path, help="TOML file of a sweep, such as those of configs/sweeps"
+        "file", type=path_argument, help="TOML file of a sweep, such as those of configs/sweeps"
     )
     parser.add_argument(
         "--dry_run",

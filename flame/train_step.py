@@ -28,7 +28,7 @@ import flame._compat  # noqa: F401  # before torchtitan
 from flame.attention_stats import Observer, observe
 from flame.config import JobConfig
 from flame.data import IGNORE_INDEX
-from flame.errors import PATIENCE_S, TrainingError, UsageError
+from flame.errors import PATIENCE_S, TrainingError
 from flame.log import logger
 from flame.models import normalizer_of
 from flame.stop import StopRequest
@@ -37,6 +37,11 @@ from flame.writers import strict_json
 # isort: split
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.train import Trainer
+
+
+class DataError(ValueError):
+    """No step can be made of the data that come next; the message is the same on every process."""
+
 
 Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -98,7 +103,7 @@ class CheckedTrainer(Trainer):
         Raises:
             TrainingError: Loss or gradient norm is not finite and the step is not to be skipped, or
                 ``training.max_skipped_steps`` were skipped in a row. The same on every process.
-            UsageError: The data cannot be read.
+            DataError: The data of a stream cannot be read; its loader is where the step began.
         """
         training, dims = self.config.training, self.parallel_dims
         is_first = self.start_step is not None and self.step == self.start_step + 1
@@ -151,11 +156,24 @@ class CheckedTrainer(Trainer):
             self._end_of_first_step()
 
     def _microbatches(self, data_iterator: Iterator[Microbatch]) -> list[Microbatch]:
+        count = self.gradient_accumulation_steps
+        if not self.config.training.streaming:
+            return [next(data_iterator) for _ in range(count)]
+        mark, ntokens_seen = self.dataloader.mark(), self.ntokens_seen
+        microbatches, problem = [], None
         try:
-            return [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
-        # a shard of a stream that is damaged, by name
+            microbatches = [next(data_iterator) for _ in range(count)]
+        # a shard that is damaged, by name, perhaps on this process's machine alone
         except ValueError as error:
-            raise UsageError(f"step {self.step}: {error}") from error
+            problem = str(error)
+        _, has_failed = self.stop.agree(problem is not None)
+        if not has_failed:
+            return microbatches
+        problems = [problem] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self.stop.group)
+        self.dataloader.rewind(mark)
+        self.ntokens_seen = ntokens_seen
+        raise DataError(next(x for x in problems if x is not None))
 
     def clip_gradients(self) -> torch.Tensor:
         """Scales gradients down to ``training.max_norm``; returns their norm before, a scalar of the device.

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from flame._compat import DEVICE_TYPE  # before torchtitan
 from flame.checkpoint import Checkpointer
+from flame.checkpoint_folder import newest_checkpoint
 from flame.config import JobConfig
 from flame.context_parallel import shard_batch
 from flame.convert import dcp_to_hf
 from flame.data import IGNORE_INDEX, RunData, StreamLoader, TokenLoader
+from flame.errors import UsageError
 from flame.layout import Layout
 from flame.log import logger
 from flame.loss import linear_loss
@@ -28,7 +30,7 @@ from flame.parallelize import parallelize
 from flame.rng import RandomState, seed_host
 from flame.stop import StopRequest
 from flame.titan import ModelArgs, TitanModel, global_batch_size, titan_config
-from flame.train_step import CheckedTrainer
+from flame.train_step import CheckedTrainer, DataError
 
 # isort: split
 import torchtitan.protocols.train_spec as titan_specs
@@ -139,6 +141,13 @@ class FlameTrainer(CheckedTrainer):
                 self.checkpointer.wait()
             else:
                 self.checkpointer.save_before_stop(self.step)
+        except DataError as error:
+            # torchtitan counts a step before its data are there
+            self.step -= 1
+            self.checkpointer.save_before_stop(self.step)
+            newest = newest_checkpoint(self.checkpointer.folder)
+            then = f"; then the same command continues from {newest.name}" if newest else ""
+            raise UsageError(f"step {self.step + 1}: {error}{then}") from error
         finally:
             self.stop.close()
         return stopped

@@ -327,6 +327,15 @@ def test_samples_are_the_end_of_the_text_and_begin_alike(tmp_path):
         read_samples(
             str(file), tokenizer, number=10, length=10, **options | {"first_token": "text"}
         )
+    # held-out text is no split train
+    (tmp_path / "splits").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "splits" / f"{split}.jsonl").write_text(file.read_text())
+    folder = str(tmp_path / "splits")
+    assert read_samples(folder, tokenizer, number=2, length=10, **options).tokens.shape == (2, 11)
+    options["is_held_out"] = True
+    with pytest.raises(UsageError, match="--data .*has splits, of which train is not held out"):
+        read_samples(folder, tokenizer, number=2, length=10, **options)
 
 
 def test_a_damaged_or_foreign_token_folder_is_named_after_this_flag(tmp_path):

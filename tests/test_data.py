@@ -1,6 +1,9 @@
 """flame.data: tokenizers and documents."""
 
+import bz2
+import gzip
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from flame.data import (
     load_documents,
     load_tokenizer,
 )
+from flame.data.files import read_file
 
 BYTE = load_tokenizer("byte")
 BOS, EOS, PAD = 256, 257, 258
@@ -32,9 +36,18 @@ def offline(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
+def compressed(ending, content):
+    if ending == ".zst":
+        return bytes(pa.compress(content.encode(), "zstd", asbytes=True))
+    return {".gz": gzip, ".bz2": bz2, ".xz": lzma}[ending].compress(content.encode())
+
+
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, pa.Table):
+    if isinstance(content, pa.Table) and path.suffix == ".arrow":
+        with pa.ipc.new_stream(path, content.schema) as writer:
+            writer.write_table(content, max_chunksize=2)
+    elif isinstance(content, pa.Table):
         pq.write_table(content, path)
     elif isinstance(content, bytes):
         path.write_bytes(content)
@@ -167,7 +180,17 @@ class TestLoadDocuments:
         array = "\n [" + ",\n".join(lines) + "]"
         assert load_documents(write(tmp_path / "array.json", array)) == texts
 
-    @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            pa.string(),
+            pa.large_string(),
+            pa.string_view(),
+            pa.dictionary(pa.int8(), pa.string()),
+            pa.dictionary(pa.int32(), pa.large_string()),
+        ],
+        ids=str,
+    )
     def test_parquet(self, tmp_path, kind):
         table = pa.table({"n": [1, 2, 3], "text": pa.array(["a", "", "é"], kind)})
         # a folder name that read_table would take for a column
@@ -187,6 +210,28 @@ class TestLoadDocuments:
         assert load_documents(str(tmp_path)) == ["a", "b1", "b2", "c"]
         assert "2 entries" in caplog.text
         assert "b/picture.png the first" in caplog.text
+
+    @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+    def test_compressed_text(self, tmp_path, ending):
+        for name, content in (
+            ("a.txt", "one"),
+            ("b.jsonl", '{"text": "two"}\n{"text": "three"}\n'),
+            ("c.json", '[{"text": "four"}]'),
+            ("d.MD", "five"),
+        ):
+            write(tmp_path / (name + ending), compressed(ending, content))
+        texts = ["one", "two", "three", "four", "five"]
+        assert load_documents(str(tmp_path)) == texts
+        assert list(read_file(tmp_path / f"b.jsonl{ending}", 1)) == ["three"]
+
+    def test_arrow(self, tmp_path):
+        texts = [f"{i}" for i in range(9)]
+        write(tmp_path / "stream.arrow", table := pa.table({"text": texts}))
+        with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        for name in ("stream.arrow", "file.arrow"):
+            assert load_documents(str(tmp_path / name)) == texts
+            assert list(read_file(tmp_path / name, 3)) == texts[3:]
 
     def test_data_files_choose_within_a_folder(self, tmp_path):
         for name in ("b/2.txt", "b/1.txt", "a.txt", "c.json"):
@@ -221,6 +266,136 @@ class TestLoadDocuments:
         load_documents("owner/name", name="n", split="s", data_dir="d", data_files="f")
         options = {"split": "s", "data_dir": "d", "data_files": "f", "streaming": False}
         assert calls == [(("owner/name", "n"), options)]
+
+
+CARD = """---
+configs:
+- config_name: main
+  default: true
+  data_files:
+  - split: train
+    path: main/part-*
+  - split: held_out
+    path: main/rest.parquet
+- config_name: other
+  data_dir: other
+---
+# A card
+"""
+
+
+def save_to_disk(folder, texts, num_shards=1):
+    dataset = datasets.Dataset.from_dict({"text": texts})
+    dataset.save_to_disk(folder, num_shards=num_shards)
+    return str(folder)
+
+
+class TestSplits:
+    """What of a folder is read: one split of several, no card."""
+
+    @staticmethod
+    def splits_of(folder, *names):
+        return [load_documents(str(folder), split=name) for name in names]
+
+    def test_hub_layout(self, tmp_path):
+        for split in ("train", "validation", "test", "extra"):
+            for i in range(2):
+                name = f"data/{split}-{i:05}-of-00002.parquet"
+                write(tmp_path / name, pa.table({"text": [f"{split}{i}"]}))
+        write(tmp_path / "README.md", "---\nlicense: mit\n---\n# A card")
+        assert load_documents(str(tmp_path)) == ["train0", "train1"]
+        assert self.splits_of(tmp_path, "extra", "test+train") == [
+            ["extra0", "extra1"],
+            ["test0", "test1", "train0", "train1"],
+        ]
+        assert len(load_documents(str(tmp_path), split="all")) == 8
+        assert load_documents(str(tmp_path), data_files="data/test-00001*") == ["test1"]
+        for split in ("testing", "train[:10%]", ""):
+            with pytest.raises(
+                ValueError,
+                match=r"^--training\.dataset_split '.*has the splits extra, test, train, validation;",
+            ):
+                load_documents(str(tmp_path), split=split)
+
+    @pytest.mark.parametrize(
+        "names", ["{}/a.jsonl.gz", "{}.jsonl.gz", "deep/my-{}-1.jsonl.gz", "{}_files/a.jsonl.gz"]
+    )
+    def test_names_of_folders_and_files(self, tmp_path, names):
+        for split in ("train", "validation", "test"):
+            content = compressed(".gz", json.dumps({"text": split}))
+            write(tmp_path / names.format(split), content)
+        assert self.splits_of(tmp_path, "train", "test") == [["train"], ["test"]]
+        write(tmp_path / "essay.txt", "essay")
+        with pytest.raises(
+            ValueError,
+            match=r"1 files, essay\.txt the first, .*none of the splits .*\(train, validation, test\)",
+        ):
+            load_documents(str(tmp_path))
+        assert "essay" in load_documents(str(tmp_path), split="all")
+
+    def test_configurations_of_a_card(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        folder = tmp_path / "data"
+        for name in ("main/part-1", "main/rest", "main/unused", "other/train", "other/test"):
+            write(folder / f"{name}.parquet", pa.table({"text": [name]}))
+        write(folder / "README.md", CARD)
+        assert self.splits_of(folder, "train", "held_out") == [["main/part-1"], ["main/rest"]]
+        assert load_documents(str(folder), name="other", split="test") == ["other/test"]
+        with pytest.raises(ValueError, match="has the splits train, held_out;"):
+            load_documents(str(folder), split="test")
+        with pytest.raises(ValueError, match=r"dataset_name 'x'.*Available: \['main', 'other'\]"):
+            load_documents(str(folder), name="x")
+        write(folder / "README.md", "---\nconfigs: [\n---\n")
+        with pytest.raises(ValueError, match=r"README\.md': is no dataset card .*; correct"):
+            load_documents(str(folder))
+
+    def test_card_is_no_text(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        write(tmp_path / "README.md", "# A card")
+        write(tmp_path / "a.md", "a")
+        # of the same kind as the rest
+        assert load_documents(str(tmp_path)) == ["# A card", "a"]
+        write(tmp_path / "sub" / "b.txt", "b")
+        write(tmp_path / "dataset_infos.json", "{}")
+        assert load_documents(str(tmp_path)) == ["a", "b"]
+        assert f"{tmp_path}/README.md describes the data" in caplog.text
+        assert load_documents(str(tmp_path), data_files="**/*") == ["a", "b"]
+        assert load_documents(str(tmp_path), data_files="README.md") == ["# A card"]
+
+    @pytest.mark.parametrize("name", ["b.csv", "deep/b.jsonl.zip", "b.csv.gz", "b.parquet.gz"])
+    def test_data_of_another_kind_is_never_left_out(self, tmp_path, name):
+        write(tmp_path / "a.txt", "a")
+        write(tmp_path / name, "b")
+        with pytest.raises(ValueError, match=f"{name}': is data of a kind that is not read"):
+            load_documents(str(tmp_path))
+        assert load_documents(str(tmp_path), data_files="*.txt") == ["a"]
+
+    def test_saved_to_disk(self, tmp_path):
+        texts = [str(i) for i in range(10)]
+        folder = save_to_disk(tmp_path / "one", texts, num_shards=3)
+        assert load_documents(folder) == texts
+        with pytest.raises(ValueError, match=r"dataset_split 'test': .*save_to_disk wrote"):
+            load_documents(folder, split="test")
+        with pytest.raises(
+            ValueError, match="one': was written by save_to_disk .*; name this fold"
+        ):
+            load_documents(str(tmp_path))
+        (tmp_path / "one" / "state.json").write_text("{")
+        with pytest.raises(
+            ValueError, match="one': was written by save_to_disk of datasets, which"
+        ):
+            load_documents(folder)
+
+    def test_saved_splits(self, tmp_path):
+        splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path)
+        assert self.splits_of(tmp_path, "train", "test", "all") == [
+            ["train"],
+            ["test"],
+            ["train", "test"],
+        ]
+        with pytest.raises(ValueError, match=r"dataset_split 'x': .*has the splits train, test;"):
+            load_documents(str(tmp_path), split="x")
 
 
 class TestLoadDocumentsErrors:
@@ -274,6 +449,23 @@ class TestLoadDocumentsErrors:
                 r"has no 'text' column, only \['a', 'b'\]",
             ),
             ("a.parquet", pa.table({"text": [1, 2]}), "column 'text' holds int64"),
+            (
+                "a.arrow",
+                pa.table({"text": pa.array([1, 2]).dictionary_encode()}),
+                "column 'text' holds dictionary",
+            ),
+            (
+                "a.arrow",
+                pa.table({"text": pa.DictionaryArray.from_arrays([1, 0], ["x", None])}),
+                "null in 1 rows, row 0 the first",
+            ),
+            ("a.arrow", b"not arrow", "not a sound arrow file"),
+            ("a.arrow", b"", "not a sound arrow file"),
+            ("a.jsonl.gz", b"not gzip", "cannot be decompressed"),
+            *(
+                (f"a.txt{ending}", compressed(ending, "cut " * 9)[:-8], "cannot be decompressed")
+                for ending in (".gz", ".bz2", ".xz", ".zst")
+            ),
             ("a.parquet", pa.table({"text": ["x", None]}), "null in 1 rows, row 1 the first"),
             ("a.parquet", pa.table({"text": pa.array([], pa.string())}), "holds no text"),
         ],

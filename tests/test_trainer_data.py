@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -10,11 +11,15 @@ import pytest
 from forked_runs import Run
 from small_model import write_model
 from test_trainer import FLAGS, ROOT, STEPS, command, curve, environment, train, wait_for
+from torch.nn.functional import cross_entropy
 
+from flame import memory_estimation
+from flame.checkpoint_folder import newest_checkpoint
 from flame.config import parse_args
 from flame.errors import UsageError
-from flame.run_folder import identity
-from flame.train import read_inputs
+from flame.memory_estimation import estimate_memory
+from flame.run_folder import identity, require_same_run
+from flame.train import read_inputs, set_precision
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +74,42 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
             assert value == pytest.approx(expected[step], rel=1e-5), (name, step)
 
 
-def test_damaged_shard_of_a_stream_is_one_line_when_it_is_reached(small, tmp_path):
-    lines = [json.dumps({"text": f"{i} is a number"}) for i in range(4000)]
-    (tmp_path / "text.jsonl").write_text("\n".join([*lines, "{damaged"]))
+def test_a_damaged_stream_ends_with_a_checkpoint_and_continues_when_it_is_corrected(
+    small, tmp_path
+):
+    file = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"{i} is a number"}) for i in range(200)]
     flags = {k: v for k, v in small.items() if k != "training.data_probs"}
-    flags |= {"training.dataset": tmp_path / "text.jsonl", "validation.share": 0}
-    flags |= {"training.steps": 1000, "metrics.log_freq": 1000}
-    flags |= {"training.streaming": True, "job.dump_folder": tmp_path / "run"}
-    with Run(flags) as run:
+    flags |= {"training.dataset": file, "validation.share": 0, "training.streaming": True}
+    flags |= {"training.steps": 20, "checkpoint.interval": 8}
+    file.write_text("\n".join(lines))
+    with Run(flags | {"job.dump_folder": tmp_path / "whole"}) as whole:
+        assert whole.wait() == 0, whole.output()
+    file.write_text("\n".join([*lines[:125], "{cut", *lines[126:]]))
+    flags |= {"job.dump_folder": tmp_path / "run"}
+    halves = {"training.batch_size": FLAGS["training.batch_size"] // 2}
+    with Run(flags | halves, processes=2) as run:
         assert run.wait() == 2, run.output()
-    line = run.output().splitlines()[-1]
-    assert line.startswith("flame: error: step ")
-    assert "text.jsonl': line 4001 is not JSON" in line
     assert "Traceback" not in run.output()
-    assert list((tmp_path / "run" / "checkpoint").glob("step-*[0-9]"))
+    errors = [line for line in run.output().splitlines() if line.startswith("flame: error: ")]
+    # both processes say the same, at the same step
+    assert len(set(errors)) == 1, run.output()
+    match = re.fullmatch(
+        r"flame: error: step (\d+): --training\.dataset '.*text\.jsonl': line 126 is not JSON \(.*\); "
+        r"correct or remove the line; then the same command continues from step-(\d+)",
+        errors[0],
+    )
+    step = int(match[2])
+    # what had no multiple of the interval
+    assert step == int(match[1]) - 1
+    assert step % 8
+    assert newest_checkpoint(tmp_path / "run" / "checkpoint").name == f"step-{step}"
+    file.write_text("\n".join(lines) + "\n")
+    with Run(flags) as run:
+        assert run.wait() == 0, run.output()
+    expected, got = curve(tmp_path / "whole"), curve(tmp_path / "run")
+    assert sorted(got) == sorted(expected) == list(range(1, 21))
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 def inputs_of(flags, *more):
@@ -113,14 +140,47 @@ def test_what_makes_another_run(small, tmp_path):
         "--training.dataset",
         "the checksum of the tokens of source 2 (--training.dataset)",
     }
-    # of a stream the sizes alone are known
-    stream = {"validation.share": 0}
+    # which files of a stream may change is known to its checkpoints
+    stream = {"validation.share": 0, "training.dataset": f"{copy.parent},{second}"}
     own = run(stream, "--training.streaming")
     copy.write_text(text + '\n{"text": "more"}')
-    assert changed(stream | {"training.dataset": f"{first},{copy}"}, "--training.streaming") == {
-        "--training.dataset",
-        "the files of source 2 (--training.dataset)",
+    assert not changed(stream | {"training.data_files": "c*,"}, "--training.streaming")
+    (tmp_path / "exp").mkdir()
+    earlier = own | {
+        "--training.data_files": None,
+        "the files of source 1 (--training.dataset)": "x",
     }
+    (tmp_path / "exp" / "run.json").write_text(json.dumps(earlier))
+    require_same_run(tmp_path / "exp", own)
+    with pytest.raises(UsageError, match="--training.seed was"):
+        require_same_run(tmp_path / "exp", own | {"--training.seed": 1})
+
+
+def test_memory_is_estimated_of_the_run_that_was_asked_for(small, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def estimate(*more):
+        config, inputs = inputs_of(small, "--memory_estimation.enabled", *more)
+        set_precision(config)
+        return estimate_memory(config, inputs)["Activation"]
+
+    real = "--memory_estimation.disable_fake_mode"
+    with pytest.raises(UsageError, match=rf"--training\.varlen with attn_impl naive.*; {real} est"):
+        estimate("--training.varlen")
+    # bounds and positions, which the plain run does not have
+    assert estimate("--training.varlen", real) != estimate(real)
+    called = []
+
+    def kernel(hidden, weight, labels):
+        called.append(len(labels))
+        return cross_entropy(hidden @ weight.T, labels, reduction="sum")
+
+    monkeypatch.setattr(memory_estimation, "linear_loss", lambda *_: kernel)
+    with pytest.raises(UsageError, match=rf"--training\.loss cross_entropy is a kernel .*; {real}"):
+        estimate()
+    estimate(real)
+    assert called == [4 * 32] * 2
 
 
 def test_reference_operator_is_not_compiled_with_packed_documents(small):

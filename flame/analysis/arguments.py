@@ -11,6 +11,7 @@ from flame.cli import Parser
 from flame.data.prepared import tokenizer_identity
 from flame.errors import UsageError
 from flame.models.attention import IMPLEMENTATIONS
+from flame.paths import path_argument, text_argument
 
 
 def parser() -> Parser:
@@ -22,7 +23,7 @@ def parser() -> Parser:
     add = flags.add_argument
     add(
         "--out",
-        type=Path,
+        type=path_argument,
         required=True,
         help="folder of the report; an earlier report is replaced",
     )
@@ -33,7 +34,7 @@ def parser() -> Parser:
     )
     add(
         "--model",
-        type=Path,
+        type=path_argument,
         nargs="+",
         default=[],
         help="Hugging Face folders such as <dump_folder>/hf, or checkpoints <dump_folder>/checkpoint/step-N",
@@ -45,6 +46,7 @@ def parser() -> Parser:
     )
     add(
         "--data",
+        type=text_argument,
         help="held-out text: a file, a folder, or a folder of flame.data.prepare; sequences are taken from its end",
     )
     add(
@@ -89,7 +91,7 @@ def parser() -> Parser:
     )
     add(
         "--run",
-        type=Path,
+        type=path_argument,
         nargs="+",
         help="dump folder of each model's run, for its training curves",
     )

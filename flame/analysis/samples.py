@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from flame.data.folder import has_splits
 from flame.data.locate import local_path
 from flame.data.prepared import is_prepared, read_prepared
 from flame.data.text import PYTHON_DOCS, load_documents
@@ -57,7 +58,7 @@ def read_samples(
             raise UsageError(f"--first_token {first_token}: the tokenizer has no such token")
         prefix = [token]
     try:
-        count, document, size = _open(data, tokenizer)
+        count, document, size = _open(data, tokenizer, is_held_out)
     except ValueError as error:
         raise UsageError(str(error).replace("--training.dataset", "--data")) from None
     # tokens of text in a sequence; the label of one may be the first input of the next
@@ -89,7 +90,7 @@ def read_samples(
 
 
 def _open(
-    data: str, tokenizer: PreTrainedTokenizerFast
+    data: str, tokenizer: PreTrainedTokenizerFast, is_held_out: bool
 ) -> tuple[int, Callable[[int], np.ndarray], Callable[[int], int]]:
     """Number of documents, the tokens of one, and its size in tokens or, of text, in characters."""
     if data != PYTHON_DOCS:
@@ -102,6 +103,12 @@ def _open(
                 return source.tokens[starts[i] : source.ends[i]]
 
             return len(starts), tokens_of, lambda i: int(source.ends[i] - starts[i])
+        if is_held_out and path is not None and path.is_dir() and has_splits(data, path):
+            # training reads the split train, whose end it holds out
+            raise ValueError(
+                f"--data {data!r}: has splits, of which train is not held out; name files or a folder of "
+                "one that is"
+            )
     documents = load_documents(data)
     return len(documents), _Encoded(documents, Encoder(tokenizer)), lambda i: len(documents[i])
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from flame.paths import expand
+
 # a value that ends like this means a file, whether or not it exists
 _FILE_ENDINGS = {
     ".txt",
@@ -10,8 +12,11 @@ _FILE_ENDINGS = {
     ".json",
     ".parquet",
     ".arrow",
+    ".ndjson",
     ".csv",
     ".gz",
+    ".bz2",
+    ".xz",
     ".zst",
     ".model",
 }
@@ -26,12 +31,12 @@ def local_path(flag: str, value: str, expected: str) -> Path | None:
         expected: What would be right, for the message.
 
     Raises:
-        ValueError: The value is empty, or reads as a path and does not exist.
+        ValueError: The value is empty, a URL, or reads as a path and does not exist.
     """
     if not value.strip():
         # Path("") would be the working directory
         raise ValueError(f"{flag} {value!r}: empty; expected {expected}")
-    path = Path(value).expanduser()
+    path = Path(expand(flag, value))
     if path.exists():
         return path
     is_path = value.startswith((".", "/", "~")) or value.count("/") > 1 or "\\" in value

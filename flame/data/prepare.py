@@ -37,6 +37,7 @@ from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
 from flame.log import init_logger, logger
+from flame.paths import path_argument, split_list, text_argument
 
 # characters that a process gets at a time, and at least one document
 _CHUNK = 1 << 20
@@ -199,8 +200,13 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the data flags of training, for one source; `one_source` reads them."""
     for flag, dest, default, text in (
         ("dataset", "dataset", None, "file, folder, Hugging Face name or python-docs"),
-        ("dataset_name", "name", None, "configuration of a Hugging Face dataset"),
-        ("dataset_split", "split", "train", "split of a Hugging Face dataset"),
+        (
+            "dataset_name",
+            "name",
+            None,
+            "configuration of a Hugging Face dataset or of a folder's card",
+        ),
+        ("dataset_split", "split", "train", "split of a Hugging Face dataset or of a folder"),
         ("data_dir", "data_dir", None, "folder within a Hugging Face dataset"),
         ("data_files", "data_files", None, "files of it, or a glob pattern in a folder"),
     ):
@@ -214,7 +220,7 @@ def one_source(args: argparse.Namespace) -> DataSource:
     Raises:
         UsageError: They name several.
     """
-    if "," in args.dataset:
+    if len(split_list(args.dataset)) > 1:
         raise UsageError(
             f"--training.dataset must be one source, got {args.dataset!r}; prepare a folder for each"
         )
@@ -229,11 +235,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes text as a folder of token files that training maps into memory.",
         epilog="The data flags mean what they mean in training (bash train.sh -h), for one source.",
     )
-    parser.add_argument("--out", type=Path, help="folder to write, which must not exist")
-    parser.add_argument("--verify", type=Path, help="check a finished folder instead")
+    parser.add_argument("--out", type=path_argument, help="folder to write, which must not exist")
+    parser.add_argument("--verify", type=path_argument, help="check a finished folder instead")
     parser.add_argument(
         "--model.tokenizer_path",
         dest="tokenizer_path",
+        type=text_argument,
         default="byte",
         help='folder, hub name or "byte" (default: %(default)s)',
     )

@@ -106,7 +106,12 @@ class _StreamData(_Held):
             )
             self._held_out.append(held_out)
             self._train.append((shards, begin))
-        self.identity = {f"the files{_of(sources, shards)}": shards.identity for shards in sources}
+        # of files on this machine the loader's state knows which may change
+        self.identity = {
+            f"the files{_of(sources, shards)}": shards.identity
+            for shards in sources
+            if shards.files is None
+        }
         self.summary = (
             f"a stream of {sum(shards.count for shards in sources):,} files or shards to train on, "
             f"{sum(len(s.tokens) for s in self._held_out):,} held out"
@@ -115,6 +120,7 @@ class _StreamData(_Held):
     def loader(self, *, dp_rank: int, dp_world_size: int) -> StreamLoader:
         return StreamLoader(
             self._train,
+            held_out=[held_out.checksum for held_out in self._held_out],
             shares=self._shares,
             encoder=self._encoder,
             seed=self._seed,

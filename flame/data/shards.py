@@ -6,16 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from flame.config import DataSource
+from flame.data.files import TEXT, read_file
 from flame.data.locate import first_line, local_path
 from flame.data.prepared import is_prepared
-from flame.data.text import (
-    PYTHON_DOCS,
-    TEXT,
-    load_documents,
-    load_from_hub,
-    local_files,
-    read_file,
-)
+from flame.data.text import PYTHON_DOCS, load_documents, load_from_hub, local_files
 
 _FLAG = "--training.dataset"
 
@@ -32,6 +26,12 @@ class Shards:
     """Documents of a part, from a document on. Raises ValueError that names a part which is empty or damaged."""
     identity: str
     """Changes when parts are added, removed, renamed or resized."""
+    files: tuple[tuple[str, int], ...] | None = None
+    """Name and size of the file that each part is; None where parts are no files of this machine."""
+
+    def part(self, shard: int) -> str:
+        """What messages call a part."""
+        return self.files[shard][0] if self.files else f"shard {shard}"
 
 
 def open_shards(source: DataSource, *, streaming: bool) -> Shards:
@@ -66,12 +66,13 @@ def open_shards(source: DataSource, *, streaming: bool) -> Shards:
         raise ValueError(
             f"{_FLAG} {str(files[sizes.index(0)])!r}: holds no text; remove it or give a file with text"
         )
-    listing = repr([(file.name, size) for file, size in zip(files, sizes, strict=True)])
+    listing = [(file.name, size) for file, size in zip(files, sizes, strict=True)]
     return Shards(
         source.dataset,
         len(files),
         lambda shard, start: read_file(files[shard], start),
-        f"crc32 {zlib.crc32(listing.encode()):08x}",
+        f"crc32 {zlib.crc32(repr(listing).encode()):08x}",
+        tuple(listing),
     )
 
 
@@ -105,8 +106,8 @@ def _of_hub(source: DataSource) -> Shards:
             # readers of all formats and networks raise whatever they like
             except Exception as error:
                 raise ValueError(
-                    f"{where}, row {row}, cannot be read ({first_line(error)}); fetch it again, or leave "
-                    "it out with --training.data_files"
+                    f"{where}, row {row}, cannot be read ({first_line(error)}); fetch it again, or start "
+                    "a new run that leaves it out with --training.data_files"
                 ) from error
             if record is None:
                 break

@@ -18,18 +18,17 @@ from flame.data.batches import Batch, Rows, to_batch
 from flame.data.loader import check_fingerprint
 from flame.data.mixing import Mixture
 from flame.data.shards import Shards
-from flame.data.source import TokenSource
+from flame.data.source import TokenSource, crc32
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 
 # characters that a worker gets at a time, and at least one document
 _CHUNK = 1 << 16
 
-_FINGERPRINT = {
-    "seq_len": "--training.seq_len",
-    "seed": "--training.seed",
-    "checksum": "--training.dataset",
-}
+_FLAG = "--training.dataset"
+# of the record of what was read
+_RECORD = ("shares", "identities", "begins", "held_out")
+_FINGERPRINT = {"seq_len": "--training.seq_len", "seed": "--training.seed"}
 
 
 class Cursor(NamedTuple):
@@ -52,7 +51,7 @@ def documents(shards: Shards, start: Cursor, begin: Cursor) -> Iterator[tuple[Cu
             shard, row = shard + 1, 0
         if is_empty:
             raise ValueError(
-                f"--training.dataset {shards.name!r}: no document is left to train on; hold out fewer "
+                f"{_FLAG} {shards.name!r}: no document is left to train on; hold out fewer "
                 "--validation.sequences, or give more text"
             )
         is_empty = True
@@ -80,7 +79,8 @@ def hold_out(
         tokens.append(encoder([text])[0])
         ends.append(ends[-1] + len(tokens[-1]))
     stream = np.concatenate(tokens)[:needed]
-    return TokenSource(shards.name, stream, np.asarray(ends[1:], np.int64), ""), cursor
+    checksum = f"crc32 {crc32(stream):08x}"
+    return TokenSource(shards.name, stream, np.asarray(ends[1:], np.int64), checksum), cursor
 
 
 class _TokenStream:
@@ -90,17 +90,30 @@ class _TokenStream:
         self._shards, self._begin, self._workers = shards, begin, workers
         self.seek(begin, 0)
 
-    def seek(self, cursor: Cursor, offset: int) -> None:
-        """Goes to the ``offset``-th token of a document."""
+    def seek(self, cursor: Cursor, offset: int, document: np.ndarray | int | None = None) -> None:
+        """Goes to the ``offset``-th token of a document, or behind its last.
+
+        Args:
+            cursor: The document.
+            offset: Tokens of it that were taken.
+            document: All of its tokens or their checksum, which must be the same now; None: not known.
+        """
         self._reader = documents(self._shards, cursor, self._begin)
+        self._error: ValueError | None = None
         self._pending: deque[tuple[list[Cursor], Future[Any]]] = deque()
         # documents of which a token is left, the first one used up to offset
         self._documents: deque[tuple[Cursor, np.ndarray]] = deque()
-        self._first, self._offset, self._num_tokens = cursor, offset, -offset
+        self._offset, self._num_tokens = offset, -offset
+        # the last document that is used up, or where reading began
+        self._last = (cursor, offset, document)
+        self._has_begun = False
 
-    def place(self) -> list[int]:
-        """Arguments of `seek` for the next token."""
-        return [*(self._documents[0][0] if self._documents else self._first), self._offset]
+    def place(self) -> tuple[Cursor, int, np.ndarray | int | None]:
+        """Arguments of `seek` for the next token: the last document of which one was taken."""
+        if self._has_begun and self._offset:
+            cursor, tokens = self._documents[0]
+            return cursor, self._offset, tokens
+        return self._last
 
     def advance(self, length: int, row: np.ndarray | None = None) -> list[int]:
         """Takes ``length`` tokens off the stream.
@@ -126,36 +139,64 @@ class _TokenStream:
                     break
         self._offset += length
         self._num_tokens -= length
-        while self._offset >= len(self._documents[0][1]):
-            self._offset -= len(self._documents.popleft()[1])
+        self._drop_used()
         return ends if row is not None else []
+
+    def _drop_used(self) -> None:
+        while self._documents and self._offset >= len(self._documents[0][1]):
+            cursor, tokens = self._documents.popleft()
+            self._last = (cursor, len(tokens), tokens)
+            self._offset -= len(tokens)
 
     def _fill(self, num_tokens: int) -> None:
         while self._num_tokens < num_tokens:
-            while len(self._pending) < self._workers.num_ahead:
+            while len(self._pending) < self._workers.num_ahead and self._error is None:
                 cursors, texts = self._chunk()
-                self._pending.append((cursors, self._workers.submit(texts)))
+                if texts:
+                    self._pending.append((cursors, self._workers.submit(texts)))
+            if not self._pending:
+                raise self._error
             cursors, future = self._pending.popleft()
             tokens, lengths = self._workers.result(future)
-            if not self._documents and self._offset >= lengths[0]:
-                raise ValueError(
-                    f"--training.dataset {self._shards.name!r}: the document where the checkpoint stopped, "
-                    f"{cursors[0]}, has {lengths[0]} tokens, fewer than then; resume with its data"
-                )
             self._documents.extend(
                 zip(cursors, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True)
             )
             self._num_tokens += len(tokens)
+            if not self._has_begun:
+                self._require_same_document()
+                self._has_begun = True
+                self._drop_used()
+
+    def _require_same_document(self) -> None:
+        """Raises ValueError unless reading goes on in the document where it stopped."""
+        cursor, offset, document = self._last
+        found, tokens = self._documents[0]
+        if offset and not (
+            found == cursor and len(tokens) >= offset and document in (None, _checksum(tokens))
+        ):
+            raise ValueError(
+                f"{_FLAG} {self._shards.name!r}: document {cursor.row} of "
+                f"{self._shards.part(cursor.shard)}, where the checkpoint stopped, is not there or is "
+                "another; documents up to that one must stay as they were"
+            )
 
     def _chunk(self) -> tuple[list[Cursor], list[str]]:
         cursors, texts, size = [], [], 0
-        for cursor, text in self._reader:
-            cursors.append(cursor)
-            texts.append(text)
-            size += len(text) + 1
-            if size >= _CHUNK:
-                break
+        try:
+            for cursor, text in self._reader:
+                cursors.append(cursor)
+                texts.append(text)
+                size += len(text) + 1
+                if size >= _CHUNK:
+                    break
+        except ValueError as error:
+            # raised when all before it is used up, whatever is read ahead
+            self._error = error
         return cursors, texts
+
+
+def _checksum(document: np.ndarray | int | None) -> int | None:
+    return crc32(document) if isinstance(document, np.ndarray) else document
 
 
 class StreamLoader(Stateful):
@@ -168,10 +209,13 @@ class StreamLoader(Stateful):
 
     The state is the place in the global order and, for each source, the document and token where its next
     sequence begins: the same on every rank, so a run goes on exactly where it stopped, on any number of
-    ranks and workers and with any batch size. Whole shards before that place are not read again.
+    ranks and workers and with any batch size. Whole shards before that place are not read again. It also
+    holds what had been read: files before that place must stay as they are, later ones may change, and
+    all must stay once an epoch has ended.
 
     Args:
         shards: What to read, with where training begins in each.
+        held_out: Of each source a checksum of what is held out of it.
         shares: Places of each source among ``sum(shares)``.
         encoder: Tokenizes.
         seq_len: Sequence length ``T`` in tokens.
@@ -193,6 +237,7 @@ class StreamLoader(Stateful):
         self,
         shards: Sequence[tuple[Shards, Cursor]],
         *,
+        held_out: Sequence[str],
         shares: Sequence[int],
         encoder: Encoder,
         seq_len: int,
@@ -208,6 +253,9 @@ class StreamLoader(Stateful):
         self.sequences_seen = 0
         self._workers = Workers(encoder, num_workers, prefetch_factor)
         self._streams = [_TokenStream(own, begin, self._workers) for own, begin in shards]
+        self._shards = shards
+        self._held_out = list(held_out)
+        self._shares = list(shares)
         self._mixture = Mixture(shares, seed)
         self._dtype = encoder.dtype
         self._seq_len = seq_len
@@ -234,14 +282,39 @@ class StreamLoader(Stateful):
             self.sequences_seen += self._dp_world_size * self._batch_size
             yield to_batch(rows, self._context_len)
 
+    def mark(self) -> Any:
+        """The place, for `rewind`; cheap."""
+        return self.sequences_seen, [stream.place() for stream in self._streams]
+
+    def rewind(self, mark: Any) -> None:
+        """Goes back to a place of this loader, also in the middle of a batch that could not be read."""
+        self.sequences_seen, places = mark
+        for stream, place in zip(self._streams, places, strict=True):
+            stream.seek(*place)
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the global order and in each source, and a fingerprint; ints and one string."""
+        places = [stream.place() for stream in self._streams]
+        record = {
+            "places": [[*cursor, offset] for cursor, offset, _ in places],
+            "documents": [_checksum(document) for _, _, document in places],
+            # in the first epoch up to the place
+            "files": [
+                own.files and own.files[: None if cursor.epoch else cursor.shard + 1]
+                for (own, _), (cursor, _, _) in zip(self._shards, places, strict=True)
+            ],
+            # what may not change at all
+            "identities": [None if own.files else own.identity for own, _ in self._shards],
+            "held_out": self._held_out,
+            "begins": [begin for _, begin in self._shards],
+            "shares": self._shares,
+        }
         return {
             "sequences_seen": self.sequences_seen,
             "seq_len": self._seq_len,
             "seed": self._seed,
             "checksum": self._checksum,
-            "places": json.dumps([stream.place() for stream in self._streams]),
+            "places": json.dumps(record),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,11 +323,47 @@ class StreamLoader(Stateful):
         Raises:
             ValueError: The state belongs to other data, another sequence length or another seed.
         """
-        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT)
+        own = self.state_dict()
+        record = json.loads(state_dict["places"])
+        # runs before this record was kept have the places alone: nothing may have changed
+        is_old = isinstance(record, list)
+        check_fingerprint(state_dict, own, _FINGERPRINT | ({"checksum": _FLAG} if is_old else {}))
+        if is_old:
+            record = {"places": record, "documents": [None] * len(record)}
+        else:
+            self._require_same_past(record, json.loads(own["places"]))
         self.sequences_seen = state_dict["sequences_seen"]
-        for stream, place in zip(self._streams, json.loads(state_dict["places"]), strict=True):
+        for stream, place, document in zip(
+            self._streams, record["places"], record["documents"], strict=True
+        ):
             *cursor, offset = place
-            stream.seek(Cursor(*cursor), offset)
+            stream.seek(Cursor(*cursor), offset, document)
+
+    def _require_same_past(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raises ValueError where what was read, or held out, is not as it was."""
+        check_fingerprint(saved, own, dict.fromkeys(_RECORD, _FLAG))
+        for (shards, _), files, place in zip(
+            self._shards, saved["files"], saved["places"], strict=True
+        ):
+            epoch, shard, _, offset = place
+            now = shards.files and [list(file) for file in shards.files]
+            if files is None or now is None:
+                continue
+            for i, then in enumerate(files):
+                found = now[i] if i < len(now) else ["nothing", 0]
+                # the one that is being read may change behind the place
+                is_same = found == then if epoch or i < shard else found[0] == then[0] or not offset
+                if not is_same:
+                    raise ValueError(
+                        f"{_FLAG}: the checkpoint's data has {then[0]}, {then[1]:,} bytes, as file {i + 1}, which "
+                        f"was read; this run's has {found[0]}, {found[1]:,} bytes; only files that are still "
+                        "to be read may change or go: restore it, or start a new run in another folder"
+                    )
+            if epoch and len(now) != len(files):
+                raise ValueError(
+                    f"{_FLAG}: the checkpoint's data has {len(files)} files, all of which were read; this run's "
+                    f"has {len(now)}; restore them, or start a new run in another folder"
+                )
 
     def close(self) -> None:
         """Ends the workers."""

@@ -15,6 +15,7 @@ from flame.data.prepare import add_source_flags, one_source
 from flame.data.shards import Shards, open_shards
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
+from flame.paths import path_argument
 
 # ids 0 to 2, named as in flame.data.tokenizer.byte_tokenizer
 _SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The data flags mean what they mean in training (bash train.sh -h), for one source.",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write, which must not exist"
+        "--out", type=path_argument, required=True, help="folder to write, which must not exist"
     )
     parser.add_argument(
         "--vocab_size",

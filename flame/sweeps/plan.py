@@ -11,6 +11,7 @@ from typing import Any
 from flame.analysis.quantized import BITS
 from flame.config import JobConfig, flags_of_sections, parse_args
 from flame.errors import UsageError
+from flame.paths import expand
 
 REFERENCE_ARM = "softmax"
 """The arm that the others' losses are compared with."""
@@ -174,7 +175,9 @@ def read_sweep(file: Path) -> Sweep:
         raise UsageError(f"{file} is not the TOML file of a sweep: {error}") from None
     top = _Table(file, "at the top", content)
     name = top.take("name", "the sweep's name, a text", _is_text)
-    out = Path(top.take("out", "the folder that the sweep writes", _is_text))
+    out = Path(
+        expand(f"{file}: out", top.take("out", "the folder that the sweep writes", _is_text))
+    )
     seeds = top.numbers("seeds", _SEEDS, _is_integer(0))
     rates = top.numbers("learning_rates", _RATES, _is_rate)
     base = top.take("base", "tables of trainer flags, [base.training] and so on", _is_table)
@@ -188,7 +191,7 @@ def read_sweep(file: Path) -> Sweep:
     if not arms:
         raise UsageError(f"{file}, [arms]: there is none; add [arms.<name>] tables")
     flags = _base_flags(file, base)
-    base_model = Path(base["model"]["config"])
+    base_model = Path(expand(f"{file}, [base]: model.config", base["model"]["config"]))
     arms = tuple(_arm(file, arm, table, seeds, rates) for arm, table in arms.items())
     runs = tuple(
         _run(file, name, out, arm, rate, seed, flags)
