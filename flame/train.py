@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from flame._compat import DEVICE_TYPE
 from flame.checkpoint import check_start
 from flame.checkpoint_folder import newest_checkpoint
-from flame.config import JobConfig, parse_args
+from flame.config import DEFAULT_BOS, JobConfig, parse_args
 from flame.convert import dcp_to_hf
 from flame.data import load_tokenizer, open_data
 from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
@@ -34,7 +34,7 @@ from flame.log import init_logger, logger
 from flame.loss import linear_loss
 from flame.memory_estimation import estimate_memory
 from flame.models import SoftpickTransformerConfig, read_config, require_device
-from flame.run_folder import claim, identity
+from flame.run_folder import claim, identity, set_bos
 from flame.run_record import write_record
 from flame.titan import global_batch_size, world_size
 from flame.train_step import explain_lost_processes
@@ -146,6 +146,7 @@ def finish(
             checkpoint,
             config=inputs.model,
             tokenizer=inputs.tokenizer,
+            bos=config.training.bos,
             out=out,
             dtype=getattr(torch, config.checkpoint.export_dtype),
         )
@@ -183,7 +184,7 @@ def _twin_command(asked: dict[str, Any]) -> str | None:
             break
     else:
         return None
-    default = JobConfig().flags()
+    default = JobConfig().flags() | {"training.bos": DEFAULT_BOS}
     changed = {flag: value for flag, value in asked.items() if value != default[flag]}
     # what a recipe file said is among the flags
     changed |= {"model.config": twin, "job.config_file": None}
@@ -210,6 +211,7 @@ def main() -> None:
     _join_launcher()
     with exit_on_usage_error():
         config = parse_args(sys.argv[1:])
+        set_bos(config)
         asked = config.flags()
         set_precision(config)
         inputs = read_inputs(config)

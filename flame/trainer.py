@@ -91,6 +91,7 @@ class FlameTrainer(CheckedTrainer):
                 dcp_to_hf,
                 config=inputs.model,
                 tokenizer=inputs.tokenizer,
+                bos=config.training.bos,
                 dtype=getattr(torch, config.checkpoint.export_dtype),
             ),
         )
@@ -229,6 +230,7 @@ def describe(trainer: FlameTrainer) -> None:
         f"{t.steps:,} steps of {sequences} x {t.seq_len} = {sequences * t.seq_len:,} tokens; "
         f"{trainer.inputs.data.summary}"
     )
+    logger.info(trainer.inputs.data.begins)
     logger.info(f"run folder {config.dump_folder}")
     if config.job.description:
         logger.info(config.job.description)

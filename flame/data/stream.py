@@ -15,6 +15,7 @@ import numpy as np
 from torch.distributed.checkpoint.stateful import Stateful
 
 from flame.data.batches import Batch, Rows, to_batch
+from flame.data.bos import BEFORE_THE_FLAG
 from flame.data.loader import check_fingerprint
 from flame.data.mixing import Mixture
 from flame.data.shards import Shards
@@ -60,14 +61,22 @@ def documents(shards: Shards, start: Cursor, begin: Cursor) -> Iterator[tuple[Cu
 
 
 def hold_out(
-    shards: Shards, encoder: Encoder, sequences: int, seq_len: int
+    shards: Shards,
+    encoder: Encoder,
+    sequences: int,
+    seq_len: int,
+    *,
+    bos: int | None = None,
+    has_document_bos: bool = False,
 ) -> tuple[TokenSource, Cursor]:
     """The first documents as held-out sequences, and where those to train on begin.
+
+    Args: ``bos`` and ``has_document_bos`` as in `TokenSource`.
 
     Raises:
         ValueError: The source has too few tokens.
     """
-    needed = sequences * seq_len + 1 if sequences else 0
+    needed = sequences * (seq_len - (bos is not None)) + 1 if sequences else 0
     tokens, ends = [np.empty(0, encoder.dtype)], [0]
     for cursor, text in documents(shards, Cursor(), Cursor()):
         if cursor.epoch:
@@ -80,14 +89,20 @@ def hold_out(
         tokens.append(encoder([text])[0])
         ends.append(ends[-1] + len(tokens[-1]))
     stream = np.concatenate(tokens)[:needed]
-    return TokenSource(shards.name, stream, np.asarray(ends[1:], np.int64), ""), cursor
+    ends = np.asarray(ends[1:], np.int64)
+    source = TokenSource(shards.name, stream, ends, "", bos=bos, has_document_bos=has_document_bos)
+    return source, cursor
 
 
 class _TokenStream:
     """The tokens of one source from a place on, tokenized ahead by workers."""
 
-    def __init__(self, shards: Shards, begin: Cursor, workers: Workers) -> None:
+    def __init__(
+        self, shards: Shards, begin: Cursor, workers: Workers, document_bos: int | None
+    ) -> None:
         self._shards, self._begin, self._workers = shards, begin, workers
+        # in front of every document
+        self._bos = [] if document_bos is None else [document_bos]
         self.seek(begin, 0)
 
     def seek(self, cursor: Cursor, offset: int) -> None:
@@ -102,17 +117,21 @@ class _TokenStream:
         """Arguments of `seek` for the next token."""
         return [*(self._documents[0][0] if self._documents else self._first), self._offset]
 
+    def is_at_start(self) -> bool:
+        """Whether the next token is the first of a document."""
+        return self._offset == 0
+
     def advance(self, length: int, row: np.ndarray | None = None) -> list[int]:
         """Takes ``length`` tokens off the stream.
 
         Args:
             length: How many.
-            row: Filled with them and the one that follows, ``[length + 1]``; None: they are not needed.
+            row: Filled with them and what follows, ``[length + 1]`` or more; None: they are not needed.
 
         Returns:
             One past the last token of each document that ends among them.
         """
-        self._fill(length + 1)
+        self._fill(length + 1 if row is None else len(row))
         if row is not None:
             # every document but the last ends in the row
             filled, ends, offset = 0, [], self._offset
@@ -137,14 +156,17 @@ class _TokenStream:
                 self._pending.append((cursors, self._workers.submit(texts)))
             cursors, future = self._pending.popleft()
             tokens, lengths = self._workers.result(future)
+            starts = np.cumsum(lengths)[:-1]
+            if self._bos:
+                tokens = np.insert(tokens, [0, *starts], self._bos)
+                lengths = lengths + 1
+                starts = starts + np.arange(1, len(lengths))
             if not self._documents and self._offset >= lengths[0]:
                 raise ValueError(
                     f"--training.dataset {self._shards.name!r}: the document where the checkpoint stopped, "
                     f"{cursors[0]}, has {lengths[0]} tokens, fewer than then; resume with its data"
                 )
-            self._documents.extend(
-                zip(cursors, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True)
-            )
+            self._documents.extend(zip(cursors, np.split(tokens, starts), strict=True))
             self._num_tokens += len(tokens)
 
     def _chunk(self) -> tuple[list[Cursor], list[str]]:
@@ -179,6 +201,8 @@ class StreamLoader(Stateful):
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
         seed: Seed of the order of sources.
+        bos: See `TokenSource`, whose sequences are the same.
+        has_document_bos: See `TokenSource`.
         context_len: See `to_batch`; None for plain causal attention.
         num_workers: Processes that tokenize ahead; 0: this one tokenizes when a batch is asked for.
         prefetch_factor: Pieces of 65,536 characters of each source that each of them has ahead.
@@ -200,6 +224,8 @@ class StreamLoader(Stateful):
         dp_rank: int,
         dp_world_size: int,
         seed: int,
+        bos: int | None = None,
+        has_document_bos: bool = False,
         context_len: int | None = None,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -207,7 +233,11 @@ class StreamLoader(Stateful):
         # sequences handed out so far, over all ranks and epochs
         self.sequences_seen = 0
         self._workers = Workers(encoder, num_workers, prefetch_factor)
-        self._streams = [_TokenStream(own, begin, self._workers) for own, begin in shards]
+        self._bos, self._has_document_bos = bos, has_document_bos
+        document_bos = bos if has_document_bos else None
+        self._streams = [
+            _TokenStream(own, begin, self._workers, document_bos) for own, begin in shards
+        ]
         self._mixture = Mixture(shares, seed)
         self._dtype = encoder.dtype
         self._seq_len = seq_len
@@ -217,7 +247,11 @@ class StreamLoader(Stateful):
         self._seed = seed
         self._context_len = context_len
         data = [(own.count, own.identity, begin) for own, begin in shards]
-        self._checksum = zlib.crc32(repr((data, list(shares))).encode())
+        # of checkpoints from before --training.bos, which say nothing of the tokenizer
+        self._earlier_checksum = zlib.crc32(repr((data, list(shares))).encode())
+        how = (encoder.fingerprint, bos, has_document_bos)
+        self._checksum = zlib.crc32(repr((self._earlier_checksum, how)).encode())
+        self._is_as_earlier = encoder.bos == BEFORE_THE_FLAG
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -227,12 +261,20 @@ class StreamLoader(Stateful):
             for i in range(self._dp_world_size * self._batch_size):
                 stream = self._streams[self._mixture.locate(self.sequences_seen + i)[0]]
                 if first <= i < first + self._batch_size:
-                    ends = stream.advance(self._seq_len, rows.tokens[i - first])
-                    rows.ends.append(np.asarray(ends, np.int64))
+                    rows.ends.append(self._read(stream, rows.tokens[i - first]))
                 else:
-                    stream.advance(self._seq_len)
+                    stream.advance(self._seq_len - (self._bos is not None))
             self.sequences_seen += self._dp_world_size * self._batch_size
             yield to_batch(rows, self._context_len)
+
+    def _read(self, stream: _TokenStream, row: np.ndarray) -> np.ndarray:
+        """Fills a row with the next sequence; where documents end in its inputs."""
+        if self._bos is None:
+            return np.asarray(stream.advance(self._seq_len, row), np.int64)
+        # the bos of a document that starts here is the sequence's
+        lead = not (self._has_document_bos and stream.is_at_start())
+        row[:lead] = self._bos
+        return np.asarray(stream.advance(self._seq_len - 1, row[lead:]), np.int64) + lead
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the global order and in each source, and a fingerprint; ints and one string."""
@@ -250,7 +292,10 @@ class StreamLoader(Stateful):
         Raises:
             ValueError: The state belongs to other data, another sequence length or another seed.
         """
-        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT)
+        own = self.state_dict()
+        if self._is_as_earlier and state_dict["checksum"] == self._earlier_checksum:
+            own["checksum"] = self._earlier_checksum
+        check_fingerprint(state_dict, own, _FINGERPRINT)
         self.sequences_seen = state_dict["sequences_seen"]
         for stream, place in zip(self._streams, json.loads(state_dict["places"]), strict=True):
             *cursor, offset = place
