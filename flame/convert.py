@@ -34,7 +34,9 @@ from flame.data import load_tokenizer
 from flame.data.bos import MODES, save_for_inference
 from flame.data.tokenizer import BYTE, IDENTITY_KEY, tokenizer_sha256
 from flame.errors import UsageError, exit_on_usage_error
+from flame.files import apply_umask
 from flame.log import init_logger, logger
+from flame.model_card import model_card
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 from flame.run_folder import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
@@ -88,10 +90,11 @@ def dcp_to_hf(
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
     bos: str = DEFAULT_BOS,
+    run: Path | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes the model of a checkpoint with its tokenizer, one file of weights after the other.
+    """Writes the model of a checkpoint with its tokenizer and a model card, one file of weights after the other.
 
     The folder appears under its name when it is whole, and replaces one that is there. The weights of two
     files at most are in memory.
@@ -101,6 +104,7 @@ def dcp_to_hf(
         config: Configuration the model was trained with.
         tokenizer: Tokenizer it was trained with; names the special tokens of the export.
         bos: Mode of `flame.data.bos` it was trained in: the exported tokenizer begins a text as training did.
+        run: Folder of its run, for the model card.
         out: Folder for ``AutoModelForCausalLM.from_pretrained``.
         dtype: Floating-point type of the weights.
         max_shard_size: Largest file of weights, such as ``"2GB"`` (10^9 bytes each).
@@ -116,6 +120,8 @@ def dcp_to_hf(
         x.bos_token_id = tokenizer.bos_token_id
         x.eos_token_id = tokenizer.eos_token_id
         x.pad_token_id = tokenizer.pad_token_id
+    # transformers would sample from the 50 likeliest tokens alone, and writes these only with do_sample
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     weights = {name: x.to(dtype) for name, x in model.state_dict().items()}
@@ -130,6 +136,17 @@ def dcp_to_hf(
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
         save_for_inference(tokenizer, bos, temporary)
+        parameters = sum(x.numel() for x in weights.values())
+        card = model_card(
+            config,
+            tokenizer,
+            bos=bos,
+            parameters=parameters,
+            checkpoint=checkpoint,
+            folder=out,
+            run=run,
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         shards = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
         for file, names in shards.filename_to_tensors.items():
             tensors = _load(checkpoint, {name: weights[name] for name in names})
@@ -206,6 +223,8 @@ def _temporary(out: Path) -> Iterator[Path]:
 def _publish(temporary: Path, out: Path) -> None:
     """Gives a finished folder its name, in the place of one that has it."""
     for path in (*temporary.iterdir(), temporary):
+        # safetensors writes for the owner alone
+        apply_umask(path)
         fsync(path)
     old = out.with_name(out.name + ".deleting")
     if os.path.lexists(old):
@@ -395,6 +414,7 @@ def _dcp_to_hf_command(args: argparse.Namespace) -> None:
         config=_model_for(args, run),
         tokenizer=_tokenizer_for(args, run),
         bos=_bos_for(args, run),
+        run=folder,
         out=args.out,
         dtype=getattr(torch, args.dtype),
         max_shard_size=args.max_shard_size,

@@ -147,6 +147,7 @@ def finish(
             config=inputs.model,
             tokenizer=inputs.tokenizer,
             bos=config.training.bos,
+            run=config.dump_folder,
             out=out,
             dtype=getattr(torch, config.checkpoint.export_dtype),
         )

@@ -92,6 +92,7 @@ class FlameTrainer(CheckedTrainer):
                 config=inputs.model,
                 tokenizer=inputs.tokenizer,
                 bos=config.training.bos,
+                run=config.dump_folder,
                 dtype=getattr(torch, config.checkpoint.export_dtype),
             ),
         )

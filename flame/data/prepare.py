@@ -37,6 +37,7 @@ from flame.data.tokenizer import load_tokenizer
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
+from flame.files import apply_umask
 from flame.log import init_logger, logger
 
 # characters that a process gets at a time, and at least one document
@@ -111,7 +112,7 @@ def prepare(
             file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
             _flush(file)
         # mkdtemp makes it for its owner alone
-        folder.chmod(0o777 & ~_umask())
+        apply_umask(folder)
         folder.rename(out)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error}") from None
@@ -191,12 +192,6 @@ def _chunks(shards: Shards) -> Iterator[tuple[int, list[str]]]:
 def _flush(file: object) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
