@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from flame.generate import encode, load, write
 from flame.log import logger
 from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.run_folder import claim, identity, require_same_run, set_bos
+from flame.sweeps.check import _require_one_bos
 from flame.train import _offer_comparison, twin_of
 
 BYTE = load_tokenizer("byte")
@@ -416,6 +418,19 @@ class TestRunFolder:
         loader("none").load_state_dict(earlier)
         with pytest.raises(ValueError, match="has checksum"):
             loader("tokenizer").load_state_dict(earlier)
+
+    def test_a_sweep_of_before_the_flag_gets_no_runs_of_another_mode(self, tmp_path):
+        old, _ = old_run(tmp_path / "old")
+        new = JobConfig()
+        new.job.dump_folder = str(tmp_path / "new")
+        for config in (old, new):
+            set_bos(config)
+        sweep = SimpleNamespace(file="sweep.toml")
+        _require_one_bos(sweep, [old, old])
+        with pytest.raises(
+            ValueError, match="sweep.toml: .* training.bos .*old has none, .*new has"
+        ):
+            _require_one_bos(sweep, [old, new])
 
 
 class TestTwin:
