@@ -188,6 +188,7 @@ def _setup(args: argparse.Namespace, samples: Samples, device: str) -> dict[str,
         share_from_end=samples.share_from_end,
         held_out=args.held_out,
         first_token=args.first_token,
+        begins=samples.begins,
         sink_eps=args.sink_eps,
         sparsity_eps=args.sparsity_eps,
     )
@@ -217,7 +218,7 @@ def _analyze(args: argparse.Namespace) -> None:
             )
     logger.info(
         f"{args.samples} sequences from the last {samples.share_from_end:.2%} of {args.data}, "
-        f"{samples.num_documents} documents"
+        f"{samples.num_documents} documents; each begins with {samples.begins}"
     )
     make_folder("--out", args.out)
     records = _measure_all(args, models, labels, samples, curves)

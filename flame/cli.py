@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flame.errors import UsageError
+from flame.errors import UsageError, require_unicode
 
 _LIKE_ENOUGH = 0.7
 # what a switch is given by those who take it for an option
@@ -32,14 +32,11 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 def require_text(words: Sequence[str]) -> None:
     """Raises UsageError for an argument with bytes that are no text, which no file could name or hold."""
     for i, word in enumerate(words):
-        try:
-            word.encode()
-        except UnicodeEncodeError:
-            before = words[i - 1] if i and words[i - 1].startswith("--") else "an argument"
-            flag, equals, value = word.partition("=")
-            is_whole = word.startswith("--") and equals and flag.isascii()
-            name, value = (flag, value) if is_whole else (before, word)
-            raise UsageError(f"{name} must be text in UTF-8, got {value!r}") from None
+        name = words[i - 1] if i and words[i - 1].startswith("--") else "an argument"
+        flag, equals, value = word.partition("=")
+        if word.startswith("--") and equals and flag.isascii():
+            name, word = flag, value
+        require_unicode(name, word)
 
 
 def require_flags(

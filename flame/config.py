@@ -154,6 +154,9 @@ class DataSource:
     """Of `SHARE_UNITS` sequences, how many are this source's."""
 
 
+DEFAULT_BOS = "tokenizer"
+
+
 @dataclass(kw_only=True, slots=True)
 class Training:
     dataset: str = "python-docs"
@@ -181,6 +184,10 @@ class Training:
     """Processes, beside each training process, that tokenize (streaming) or read sequences; 0: none."""
     prefetch_factor: int | None = None
     """What each worker prepares ahead: batches, or with streaming pieces of 65,536 characters. Default: 2."""
+    bos: Literal["tokenizer", "sequence", "none"] | None = None
+    """How documents begin: with what the tokenizer itself adds, its bos where it has one; with bos at the start of
+    every sequence, and with varlen of every document; or with nothing. Default: tokenizer, or what the run in the
+    dump folder began with."""
     varlen: bool = False
     """Attention sees the own document alone: sequences are packed from documents whose positions start at
     0, and their bounds reach the attention operator as cu_seqlens."""
@@ -257,6 +264,9 @@ class Training:
         ):
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
+        if self.bos == "sequence":
+            right = "at least 2 with --training.bos sequence, whose sequences start with bos"
+            _require(self.seq_len >= 2, "training.seq_len", self.seq_len, right)
         _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")
         name = "training.max_skipped_steps"

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,11 +29,17 @@ from flame.checkpoint_folder import (
     remove,
 )
 from flame.cli import Parser
+from flame.config import DEFAULT_BOS
 from flame.data import load_tokenizer
+from flame.data.bos import MODES, save_for_inference
+from flame.data.tokenizer import BYTE, IDENTITY_KEY, tokenizer_sha256
 from flame.errors import UsageError, exit_on_usage_error
+from flame.files import apply_umask
 from flame.log import init_logger, logger
+from flame.model_card import model_card
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 from flame.paths import path_argument, text_argument
+from flame.run_folder import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SHARD_SIZE = "2GB"
@@ -83,10 +90,12 @@ def dcp_to_hf(
     config: SoftpickTransformerConfig,
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
+    bos: str = DEFAULT_BOS,
+    run: Path | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Writes the model of a checkpoint with its tokenizer, one file of weights after the other.
+    """Writes the model of a checkpoint with its tokenizer and a model card, one file of weights after the other.
 
     The folder appears under its name when it is whole, and replaces one that is there. The weights of two
     files at most are in memory.
@@ -95,6 +104,8 @@ def dcp_to_hf(
         checkpoint: Folder ``step-N``.
         config: Configuration the model was trained with.
         tokenizer: Tokenizer it was trained with; names the special tokens of the export.
+        bos: Mode of `flame.data.bos` it was trained in: the exported tokenizer begins a text as training did.
+        run: Folder of its run, for the model card.
         out: Folder for ``AutoModelForCausalLM.from_pretrained``.
         dtype: Floating-point type of the weights.
         max_shard_size: Largest file of weights, such as ``"2GB"`` (10^9 bytes each).
@@ -110,6 +121,8 @@ def dcp_to_hf(
         x.bos_token_id = tokenizer.bos_token_id
         x.eos_token_id = tokenizer.eos_token_id
         x.pad_token_id = tokenizer.pad_token_id
+    # transformers would sample from the 50 likeliest tokens alone, and writes these only with do_sample
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     weights = {name: x.to(dtype) for name, x in model.state_dict().items()}
@@ -123,7 +136,18 @@ def dcp_to_hf(
     with _temporary(out) as temporary:
         model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        save_for_inference(tokenizer, bos, temporary)
+        parameters = sum(x.numel() for x in weights.values())
+        card = model_card(
+            config,
+            tokenizer,
+            bos=bos,
+            parameters=parameters,
+            checkpoint=checkpoint,
+            folder=out,
+            run=run,
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         shards = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
         for file, names in shards.filename_to_tensors.items():
             tensors = _load(checkpoint, {name: weights[name] for name in names})
@@ -200,6 +224,8 @@ def _temporary(out: Path) -> Iterator[Path]:
 def _publish(temporary: Path, out: Path) -> None:
     """Gives a finished folder its name, in the place of one that has it."""
     for path in (*temporary.iterdir(), temporary):
+        # safetensors writes for the owner alone
+        apply_umask(path)
         fsync(path)
     old = out.with_name(out.name + ".deleting")
     if os.path.lexists(old):
@@ -308,15 +334,20 @@ def _parser() -> argparse.ArgumentParser:
         "--model.config",
         dest="config",
         type=text_argument,
-        required=True,
-        help="model JSON of the run",
+        help="model JSON of the run (default: by its run.json)",
     )
     export.add_argument(
         "--model.tokenizer_path",
         dest="tokenizer",
         type=text_argument,
-        default="byte",
-        help="tokenizer of the run (default: %(default)s)",
+        help="tokenizer of the run (default: by its run.json, else byte)",
+    )
+    export.add_argument(
+        "--training.bos",
+        "--bos",
+        dest="bos",
+        choices=MODES,
+        help=f"how its documents began (default: by its run.json, else {DEFAULT_BOS})",
     )
     export.add_argument(
         "--out", type=path_argument, required=True, help="folder to write, a new one"
@@ -379,18 +410,79 @@ def main() -> None:
 def _dcp_to_hf_command(args: argparse.Namespace) -> None:
     if not is_complete(args.checkpoint):
         raise UsageError(f"--checkpoint {args.checkpoint} is not a complete checkpoint step-N")
-    config = _read_config(args.config, "--model.config")
-    try:
-        tokenizer = load_tokenizer(args.tokenizer)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    folder = run_of_checkpoint(args.checkpoint)
+    run = read_run(folder) if folder is not None else None
+    if run is None:
+        if args.config is None:
+            raise UsageError(
+                f"--model.config is needed: no {RUN_FILE} above --checkpoint {args.checkpoint} says what it is"
+            )
+        args.tokenizer, args.bos = args.tokenizer or BYTE, args.bos or DEFAULT_BOS
+        logger.info(
+            f"no {RUN_FILE} above {args.checkpoint}: --model.tokenizer_path {args.tokenizer} --training.bos {args.bos}"
+        )
     dcp_to_hf(
         args.checkpoint,
-        config=config,
-        tokenizer=tokenizer,
+        config=_model_for(args, run),
+        tokenizer=_tokenizer_for(args, run),
+        bos=_bos_for(args, run),
+        run=folder,
         out=args.out,
         dtype=getattr(torch, args.dtype),
         max_shard_size=args.max_shard_size,
+    )
+
+
+def _model_for(args: argparse.Namespace, run: dict[str, Any] | None) -> SoftpickTransformerConfig:
+    given = None if args.config is None else _read_config(args.config, "--model.config")
+    if run is None:
+        return given
+    trained = model_of(run)
+    if given is not None:
+        here, there = given.to_dict(), trained.to_dict()
+        for key in sorted((here.keys() | there.keys()) - set(NOT_SHAPE)):
+            if here.get(key) != there.get(key):
+                raise _contradiction(
+                    args, f"--model.config {args.config}", key, here.get(key), there.get(key)
+                )
+    return trained
+
+
+def _tokenizer_for(args: argparse.Namespace, run: dict[str, Any] | None) -> PreTrainedTokenizerFast:
+    name = args.tokenizer or run["--model.tokenizer_path"]
+    try:
+        tokenizer = load_tokenizer(name)
+        if run is not None:
+            trained = run.get(IDENTITY_KEY)
+            if trained is None and args.tokenizer is not None:
+                # of before the fingerprint
+                trained = tokenizer_sha256(load_tokenizer(run["--model.tokenizer_path"]))
+            here = tokenizer_sha256(tokenizer)
+            if trained not in (None, here):
+                raise _contradiction(
+                    args, f"--model.tokenizer_path {name}", "its sha256", here, trained
+                )
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(str(error)) from None
+    return tokenizer
+
+
+def _bos_for(args: argparse.Namespace, run: dict[str, Any] | None) -> str:
+    if run is None:
+        return args.bos
+    if args.bos not in (None, bos_of(run)):
+        raise _contradiction(args, "--training.bos", "the mode", args.bos, bos_of(run))
+    return bos_of(run)
+
+
+def _contradiction(
+    args: argparse.Namespace, flag: str, field: str, here: object, there: object
+) -> UsageError:
+    return UsageError(
+        f"{flag}: {field} is {here!r}, but --checkpoint {args.checkpoint} was trained with {there!r}; leave the flag "
+        "out to take what its run says"
     )
 
 

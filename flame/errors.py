@@ -27,6 +27,14 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message names the step, what happened and where to look."""
 
 
+def require_unicode(flag: str, text: str) -> None:
+    """Raises UsageError for bytes of a command line that are no UTF-8, which Python passes on as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{flag} must be text in UTF-8, got {text!r}") from None
+
+
 @contextlib.contextmanager
 def exit_on_training_error() -> Iterator[None]:
     """Turns `TrainingError` into one line of every process that it happens to, and exit code 1."""

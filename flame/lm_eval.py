@@ -1,14 +1,18 @@
 """``python -m flame.lm_eval ...``: the command line of EleutherAI's lm-evaluation-harness, which then knows our models.
 
 ``lm_eval`` loads a model through transformers' Auto classes, and these know ``softpick_transformer`` once `flame.models`
-is imported. Everything else, flags and output included, is the harness's own.
+is imported. Everything else, flags and output included, is the harness's own, but for the token before a text, see
+`begin_texts_as_training_did`.
 """
 
 import re
 import sys
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
-import flame.models  # noqa: F401
+import flame.models
+from flame.data.bos import before_prompt
 from flame.errors import UsageError, exit_on_usage_error
 from flame.paths import expand
 
@@ -32,16 +36,52 @@ def require_model(argv: list[str]) -> None:
             )
 
 
+def begin_texts_as_training_did(harness: type[Any]) -> None:
+    """Has the harness begin the texts of our models as their tokenizer does.
+
+    The harness begins a text, where it has no context, with the tokenizer's bos, which a model that was trained
+    without it has never seen, and scores a bos of the tokenizer behind that one as if it were text.
+
+    Args:
+        harness: lm_eval's ``HFLM``, which is changed.
+    """
+    prefix_token_id, rolling = harness.prefix_token_id, harness.loglikelihood_rolling
+
+    def begins_with(self: Any) -> int:
+        if self.custom_prefix_token_id is not None or not _is_ours(self):
+            return prefix_token_id.fget(self)
+        return [self.tokenizer.eos_token_id, *before_prompt(self.tokenizer, "tokenizer")][-1]
+
+    @wraps(rolling)
+    def rolling_without_second_bos(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_ours(self):
+            return rolling(self, *args, **kwargs)
+        self.tok_encode = partial(harness.tok_encode, self, add_special_tokens=False)
+        try:
+            return rolling(self, *args, **kwargs)
+        finally:
+            del self.tok_encode
+
+    harness.prefix_token_id = property(begins_with)
+    harness.loglikelihood_rolling = rolling_without_second_bos
+
+
+def _is_ours(harness: Any) -> bool:
+    return harness.config.model_type == flame.models.SoftpickTransformerConfig.model_type
+
+
 def main() -> None:
     with exit_on_usage_error():
         require_model(sys.argv)
         try:
             # an extra, so not every installation has it
             from lm_eval.__main__ import cli_evaluate
+            from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise UsageError(
                 f"flame.lm_eval needs the package lm_eval ({error}): pip install -e '.[eval]'"
             ) from None
+    begin_texts_as_training_did(HFLM)
     cli_evaluate()
 
 

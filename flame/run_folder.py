@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from flame.checkpoint_folder import newest_checkpoint, remove
-from flame.config import JobConfig
+from flame.config import DEFAULT_BOS, JobConfig
+from flame.data.bos import BEFORE_THE_FLAG
+from flame.data.tokenizer import IDENTITY_KEY
 from flame.errors import UsageError, is_full_disk
 from flame.folder_lock import LOCK_FILE, hold
 from flame.log import logger
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
+BOS_KEY = "--training.bos"
+BATCH_KEY = "the number of sequences in a step (--training.batch_size x ...)"
 CONFIG_FILE = "config.toml"
 _TEMPORARY = f"{RUN_FILE}.tmp"
 
@@ -68,6 +72,9 @@ _FREE_OF_STREAMS = ("training.data_files",)
 # keys of earlier versions for what is compared so today
 _LEFT_TO_STREAMS = ("the files", *(f"--{flag}" for flag in _FREE_OF_STREAMS))
 
+# Keys that run.json did not always have, and what earlier runs had; None: they did not say.
+_LATER_KEYS = {BOS_KEY: BEFORE_THE_FLAG, IDENTITY_KEY: None}
+
 # what a run writes before its first checkpoint, as patterns
 _LOGS = (
     "metrics*.jsonl*",
@@ -79,8 +86,10 @@ _LOGS = (
     "memory_snapshot",
     "wandb*",
 )
+
 # what transformers adds to a configuration and an upgrade may change
-_NOT_SHAPE = ("transformers_version", "architectures", "dtype")
+NOT_SHAPE = ("transformers_version", "architectures", "dtype")
+_SHAPE = "--model.config, "
 
 
 def identity(
@@ -98,12 +107,11 @@ def identity(
         if flag not in free and flag.split(".")[0] not in _FREE_SECTIONS
     }
     shape = {
-        f"--model.config, {key}": value
+        f"{_SHAPE}{key}": value
         for key, value in model.to_diff_dict().items()
-        if key not in _NOT_SHAPE
+        if key not in NOT_SHAPE
     }
-    batch = {"the number of sequences in a step (--training.batch_size x ...)": global_batch_size}
-    return {**flags, **batch, **data, **shape}
+    return {**flags, BATCH_KEY: global_batch_size, **data, **shape}
 
 
 def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
@@ -144,12 +152,14 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
         raise UsageError(
             f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
         )
-    earlier = _read_run(folder)
+    earlier = read_run(folder)
     if _saved_nothing(folder, earlier):
         return
     for key in {**earlier, **run}:
         if key not in run and key.startswith(_LEFT_TO_STREAMS):
             continue
+        if key in _LATER_KEYS and key not in earlier:
+            earlier[key] = run.get(key) if _LATER_KEYS[key] is None else _LATER_KEYS[key]
         if earlier.get(key) != run.get(key):
             raise UsageError(
                 f"--job.dump_folder {folder} holds another run: {key} was {earlier.get(key)!r}, is now "
@@ -157,11 +167,48 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
             )
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def set_bos(config: JobConfig) -> None:
+    """Sets ``training.bos``, where no flag does, to that of the run that the dump folder continues.
+
+    Raises:
+        UsageError: The folder's ``run.json`` cannot be read.
+    """
+    if config.training.bos is None:
+        folder, bos = config.dump_folder, DEFAULT_BOS
+        if (folder / RUN_FILE).is_file():
+            earlier = read_run(folder)
+            if not _saved_nothing(folder, earlier):
+                bos = bos_of(earlier)
+        config.training.bos = bos
+
+
+def bos_of(run: dict[str, Any]) -> str:
+    """The mode of `flame.data.bos` of a run, by its ``run.json``."""
+    return run.get(BOS_KEY, BEFORE_THE_FLAG)
+
+
+def model_of(run: dict[str, Any]) -> SoftpickTransformerConfig:
+    """The model of a run, by its ``run.json``."""
+    fields = {k.removeprefix(_SHAPE): value for k, value in run.items() if k.startswith(_SHAPE)}
+    return SoftpickTransformerConfig(**fields)
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, by the ``run.json`` above it."""
+    folders = list(checkpoint.resolve().parents)[:3]
+    return next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run's folder says.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
     file = folder / RUN_FILE
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
     if not isinstance(run, dict):
         raise UsageError(f"--job.dump_folder {folder}: {file} is not a run's")
@@ -180,7 +227,7 @@ def _make_way(folder: Path, run: dict[str, Any]) -> None:
     """Deletes what another run than ``run`` wrote into the folder before it ended without a checkpoint."""
     if not (folder / RUN_FILE).is_file():
         return
-    earlier = _read_run(folder)
+    earlier = read_run(folder)
     if earlier == run or not _saved_nothing(folder, earlier):
         return
     patterns = (*_LOGS, earlier["--checkpoint.folder"])

@@ -17,6 +17,7 @@ import os
 import shlex
 import socket
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from flame._compat import DEVICE_TYPE
 from flame.checkpoint import check_start
 from flame.checkpoint_folder import newest_checkpoint
-from flame.config import JobConfig, parse_args
+from flame.config import DEFAULT_BOS, JobConfig, parse_args
 from flame.convert import dcp_to_hf
 from flame.data import load_tokenizer, open_data
 from flame.errors import (
@@ -44,7 +45,7 @@ from flame.log import init_logger, logger
 from flame.loss import linear_loss
 from flame.memory_estimation import estimate_memory
 from flame.models import SoftpickTransformerConfig, read_config, require_device
-from flame.run_folder import claim, explain_full_disk, identity
+from flame.run_folder import claim, explain_full_disk, identity, set_bos
 from flame.run_record import write_record
 from flame.titan import global_batch_size, world_size
 from flame.train_step import explain_lost_processes
@@ -178,6 +179,8 @@ def finish(
             checkpoint,
             config=inputs.model,
             tokenizer=inputs.tokenizer,
+            bos=config.training.bos,
+            run=config.dump_folder,
             out=out,
             dtype=getattr(torch, config.checkpoint.export_dtype),
         )
@@ -202,25 +205,72 @@ def finish(
         unit = "byte" if config.model.tokenizer_path == "byte" else "token"
         logger.info(f"validation loss {validation_loss:.4f} nats a {unit}")
     logger.info(f"curves          tensorboard --logdir {config.dump_folder.parent}")
-    if (twin := _twin_command(asked)) is not None:
-        logger.info(f"its twin        {twin}")
+    if (twin := twin_of(asked)) is not None:
+        _offer_comparison(config, asked, twin)
 
 
-def _twin_command(asked: dict[str, Any]) -> str | None:
-    """The command of the same run with the other normaliser, for a configuration that has a twin."""
+def _offer_comparison(config: JobConfig, asked: dict[str, Any], twin: str) -> None:
+    """Says how to train the twin or, if that is done, how to compare the two."""
+    folder = twin_folder(config, twin)
+    if not (folder / "hf" / "config.json").is_file():
+        logger.info(f"its twin        {_twin_command(asked, twin, folder)}")
+        return
+    t, source = config.training, config.training.sources()[0]
+    options = (source.name, source.data_dir, source.data_files)
+    # what is held out is the end of the data, where analyze looks
+    has_end = len(t.sources()) == 1 and not any(options) and config.validation.share > 0
+    # softpick first, whichever was trained first
+    is_softpick = Path(twin).name.startswith("softmax_")
+    runs = [config.dump_folder, folder] if is_softpick else [folder, config.dump_folder]
+    words = ["python", "-m", "flame.analyze", "--model", *(str(run / "hf") for run in runs)]
+    words += [
+        "--label",
+        "softpick",
+        "softmax",
+        "--run",
+        *map(str, runs),
+        "--data",
+        source.dataset if has_end else "HELD_OUT_TEXT",
+    ]
+    words += ["--lengths", str(t.seq_len), "--out", str(config.dump_folder.parent / "report")]
+    logger.info(f"with its twin   {shlex.join(words)}")
+
+
+def twin_of(asked: dict[str, Any]) -> str | None:
+    """The model configuration with the other normaliser, if there is one."""
     folder, name = os.path.split(asked["model.config"])
     for own, other in (("softpick_", "softmax_"), ("softmax_", "softpick_")):
         twin = os.path.join(folder, name.replace(own, other, 1))
         if name.startswith(own) and os.path.isfile(twin):
-            break
-    else:
-        return None
-    default = JobConfig().flags()
+            return twin
+    return None
+
+
+def twin_folder(config: JobConfig, twin: str) -> Path:
+    """Where the twin's run is, or else would be."""
+    if config.job.dump_folder is None:
+        return Path("exp") / Path(twin).stem
+    folder = config.dump_folder
+    is_softpick = Path(twin).name.startswith("softmax_")
+    own, other = ("softpick", "softmax") if is_softpick else ("softmax", "softpick")
+    renamed = folder.with_name(folder.name.replace(own, other, 1))
+    if renamed != folder and renamed.is_dir():
+        return renamed
+    # the twin of a twin is the first run
+    name = folder.name
+    return folder.with_name(
+        name.removesuffix("-twin") if name.endswith("-twin") else f"{name}-twin"
+    )
+
+
+def _twin_command(asked: dict[str, Any], twin: str, folder: Path) -> str:
+    """The command of the same run with the other normaliser."""
+    default = JobConfig().flags() | {"training.bos": DEFAULT_BOS}
     changed = {flag: value for flag, value in asked.items() if value != default[flag]}
     # what a recipe file said is among the flags
     changed |= {"model.config": twin, "job.config_file": None}
     if asked["job.dump_folder"] is not None:
-        changed["job.dump_folder"] = f"{asked['job.dump_folder'].rstrip('/')}-twin"
+        changed["job.dump_folder"] = str(folder)
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     words = [] if local == "1" else [f"NGPU={local}"]
     words += ["bash", "train.sh"]
@@ -242,6 +292,7 @@ def main() -> None:
     with exit_on_usage_error(), exit_on_training_error():
         _join_group()
         config = parse_args(sys.argv[1:])
+        set_bos(config)
         asked = config.flags()
         set_precision(config)
         t = config.training

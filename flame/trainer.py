@@ -93,6 +93,8 @@ class FlameTrainer(CheckedTrainer):
                 dcp_to_hf,
                 config=inputs.model,
                 tokenizer=inputs.tokenizer,
+                bos=config.training.bos,
+                run=config.dump_folder,
                 dtype=getattr(torch, config.checkpoint.export_dtype),
             ),
         )
@@ -250,6 +252,7 @@ def describe(trainer: FlameTrainer) -> None:
         )
     if t.compile:
         logger.info("the first step compiles the model, which takes a minute or more")
+    logger.info(trainer.inputs.data.begins)
     logger.info(f"run folder {config.dump_folder}")
     if config.job.description:
         logger.info(config.job.description)

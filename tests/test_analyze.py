@@ -21,7 +21,7 @@ from flame.analysis.curves import MAX_POINTS, read_curves, record_curves
 from flame.analysis.records import KEYS, Mean, Recorder, Results, mean_of, read_records
 from flame.analysis.samples import read_samples
 from flame.analysis.svg import Axis, Line, heat_map, level, line_chart
-from flame.config import DataSource, JobConfig
+from flame.config import DataSource, JobConfig, Training
 from flame.data import load_tokenizer
 from flame.data.prepare import prepare
 from flame.errors import UsageError
@@ -262,7 +262,8 @@ def test_a_checkpoint_and_another_architecture(models, monkeypatch, tmp_path):
     weights = export(tmp_path / "hf", config, seed=5).state_dict()
     checkpoint = tmp_path / "run" / "checkpoint" / "step-7"
     dcp.save(dict(weights), checkpoint_id=checkpoint, no_dist=True)
-    flags = identity(JobConfig(), model=config, data={}, global_batch_size=1)
+    asked = JobConfig(training=Training(bos="tokenizer"))
+    flags = identity(asked, model=config, data={}, global_batch_size=1)
     (tmp_path / "run" / "run.json").write_text(json.dumps(flags))
     options = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     torch.manual_seed(0)

@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from small_model import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flame import convert
 from flame.checkpoint_folder import is_complete, read_contents
+from flame.config import JobConfig, Training
 from flame.data import load_tokenizer
+from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
+from flame.data.train_tokenizer import train_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
+from flame.run_folder import identity
+from flame.run_record import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,6 +100,8 @@ def test_the_folder_is_what_transformers_writes(source, tmp_path):
     model.load_state_dict(weights)
     for x in (model.config, model.generation_config):
         x.bos_token_id, x.eos_token_id, x.pad_token_id = 256, 257, 258
+    # without these transformers samples from the 50 likeliest tokens
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     model.save_pretrained(tmp_path / "theirs")
     for name in ("config.json", "generation_config.json"):
         ours, theirs = (json.loads((tmp_path / x / name).read_text()) for x in ("ours", "theirs"))
@@ -260,3 +268,92 @@ def test_the_checkpoint_is_complete(source, tmp_path):
     convert.hf_to_dcp(tmp_path / "hf", config=config, out=tmp_path / "a" / "b")
     assert is_complete(tmp_path / "a" / "b")
     assert os.listdir(tmp_path / "a") == ["b"]
+
+
+@pytest.mark.parametrize("source", [False], ids=["untied"], indirect=True)
+def test_a_run_says_what_its_checkpoint_is(source, tmp_path, monkeypatch, capfd):
+    config, file, checkpoint, _ = source
+    asked = JobConfig(training=Training(bos="sequence", seq_len=64))
+    tokenizer = train_tokenizer(["a text to learn from, and some more of it"] * 9, vocab_size=260)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    asked.model.tokenizer_path = str(tmp_path / "tokenizer")
+    data = {IDENTITY_KEY: tokenizer_sha256(tokenizer)}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoint").mkdir()
+    checkpoint = checkpoint.rename(folder / "checkpoint" / "step-5")
+    made = identity(asked, model=config, data=data, global_batch_size=16)
+    (folder / "run.json").write_text(json.dumps(made))
+    lines = [{"step": 5, "time": 0, "loss": 2.5}, {"step": 5, "time": 0, "validation_loss": 2.75}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (folder / "record").mkdir()
+    record = {"command": "NGPU=1 bash train.sh --training.data_files 'a|b'", "device": "2 x x86_64"}
+    record |= {"git": {"commit": "abc", "patch": None}, "versions": dict.fromkeys(PACKAGES, "1.0")}
+    (folder / "record" / "001.json").write_text(json.dumps(record))
+
+    words = ["dcp-to-hf", "--checkpoint", checkpoint, "--out"]
+    old_mask = os.umask(0o027)
+    try:
+        run(monkeypatch, *words, tmp_path / "hf")
+    finally:
+        os.umask(old_mask)
+    exported = read_config(tmp_path / "hf")
+    assert (exported.attn_impl, exported.rope_parameters) == (
+        config.attn_impl,
+        config.rope_parameters,
+    )
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded("a").input_ids[0] == tokenizer.bos_token_id
+    # others may read what the umask lets them
+    for path in (tmp_path / "hf").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o750
+
+    card = (tmp_path / "hf" / "README.md").read_text()
+    header = ModelCard(card).data
+    assert (header.library_name, header.pipeline_tag) == ("transformers", "text-generation")
+    assert "softpick" in header.tags
+    rows = (
+        "| attention normalizer | softpick |",
+        "| a text begins with | <\\|bos\\|> (`--training.bos sequence`), which the tokenizer adds |",
+        "| training | step 5, 5,120 tokens |",
+        "| sequence length | 64 tokens |",
+        "| data | python-docs |",
+        "| training loss | 2.5000 nats a token at step 5 |",
+        "| validation loss | 2.7500 nats a token at step 5 |",
+        "| command | `NGPU=1 bash train.sh --training.data_files 'a\\|b'` |",
+        "| commit | abc |",
+    )
+    for row in rows:
+        assert row in card.splitlines(), row
+    code = card.split("```python\n")[1].split("```")[0]
+    assert code.startswith("import flame.models")
+    names: dict = {}
+    exec(code, names)
+    assert names["model"].config.attn_impl == config.attn_impl
+
+    # the same again is fine; what contradicts it is not
+    own = ["--model.config", file, "--model.tokenizer_path", tmp_path / "tokenizer"]
+    run(monkeypatch, *words, tmp_path / "again", *own, "--training.bos", "sequence")
+    capfd.readouterr()
+    raw = json.loads(file.read_text())
+    for key, value in (
+        ("attn_impl", "naive_softmax_attn"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(raw | {key: value}))
+        line = refused(
+            monkeypatch, capfd, *words, tmp_path / "no", "--model.config", tmp_path / "other.json"
+        )
+        assert f"other.json: {key} is " in line
+        assert "leave the flag out" in line
+    line = refused(monkeypatch, capfd, *words, tmp_path / "no", "--model.tokenizer_path", "byte")
+    assert "--model.tokenizer_path byte: its sha256 is " in line
+    line = refused(monkeypatch, capfd, *words, tmp_path / "no", "--training.bos", "none")
+    assert "--training.bos: the mode is 'none', but --checkpoint" in line
+    # the tokenizer's folder may have changed since
+    load_tokenizer("byte").save_pretrained(tmp_path / "tokenizer")
+    line = refused(monkeypatch, capfd, *words, tmp_path / "no")
+    assert "tokenizer: its sha256 is " in line
+    assert not (tmp_path / "no").exists()

@@ -67,8 +67,8 @@ class TestByteTokenizer:
     @example("a<|bos|><|eos|><|pad|>b</s>")
     def test_gives_back_every_string(self, text):
         ids = BYTE(text)["input_ids"]
-        assert ids == list(text.encode())
-        assert BYTE.decode(ids) == text
+        assert ids == [BOS, *text.encode()]
+        assert BYTE.decode(ids[1:]) == text
         assert BYTE.decode(ids, skip_special_tokens=True) == text
 
     def test_special_tokens(self):
@@ -77,7 +77,7 @@ class TestByteTokenizer:
         assert len(BYTE) == 259
         assert BYTE.decode([104, EOS, 105], skip_special_tokens=True) == "hi"
         # reading them from text is possible, and has to be asked for
-        assert BYTE("a<|eos|>", split_special_tokens=False)["input_ids"] == [97, EOS]
+        assert BYTE("a<|eos|>", split_special_tokens=False)["input_ids"] == [BOS, 97, EOS]
 
     def test_survives_saving(self, tmp_path):
         BYTE.save_pretrained(tmp_path)
@@ -86,8 +86,8 @@ class TestByteTokenizer:
             assert reloaded.get_vocab() == BYTE.get_vocab()
             assert (reloaded.eos_token_id, reloaded.pad_token_id) == (EOS, PAD)
             text = " é😀<|eos|>\x00 ."
-            assert reloaded(text)["input_ids"] == list(text.encode())
-            assert reloaded.decode(reloaded(text)["input_ids"]) == text
+            assert reloaded(text)["input_ids"] == [BOS, *text.encode()]
+            assert reloaded.decode(reloaded(text)["input_ids"][1:]) == text
 
 
 class TestLoadTokenizerErrors:

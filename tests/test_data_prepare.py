@@ -18,6 +18,7 @@ from word_tokenizer import word_tokenizer
 from flame.config import DataSource, parse_args
 from flame.data import load_tokenizer, open_data, prepare, tokenize
 from flame.data.prepared import read_prepared, verify
+from flame.data.tokenizer import tokenizer_sha256
 from flame.data.tokens import Encoder
 from flame.errors import UsageError
 
@@ -63,7 +64,7 @@ def test_is_the_token_stream_whatever_num_proc(text, tmp_path, monkeypatch):
     three = write(text, tmp_path / "deep" / "three", num_proc=3)
     assert files(one) == files(three)
     tokens = np.fromfile(one / "tokens.bin", "<u2")
-    np.testing.assert_array_equal(tokens, tokenize(documents(text), BYTE))
+    np.testing.assert_array_equal(tokens, tokenize(documents(text), BYTE, "tokenizer"))
     ends = np.fromfile(one / "ends.bin", "<i8")
     assert ends.tolist() == (np.flatnonzero(tokens == BYTE.eos_token_id) + 1).tolist()
     index = verify(one)
@@ -94,6 +95,7 @@ def test_trains_like_the_text(text, tmp_path):
         for one, other in islice(zip(*batches, strict=True), 20):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert b.identity == {
+        "the sha256 of the tokenizer (--model.tokenizer_path)": tokenizer_sha256(BYTE),
         "the number of tokens (--training.dataset)": verify(out)["num_tokens"],
         "the checksum of the tokens (--training.dataset)": f"sha256 {verify(out)['tokens_sha256']}",
     }
@@ -101,7 +103,7 @@ def test_trains_like_the_text(text, tmp_path):
 
 def test_only_what_is_asked_for_is_read(tmp_path):
     # 8 MiB of tokens, 2 MiB of ends
-    documents = [f"{i % 10}" * 15 for i in range(1 << 18)]
+    documents = [f"{i % 10}" * 14 for i in range(1 << 18)]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{x}"}}\n' for x in documents))
     out = write(tmp_path / "a.jsonl", tmp_path / "out")
     argv = ["--training.dataset", str(out), "--training.seq_len", "4096", "--training.varlen"]
@@ -260,6 +262,6 @@ class TestDamage:
 
 
 def test_encoder_lengths_are_the_documents():
-    tokens, lengths = Encoder(BYTE)(["ab", "", "c"])
+    tokens, lengths = Encoder(BYTE, "none")(["ab", "", "c"])
     assert tokens.tolist() == [97, 98, 257, 257, 99, 257]
     assert lengths.tolist() == [3, 1, 2]

@@ -57,7 +57,8 @@ STREAM = ("--training.streaming", "--validation.share", "0")
 def data_of(text, *flags, mixed=True):
     dataset = f"{text / 'many'},{text / 'few'}" if mixed else str(text / "many")
     probs = ["--training.data_probs", "0.7,0.3"] if mixed else []
-    size = ["--training.seq_len", str(T), "--training.batch_size", "3"]
+    # the modes of --training.bos are those of test_bos.py
+    size = ["--training.seq_len", str(T), "--training.batch_size", "3", "--training.bos", "none"]
     config = parse_args(["--training.dataset", dataset, *probs, *size, *flags])
     return open_data(config, BYTE)
 
@@ -363,7 +364,7 @@ class TestStream:
         for i in range(num_shards):
             lines = (json.dumps({"text": f"{i}.{j}"}) + "\n" for j in range(40))
             (tmp_path / f"{i}.jsonl").write_text("".join(lines))
-        size = ["--training.seq_len", "8", "--training.batch_size", "2"]
+        size = ["--training.seq_len", "8", "--training.batch_size", "2", "--training.bos", "none"]
         flags = ["--training.dataset", "json", "--training.data_files", "*.jsonl", *size]
         data = open_data(parse_args([*flags, *STREAM]), BYTE)
         [loader], [resumed] = loaders_of(data, 1), loaders_of(data, 1)

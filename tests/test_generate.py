@@ -10,7 +10,9 @@ import torch
 from small_model import write_model
 
 from flame import generate
+from flame.config import Sample
 from flame.data import load_tokenizer
+from flame.errors import UsageError
 from flame.models import SoftpickTransformerForCausalLM, key_ranges, read_config
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +95,12 @@ def test_share_of_the_values_read(model):
         (["--seed", "-1"], "--seed must be at least 0 and below 2^63, got -1"),
         (["--steps", "3"], "unrecognized option --steps"),
         (["--modle", "x"], "unrecognized option --modle; perhaps you meant --model "),
+        (["--top_k", "0"], "--top_k must be at least 1, got 0"),
+        (["--top_p", "1.5"], "--top_p must be above 0 and at most 1, got 1.5"),
+        (["--top_p", "nan"], "--top_p must be above 0 and at most 1, got nan"),
+        (["--top_k", "5", "--temperature", "0"], "--top_k is of sampling: leave it out with"),
+        # what Python makes of bytes that are no UTF-8
+        (["--prompt", "caf\udce9"], "--prompt must be text in UTF-8, got 'caf\\udce9'"),
         (["--model", "/nowhere"], "--model must be the folder of an exported model, got /nowhere"),
     ],
 )
@@ -109,3 +117,15 @@ def test_damaged_files_are_one_line_that_names_the_folder(model, monkeypatch, ca
         (model / file).unlink()
     line = refused(monkeypatch, capfd, "--model", model, "--prompt", "x")
     assert line.startswith(f"flame: error: --model {model} cannot be read: ")
+
+
+def test_a_line_that_is_no_text_is_refused_by_name(model, monkeypatch, capfd):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--model", model, "--interactive", stdin="caf\udce9\n")
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("flame: error: --interactive: a line must be UTF-8, got 'caf")
+
+
+def test_the_prompt_of_a_runs_sample_is_checked_before_the_run():
+    with pytest.raises(UsageError, match=r"--sample.prompt must be UTF-8, got 'caf\\udce9'"):
+        Sample(prompt="caf\udce9")

@@ -41,7 +41,8 @@ def test_every_string_survives(tokenizer):
         "".join(map(chr, range(0x20, 0x250))),
         "text that spells <|eos|> and <|bos|>",
     ):
-        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+        bos, *ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+        assert bos == 0
         assert tokenizer.decode(ids) == text
         assert not {0, 1, 2} & set(ids)
     merged = tokenize(DOCUMENTS[:5], tokenizer)

@@ -1,6 +1,7 @@
 """The trainer end to end on a CPU: one process and two, killed and continued, refused and exported."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -109,6 +110,10 @@ def test_run_learns_and_reports(finished):
     assert f"exported model  {folder / 'hf'}" in output
     assert "the model writes:\nThe " in output
     assert "softmax_small.json" in output.split("its twin")[1]
+    assert "every document begins with <|bos|> (--training.bos tokenizer)" in output
+    run = json.loads((folder / "run.json").read_text())
+    assert run["--training.bos"] == "tokenizer"
+    assert "the sha256 of the tokenizer (--model.tokenizer_path)" in run
 
 
 def test_old_checkpoints_are_deleted(finished):
@@ -123,6 +128,11 @@ def test_export_is_the_trained_model(finished):
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     assert model.config.attn_impl == "naive_softpick_attn"
     assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer("a").input_ids == [tokenizer.bos_token_id, ord("a")]
+    card = (folder / "hf" / "README.md").read_text()
+    assert f"| training | step {STEPS}, " in card
+    assert "| validation loss | " in card
+    assert "| command | `" in card
     text = "".join(f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(9))
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():

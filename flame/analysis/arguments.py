@@ -8,6 +8,7 @@ from flame.analysis.quantized import BITS
 from flame.analysis.records import RECORDS_FILE
 from flame.analysis.samples import FIRST_TOKENS
 from flame.cli import Parser
+from flame.data.bos import before_prompt
 from flame.data.prepared import tokenizer_identity
 from flame.errors import UsageError
 from flame.models.attention import IMPLEMENTATIONS
@@ -65,8 +66,9 @@ def parser() -> Parser:
     add(
         "--first_token",
         choices=FIRST_TOKENS,
-        default="text",
-        help="token 0 of every sequence: as the text has it, or this one put before (default: %(default)s)",
+        default="training",
+        help="token 0 of every sequence: what the model's tokenizer puts before a text, which is what training began "
+        "with; a token of the text; or this one (default: %(default)s)",
     )
     add(
         "--sink_eps",
@@ -215,10 +217,16 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
     first = models[0]
     arms: dict[str, Model] = {}
     for model, label in zip(models, labels, strict=True):
-        if tokenizer_identity(model.tokenizer) != tokenizer_identity(first.tokenizer):
+        if _text_identity(model) != _text_identity(first):
             raise UsageError(
                 f"--model {model.path} has another tokenizer than {first.path}: they would be measured on other tokens, and "
                 "their losses do not compare"
+            )
+        own, others = (before_prompt(x.tokenizer, "tokenizer") for x in (model, first))
+        if args.first_token == "training" and own != others:
+            raise UsageError(
+                f"--model {model.path} begins a text with {_words(model, own)}, but {first.path} with "
+                f"{_words(first, others)}: measure them apart, or give --first_token"
             )
         arm = arms.setdefault(label, model)
         if arm.fields() != model.fields():
@@ -240,6 +248,17 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
                     f"--heatmap_heads {text}: --model {model.path} has layers 0 to {layers - 1} and heads 0 to {heads - 1}"
                 )
     return models
+
+
+def _text_identity(model: Model) -> dict[str, object]:
+    """What makes two models see the same tokens in a text, beside those before it."""
+    identity = tokenizer_identity(model.tokenizer)
+    del identity["tokenizer_sha256"]
+    return identity
+
+
+def _words(model: Model, ids: list[int]) -> str:
+    return " ".join(model.tokenizer.convert_ids_to_tokens(ids)) or "no token of its own"
 
 
 def head_of(text: str) -> tuple[int, int]:

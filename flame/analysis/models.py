@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from flame.checkpoint_folder import describe_failure, is_complete
 from flame.convert import dcp_to_hf
 from flame.data import load_tokenizer
+from flame.data.bos import for_inference
 from flame.errors import UsageError
 from flame.models import SoftpickTransformerConfig, normalizer_of, read_config
 from flame.models.attention import IMPLEMENTATIONS
 from flame.models.loading import READING_ERRORS, load_model, unreadable
-from flame.run_folder import RUN_FILE
+from flame.run_folder import RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
 OWN = "own"
 """Value of --attn_implementation: what the model's configuration says, and softmax where it says nothing."""
-_SHAPE = "--model.config, "
 _FIELDS = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
@@ -139,20 +139,16 @@ def _of_folder(path: Path) -> tuple[Config, Tokenizer]:
 
 def _of_checkpoint(path: Path) -> tuple[Config, Tokenizer]:
     """The model and the tokenizer that the run of a checkpoint names."""
-    files = [folder / RUN_FILE for folder in list(path.resolve().parents)[:3]]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
+    folder = run_of_checkpoint(path)
+    if folder is None:
         raise UsageError(
             f"--model {path}: no {RUN_FILE} above it says what it is; convert it with python -m flame.convert dcp-to-hf"
         )
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(run, dict):
-            raise ValueError("it is no object")
-        fields = {k.removeprefix(_SHAPE): v for k, v in run.items() if k.startswith(_SHAPE)}
-        config = SoftpickTransformerConfig(**fields)
-        return config, load_tokenizer(run["--model.tokenizer_path"])
+        run = read_run(folder)
+        tokenizer = load_tokenizer(run["--model.tokenizer_path"])
+        return model_of(run), for_inference(tokenizer, bos_of(run))
     except READING_ERRORS as error:
         raise UsageError(
-            f"--model {path}: {file} does not tell its model: {' '.join(str(error).split())}"
+            f"--model {path}: {folder / RUN_FILE} does not tell its model: {' '.join(str(error).split())}"
         ) from None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from flame.data.bos import before_prompt
 from flame.errors import UsageError
 
 # every piece but the first starts with its space, where byte-level BPE tokenizers part words: the ids of the pieces,
@@ -228,11 +229,8 @@ def _prompt(
 
 def _fixed_parts(tokenizer: Tokenizer, key: str | None) -> tuple[list[int], list[int], list[int]]:
     """Intro, needle, which is empty without a key, and question."""
-    # a text begins as the tokenizer itself begins it
-    opening = tokenizer("").input_ids
-    starts_with_bos = bool(opening) and opening[0] == tokenizer.bos_token_id
     return (
-        opening[:starts_with_bos] + _encode(tokenizer, _INTRO),
+        before_prompt(tokenizer, "tokenizer") + _encode(tokenizer, _INTRO),
         _encode(tokenizer, _NEEDLE.format(key=key)) if key else [],
         _encode(tokenizer, _QUESTION),
     )

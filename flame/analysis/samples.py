@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from flame.data.bos import before_prompt
 from flame.data.folder import has_splits
 from flame.data.locate import local_path
-from flame.data.prepared import is_prepared, read_prepared
+from flame.data.prepared import is_prepared, read_index, read_prepared
 from flame.data.text import PYTHON_DOCS, load_documents
 from flame.data.tokens import Encoder
 from flame.errors import UsageError
 
-FIRST_TOKENS = ("text", "bos", "eos")
+FIRST_TOKENS = ("training", "text", "bos", "eos")
 _BATCH = 16
 
 
@@ -29,6 +30,8 @@ class Samples:
     """The part of the data, counted from its end, that the sequences lie in."""
     num_documents: int
     """Documents that they are from."""
+    begins: str
+    """What each sequence begins with, for people."""
 
 
 def read_samples(
@@ -44,15 +47,17 @@ def read_samples(
 
     Args:
         data: A text file, a folder of text, a folder of `flame.data.prepare`, or another value of --training.dataset.
-        first_token: ``text``: the sequence as it is. ``bos``, ``eos``: this token before one that is shorter by one.
+        first_token: ``training``: what ``tokenizer`` puts before a text, as it does in training, then a sequence that
+            is shorter by as much. ``text``: a sequence as it is. ``bos``, ``eos``: this token before one that is
+            shorter by one.
         is_held_out: All of the data is held out: take sequences evenly spaced through it. Otherwise the last
             ones, since training holds out the end.
 
     Raises:
         UsageError: There is no such data, or not enough of it.
     """
-    prefix = []
-    if first_token != "text":
+    prefix = before_prompt(tokenizer, "tokenizer") if first_token == "training" else []
+    if first_token not in ("training", "text"):
         token = getattr(tokenizer, f"{first_token}_token_id")
         if token is None:
             raise UsageError(f"--first_token {first_token}: the tokenizer has no such token")
@@ -86,7 +91,10 @@ def read_samples(
         document(first[0])
     )
     total = sum(size(i) for i in range(count))
-    return Samples(torch.tensor(rows), 1 - before / total, len({i for i, _ in chosen}))
+    begins = " ".join(tokenizer.convert_ids_to_tokens(prefix)) or "a token of the text"
+    if first_token == "training":
+        begins += ", as in training"
+    return Samples(torch.tensor(rows), 1 - before / total, len({i for i, _ in chosen}), begins)
 
 
 def _open(
@@ -96,8 +104,10 @@ def _open(
     if data != PYTHON_DOCS:
         path = local_path("--data", data, "a text file, or a folder of text or of token files")
         if path is not None and is_prepared(Path(path)):
-            source = read_prepared(data, path, tokenizer)
+            source = read_prepared(data, path, tokenizer, None)
             starts = np.concatenate([[0], source.ends[:-1]])
+            # what comes before the text of a document is put before every sequence instead
+            starts += len(read_index(path).get("before_document", []))
 
             def tokens_of(i: int) -> np.ndarray:
                 return source.tokens[starts[i] : source.ends[i]]
@@ -110,7 +120,11 @@ def _open(
                 "one that is"
             )
     documents = load_documents(data)
-    return len(documents), _Encoded(documents, Encoder(tokenizer)), lambda i: len(documents[i])
+    return (
+        len(documents),
+        _Encoded(documents, Encoder(tokenizer, "none")),
+        lambda i: len(documents[i]),
+    )
 
 
 class _Encoded:

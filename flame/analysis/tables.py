@@ -190,12 +190,14 @@ def report(results: Results) -> str:
 def facts(results: Results) -> list[str]:
     """How the numbers came about, a sentence each."""
     setup = results.setup
-    first = {"text": "a token of the text, as in training", "bos": "bos", "eos": "eos"}
+    # records of before --training.bos have no words for it
+    first = {"text": "a token of the text", "bos": "bos", "eos": "eos"}
+    begins = setup.get("begins") or first[setup["first_token"]]
     seeds = any(sum(r["label"] == x for r in results.models) > 1 for x in results.labels)
     return [
         f"data: {setup['data']}, {setup['samples']} sequences from {setup['documents']} documents, which lie in "
         f"the last {setup['share_from_end']:.2%} of it",
-        f"token 0 of every sequence: {first[setup['first_token']]}",
+        f"token 0 of every sequence: {begins}",
         f"lengths: {', '.join(f'{n:,}' for n in results.lengths)} tokens, of the same beginnings",
         *(["a ± b: mean and standard deviation over the seeds of an arm"] if seeds else []),
         "definitions: docs/softpick/ANALYSIS.md, after arXiv:2504.20966; percentages of heads are of (layer, head), sink "

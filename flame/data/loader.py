@@ -27,7 +27,7 @@ class TokenLoader(Stateful):
     """Endless training batches for one data-parallel rank, with exact resume.
 
     Each source is cut into sequences; sequence ``i`` has the inputs ``tokens[i * seq_len : (i + 1) *
-    seq_len]`` and the same shifted by one as labels. One global order visits them: `Mixture` says which
+    seq_len]`` and the same shifted by one as labels, or what `TokenSource` makes with a bos. One global order visits them: `Mixture` says which
     source a place takes from, and a source gives all of its sequences in a fresh permutation each epoch
     of its own, a function of ``seed``, source and epoch. Every step takes the next ``dp_world_size *
     batch_size`` places of that order, rank ``r`` the ``r``-th ``batch_size`` of them; an epoch may end
@@ -91,7 +91,7 @@ class TokenLoader(Stateful):
         self._seed = seed
         self._context_len = context_len
         self._mixture = Mixture(shares, seed)
-        self._checksum = _combined([source.sample_checksum() for source in sources], shares)
+        self._checksum = _combined([source.position_checksum() for source in sources], shares)
         # by source, the last two epochs, for a batch that spans an epoch's end
         self._orders: list[dict[int, np.ndarray]] = [{} for _ in sources]
         self._workers = Workers(self._read, num_workers, prefetch_factor)

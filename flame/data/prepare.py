@@ -20,7 +20,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from flame.cli import Parser
-from flame.config import SHARE_UNITS, DataSource
+from flame.config import DEFAULT_BOS, SHARE_UNITS, DataSource
+from flame.data.bos import MODES, around_document, sequence_bos
 from flame.data.prepared import (
     ENDS,
     ENDS_DTYPE,
@@ -36,6 +37,7 @@ from flame.data.tokenizer import load_tokenizer
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
+from flame.files import apply_umask
 from flame.log import init_logger, logger
 from flame.paths import path_argument, split_list, text_argument
 
@@ -55,6 +57,7 @@ def prepare(
     out: Path,
     *,
     num_proc: int,
+    bos: str = DEFAULT_BOS,
 ) -> None:
     """Writes the token files of a source; the same bytes whatever ``num_proc``.
 
@@ -68,6 +71,7 @@ def prepare(
         tokenizer_path: What the tokenizer is called in the index.
         out: Folder to make, which must not exist.
         num_proc: Processes that tokenize; the one that calls reads and writes.
+        bos: A mode of `flame.data.bos`, that of the runs to come.
 
     Raises:
         UsageError: ``out`` exists or cannot be written.
@@ -76,16 +80,21 @@ def prepare(
     out = out.absolute()
     if os.path.lexists(out):
         raise UsageError(f"--out {out} exists; name a folder that does not, or delete it")
+    # refuses a tokenizer without bos
+    sequence_bos(tokenizer, bos)
+    encoder = Encoder(tokenizer, bos)
     shards = open_shards(source, streaming=False)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
     except OSError as error:
         raise UsageError(f"--out {out} must be writable: {error.strerror}") from None
-    workers = Workers(Encoder(tokenizer), num_proc, prefetch_factor=2)
+    workers = Workers(encoder, num_proc, prefetch_factor=2)
     try:
-        index = _write(shards, workers, Encoder(tokenizer).dtype, folder)
+        index = _write(shards, workers, encoder.dtype, folder)
         index |= {
+            "bos": bos,
+            "before_document": around_document(tokenizer, bos)[0],
             "tokenizer": {"path": tokenizer_path, **tokenizer_identity(tokenizer)},
             "source": {
                 flag: value
@@ -104,7 +113,7 @@ def prepare(
             file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
             _flush(file)
         # mkdtemp makes it for its owner alone
-        folder.chmod(0o777 & ~_umask())
+        apply_umask(folder)
         folder.rename(out)
     except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error}") from None
@@ -186,12 +195,6 @@ def _flush(file: object) -> None:
     os.fsync(file.fileno())
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise _Stopped(number)
 
@@ -244,6 +247,14 @@ def _parser() -> argparse.ArgumentParser:
         default="byte",
         help='folder, hub name or "byte" (default: %(default)s)',
     )
+    parser.add_argument(
+        "--training.bos",
+        "--bos",
+        dest="bos",
+        choices=MODES,
+        default=DEFAULT_BOS,
+        help="how documents begin, as the runs to come have it (default: %(default)s)",
+    )
     add_source_flags(parser)
     parser.add_argument(
         "--num_proc", type=int, default=1, help="processes that tokenize (default: %(default)s)"
@@ -275,14 +286,22 @@ def main() -> None:
             signal.signal(number, _stop)
         try:
             tokenizer = load_tokenizer(args.tokenizer_path)
-            prepare(source, tokenizer, args.tokenizer_path, args.out, num_proc=args.num_proc)
+            prepare(
+                source,
+                tokenizer,
+                args.tokenizer_path,
+                args.out,
+                num_proc=args.num_proc,
+                bos=args.bos,
+            )
         except ValueError as error:
             raise UsageError(str(error)) from None
         except (KeyboardInterrupt, _Stopped) as stopped:
             logger.info(f"stopped; nothing was written to {args.out}")
             sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
+    mode = "" if args.bos == DEFAULT_BOS else f" --training.bos {args.bos}"
     logger.info(
-        f"train with --training.dataset {args.out} --model.tokenizer_path {args.tokenizer_path}"
+        f"train with --training.dataset {args.out} --model.tokenizer_path {args.tokenizer_path}{mode}"
     )
 
 

@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from flame.data.bos import BEFORE_THE_FLAG
 from flame.data.locate import first_line
 from flame.data.source import TokenSource, sample_crc32
+from flame.data.tokenizer import tokenizer_sha256
 
 INDEX, TOKENS, ENDS = "flame-tokens.json", "tokens.bin", "ends.bin"
 FORMAT = 1
@@ -38,11 +40,13 @@ def is_prepared(path: Path) -> bool:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What must be equal for two tokenizers to give ids the same meaning."""
+    """What must be equal for two tokenizers to make the same ids of a text."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "eos_token_id": tokenizer.eos_token_id,
+        "text_sha256": tokenizer_sha256(tokenizer, with_post_processor=False),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
     }
 
 
@@ -76,18 +80,39 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_prepared(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> TokenSource:
+def read_prepared(
+    name: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    mode: str | None = None,
+    **sequences: Any,
+) -> TokenSource:
     """Maps the token files of a folder; only what is asked for is ever read.
 
     A sample of the tokens is compared with its checksum; `verify` compares all of them.
 
+    Args:
+        mode: The mode of `flame.data.bos` that the tokens must have been made for; None: any, and the tokenizer may
+            add other tokens around a document.
+        sequences: How sequences begin, fields of `TokenSource`.
+
     Raises:
-        ValueError: A file is damaged, or the tokens are another tokenizer's.
+        ValueError: A file is damaged, or the tokens are another tokenizer's or another mode's.
     """
     index = read_index(folder)
+    made_for = index.get("bos", BEFORE_THE_FLAG)
+    if mode not in (None, made_for):
+        raise ValueError(
+            f"--training.bos {mode}: {_FLAG} {name!r} was written with --training.bos {made_for}; give that, or "
+            "prepare the data again"
+        )
     theirs, own = index["tokenizer"], tokenizer_identity(tokenizer)
+    if mode is None:
+        del own["tokenizer_sha256"]
     for field, value in own.items():
-        if theirs.get(field) != value:
+        # earlier files lack these
+        is_later = field in ("text_sha256", "tokenizer_sha256")
+        if theirs.get(field, value if is_later else None) != value:
             raise ValueError(
                 f"{_FLAG} {name!r}: was written with --model.tokenizer_path {theirs.get('path')!r}, whose "
                 f"{field} is {theirs.get(field)!r}, but this run's has {value!r}; give that tokenizer, or "
@@ -98,9 +123,8 @@ def read_prepared(name: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -
     if sample_crc32(tokens) != index["sample_crc32"] or ends[-1] != len(tokens):
         _fail(folder / TOKENS, "does not match its checksum")
     # plain views: a memmap's own slices are slow
-    return TokenSource(
-        name, np.asarray(tokens), np.asarray(ends), f"sha256 {index['tokens_sha256']}"
-    )
+    checksum = f"sha256 {index['tokens_sha256']}"
+    return TokenSource(name, np.asarray(tokens), np.asarray(ends), checksum, **sequences)
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from flame.config import DataSource, JobConfig
+from flame.config import DEFAULT_BOS, DataSource, JobConfig
 from flame.data.batches import Batch
+from flame.data.bos import describe, sequence_bos
 from flame.data.loader import TokenLoader, validation_batches
 from flame.data.locate import local_path
 from flame.data.prepared import is_prepared, read_prepared
@@ -14,6 +15,7 @@ from flame.data.shards import open_shards
 from flame.data.source import TokenSource
 from flame.data.stream import StreamLoader, hold_out
 from flame.data.text import PYTHON_DOCS, load_documents, refuse_hub_options
+from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
 from flame.data.tokens import Encoder
 
 
@@ -24,6 +26,8 @@ class RunData(Protocol):
     """What must stay the same for a run to be continued; cheap, nothing is read for it."""
     summary: str
     """Sizes, for people."""
+    begins: str
+    """What begins with which token, for people."""
 
     def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader | StreamLoader:
         """Endless training batches of one data-parallel rank."""
@@ -37,8 +41,16 @@ class RunData(Protocol):
 class _Held:
     """What both kinds have alike."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         t = config.training
+        mode = t.bos or DEFAULT_BOS
+        self._encoder = Encoder(tokenizer, mode)
+        self._sequences = {
+            "bos": sequence_bos(tokenizer, mode),
+            "has_document_bos": mode == "sequence" and t.varlen,
+        }
+        self.begins = describe(tokenizer, mode, varlen=t.varlen)
+        self._tokenizer_identity = {IDENTITY_KEY: tokenizer_sha256(tokenizer)}
         self._shares = [source.share for source in t.sources()]
         self._seed = t.seed
         self._workers = {
@@ -63,13 +75,15 @@ class _Held:
 
 class _MapData(_Held):
     def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(config)
-        encoder = Encoder(tokenizer)
-        sources = [_read_source(s, tokenizer, encoder) for s in config.training.sources()]
+        super().__init__(config, tokenizer)
+        sources = [
+            _read_source(source, tokenizer, self._encoder, self._sequences)
+            for source in config.training.sources()
+        ]
         parts = [s.split(config.training.seq_len, config.validation.share) for s in sources]
         self._train = [train for train, _ in parts]
         self._held_out = [held_out for _, held_out in parts]
-        self.identity = {
+        self.identity = self._tokenizer_identity | {
             what + _of(sources, source): value
             for source in sources
             for what, value in (
@@ -96,18 +110,21 @@ class _MapData(_Held):
 
 class _StreamData(_Held):
     def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(config)
-        self._encoder = Encoder(tokenizer)
+        super().__init__(config, tokenizer)
         sources = [open_shards(source, streaming=True) for source in config.training.sources()]
         self._train = []
         for shards in sources:
             held_out, begin = hold_out(
-                shards, self._encoder, config.validation.sequences, config.training.seq_len
+                shards,
+                self._encoder,
+                config.validation.sequences,
+                config.training.seq_len,
+                **self._sequences,
             )
             self._held_out.append(held_out)
             self._train.append((shards, begin))
         # of files on this machine the loader's state knows which may change
-        self.identity = {
+        self.identity = self._tokenizer_identity | {
             f"the files{_of(sources, shards)}": shards.identity
             for shards in sources
             if shards.files is None
@@ -126,6 +143,7 @@ class _StreamData(_Held):
             seed=self._seed,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
+            **self._sequences,
             **self._shape,
             **self._workers,
         )
@@ -148,7 +166,10 @@ def _of(sources: list[Any], source: Any) -> str:
 
 
 def _read_source(
-    source: DataSource, tokenizer: PreTrainedTokenizerFast, encoder: Encoder
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: Encoder,
+    sequences: dict[str, Any],
 ) -> TokenSource:
     options = {"name": source.name, "split": source.split}
     options |= {"data_dir": source.data_dir, "data_files": source.data_files}
@@ -156,7 +177,7 @@ def _read_source(
         path = local_path("--training.dataset", source.dataset, "a file, a folder or a name")
         if path is not None and is_prepared(path):
             refuse_hub_options(source.dataset, **options)
-            return read_prepared(source.dataset, path, tokenizer)
+            return read_prepared(source.dataset, path, tokenizer, encoder.bos, **sequences)
     return TokenSource.of_documents(
-        source.dataset, load_documents(source.dataset, **options), encoder
+        source.dataset, load_documents(source.dataset, **options), encoder, **sequences
     )

@@ -1,6 +1,7 @@
 """Tokens that can be read at any place, in memory or in a memory map, with the ends of their documents."""
 
 import zlib
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,17 +25,25 @@ class TokenSource:
     """Of all tokens of that stream."""
     offset: int = 0
     """Where in that stream the part begins."""
+    bos: int | None = None
+    """Starts every sequence; the tokens themselves are without it."""
+    has_document_bos: bool = False
+    """Sequences are cut from the stream with ``bos`` before every document as well."""
 
     @classmethod
-    def of_documents(cls, name: str, documents: object, encoder: Encoder) -> "TokenSource":
+    def of_documents(
+        cls, name: str, documents: object, encoder: Encoder, **bos: object
+    ) -> "TokenSource":
         """Encodes documents, an iterable of str, in memory."""
         tokens, lengths = encoder(documents)
-        return cls(name, tokens, np.cumsum(lengths), f"crc32 {crc32(tokens):08x}")
+        return cls(name, tokens, np.cumsum(lengths), f"crc32 {crc32(tokens):08x}", **bos)
 
     def split(self, seq_len: int, share: float) -> "tuple[TokenSource, TokenSource]":
         """The part to train on and the part held out, as `split_tokens` cuts them, without a copy."""
         try:
-            train, held_out = split_tokens(self.tokens, seq_len, share)
+            train, held_out = split_tokens(
+                self.tokens, seq_len, share, stride=self._stride(seq_len)
+            )
         except ValueError as error:
             raise ValueError(f"{error} (--training.dataset {self.name})") from None
         middle = self.offset + len(train)
@@ -42,19 +51,74 @@ class TokenSource:
 
     def num_sequences(self, seq_len: int) -> int:
         """Whole sequences; the last label needs one token beyond the last input."""
-        return max(0, (len(self.tokens) - 1) // seq_len)
+        stride, length = self._stride(seq_len), len(self.tokens)
+        if not self.has_document_bos:
+            return max(0, (length - 1) // stride)
+        length += self._num_starts()
+        count = max(0, (length - 1) // stride)
+        last = (count - 1) * stride
+        # one that begins with a document's bos reaches one token further
+        return count - (count > 0 and self._is_start(last) and last + seq_len + 1 > length)
 
     def read(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequence ``index``: its tokens ``[seq_len + 1]`` and where documents end in its inputs."""
-        first = index * seq_len
+        first = index * self._stride(seq_len)
+        if self.has_document_bos:
+            return self._read_with_bos(first, seq_len)
+        lead = self.bos is not None
         start = self.offset + first
-        low, high = np.searchsorted(self.ends, [start + 1, start + seq_len])
-        ends = np.asarray(self.ends[low:high]).astype(np.int64) - start
-        return self.tokens[first : first + seq_len + 1], ends
+        low, high = np.searchsorted(self.ends, [start + 1, start + seq_len - lead])
+        ends = np.asarray(self.ends[low:high]).astype(np.int64) - start + lead
+        tokens = self.tokens[first : first + seq_len + 1 - lead]
+        return np.insert(tokens, 0, self.bos) if lead else tokens, ends
 
-    def sample_checksum(self) -> int:
-        """CRC-32 of evenly spaced tokens: cheap on a memory map, and moved by any shift of the stream."""
-        return sample_crc32(self.tokens)
+    def _stride(self, seq_len: int) -> int:
+        """Tokens from the start of a sequence to that of the next."""
+        return seq_len - (self.bos is not None)
+
+    # With a bos before every document there are two ways to count: indices of `tokens`, and places in the stream
+    # that has the bos too. The j-th document that starts in this part has its bos at place start(j) + j.
+
+    def _start(self, j: int) -> int:
+        """Index of the first token of the j-th document that starts in this part."""
+        i = self._first_end() + j
+        return 0 if i < 0 else int(self.ends[i]) - self.offset
+
+    def _first_end(self) -> int:
+        """Index in `ends` of the document before the first that starts here; -1: it is the stream's first."""
+        return int(np.searchsorted(self.ends, self.offset)) if self.offset else -1
+
+    def _num_starts(self) -> int:
+        high = int(np.searchsorted(self.ends, self.offset + len(self.tokens)))
+        return high - self._first_end() if len(self.tokens) else 0
+
+    def _starts_before(self, place: int) -> int:
+        return bisect_left(range(self._num_starts()), place, key=lambda j: self._start(j) + j)
+
+    def _is_start(self, place: int) -> bool:
+        j = self._starts_before(place)
+        return j < self._num_starts() and self._start(j) + j == place
+
+    def _read_with_bos(self, place: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        # the sequence's own bos is that of the document, or comes before the rest of one
+        place += self._is_start(place)
+        j = self._starts_before(place)
+        first = place - j
+        low = self._first_end() + j
+        high = np.searchsorted(self.ends, self.offset + first + seq_len)
+        starts = np.asarray(self.ends[low:high]).astype(np.int64) - self.offset - first
+        tokens = np.insert(self.tokens[first : first + seq_len], starts, self.bos)[:seq_len]
+        # where their bos are now
+        ends = starts + np.arange(1, len(starts) + 1)
+        return np.insert(tokens, 0, self.bos), ends[ends <= seq_len]
+
+    def position_checksum(self) -> int:
+        """CRC-32 of evenly spaced tokens, cheap on a memory map and moved by any shift of the stream, and of how
+        sequences are cut from it."""
+        sample = sample_crc32(self.tokens)
+        if self.bos is None:
+            return sample
+        return zlib.crc32(repr((sample, self.bos, self.has_document_bos)).encode())
 
 
 def sample_crc32(tokens: np.ndarray) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from torch.distributed.checkpoint.stateful import Stateful
 
 from flame.data.batches import Batch, Rows, to_batch
+from flame.data.bos import BEFORE_THE_FLAG
 from flame.data.loader import check_fingerprint
 from flame.data.mixing import Mixture
 from flame.data.shards import Shards
@@ -27,7 +28,9 @@ _CHUNK = 1 << 16
 
 _FLAG = "--training.dataset"
 # of the record of what was read
-_RECORD = ("shares", "identities", "begins", "held_out")
+_RECORD = dict.fromkeys(("shares", "identities", "begins", "held_out"), _FLAG) | {
+    "encoding": "--model.tokenizer_path, --training.bos"
+}
 _FINGERPRINT = {"seq_len": "--training.seq_len", "seed": "--training.seed"}
 
 
@@ -59,14 +62,22 @@ def documents(shards: Shards, start: Cursor, begin: Cursor) -> Iterator[tuple[Cu
 
 
 def hold_out(
-    shards: Shards, encoder: Encoder, sequences: int, seq_len: int
+    shards: Shards,
+    encoder: Encoder,
+    sequences: int,
+    seq_len: int,
+    *,
+    bos: int | None = None,
+    has_document_bos: bool = False,
 ) -> tuple[TokenSource, Cursor]:
     """The first documents as held-out sequences, and where those to train on begin.
+
+    Args: ``bos`` and ``has_document_bos`` as in `TokenSource`.
 
     Raises:
         ValueError: The source has too few tokens.
     """
-    needed = sequences * seq_len + 1 if sequences else 0
+    needed = sequences * (seq_len - (bos is not None)) + 1 if sequences else 0
     tokens, ends = [np.empty(0, encoder.dtype)], [0]
     for cursor, text in documents(shards, Cursor(), Cursor()):
         if cursor.epoch:
@@ -79,15 +90,23 @@ def hold_out(
         tokens.append(encoder([text])[0])
         ends.append(ends[-1] + len(tokens[-1]))
     stream = np.concatenate(tokens)[:needed]
+    ends = np.asarray(ends[1:], np.int64)
     checksum = f"crc32 {crc32(stream):08x}"
-    return TokenSource(shards.name, stream, np.asarray(ends[1:], np.int64), checksum), cursor
+    source = TokenSource(
+        shards.name, stream, ends, checksum, bos=bos, has_document_bos=has_document_bos
+    )
+    return source, cursor
 
 
 class _TokenStream:
     """The tokens of one source from a place on, tokenized ahead by workers."""
 
-    def __init__(self, shards: Shards, begin: Cursor, workers: Workers) -> None:
+    def __init__(
+        self, shards: Shards, begin: Cursor, workers: Workers, document_bos: int | None
+    ) -> None:
         self._shards, self._begin, self._workers = shards, begin, workers
+        # in front of every document
+        self._bos = [] if document_bos is None else [document_bos]
         self.seek(begin, 0)
 
     def seek(self, cursor: Cursor, offset: int, document: np.ndarray | int | None = None) -> None:
@@ -115,17 +134,23 @@ class _TokenStream:
             return cursor, self._offset, tokens
         return self._last
 
+    def is_at_start(self) -> bool:
+        """Whether the next token is the first of a document."""
+        # behind the last token of one, the next is known when it is read
+        self._fill(1)
+        return self._offset == 0
+
     def advance(self, length: int, row: np.ndarray | None = None) -> list[int]:
         """Takes ``length`` tokens off the stream.
 
         Args:
             length: How many.
-            row: Filled with them and the one that follows, ``[length + 1]``; None: they are not needed.
+            row: Filled with them and what follows, ``[length + 1]`` or more; None: they are not needed.
 
         Returns:
             One past the last token of each document that ends among them.
         """
-        self._fill(length + 1)
+        self._fill(length + 1 if row is None else len(row))
         if row is not None:
             # every document but the last ends in the row
             filled, ends, offset = 0, [], self._offset
@@ -158,9 +183,11 @@ class _TokenStream:
                 raise self._error
             cursors, future = self._pending.popleft()
             tokens, lengths = self._workers.result(future)
-            self._documents.extend(
-                zip(cursors, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True)
-            )
+            starts = np.cumsum(lengths)[:-1]
+            if self._bos:
+                tokens = np.insert(tokens, [0, *starts], self._bos)
+                starts = starts + np.arange(1, len(lengths))
+            self._documents.extend(zip(cursors, np.split(tokens, starts), strict=True))
             self._num_tokens += len(tokens)
             if not self._has_begun:
                 self._require_same_document()
@@ -223,6 +250,8 @@ class StreamLoader(Stateful):
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
         seed: Seed of the order of sources.
+        bos: See `TokenSource`, whose sequences are the same.
+        has_document_bos: See `TokenSource`.
         context_len: See `to_batch`; None for plain causal attention.
         num_workers: Processes that tokenize ahead; 0: this one tokenizes when a batch is asked for.
         prefetch_factor: Pieces of 65,536 characters of each source that each of them has ahead.
@@ -245,6 +274,8 @@ class StreamLoader(Stateful):
         dp_rank: int,
         dp_world_size: int,
         seed: int,
+        bos: int | None = None,
+        has_document_bos: bool = False,
         context_len: int | None = None,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -252,7 +283,11 @@ class StreamLoader(Stateful):
         # sequences handed out so far, over all ranks and epochs
         self.sequences_seen = 0
         self._workers = Workers(encoder, num_workers, prefetch_factor)
-        self._streams = [_TokenStream(own, begin, self._workers) for own, begin in shards]
+        self._bos, self._has_document_bos = bos, has_document_bos
+        document_bos = bos if has_document_bos else None
+        self._streams = [
+            _TokenStream(own, begin, self._workers, document_bos) for own, begin in shards
+        ]
         self._shards = shards
         self._held_out = list(held_out)
         self._shares = list(shares)
@@ -265,7 +300,11 @@ class StreamLoader(Stateful):
         self._seed = seed
         self._context_len = context_len
         data = [(own.count, own.identity, begin) for own, begin in shards]
-        self._checksum = zlib.crc32(repr((data, list(shares))).encode())
+        # of checkpoints from before --training.bos, which say nothing of the tokenizer
+        self._earlier_checksum = zlib.crc32(repr((data, list(shares))).encode())
+        self._encoding = [encoder.fingerprint, bos, has_document_bos]
+        self._checksum = zlib.crc32(repr((self._earlier_checksum, self._encoding)).encode())
+        self._is_as_earlier = encoder.bos == BEFORE_THE_FLAG
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -275,10 +314,9 @@ class StreamLoader(Stateful):
             for i in range(self._dp_world_size * self._batch_size):
                 stream = self._streams[self._mixture.locate(self.sequences_seen + i)[0]]
                 if first <= i < first + self._batch_size:
-                    ends = stream.advance(self._seq_len, rows.tokens[i - first])
-                    rows.ends.append(np.asarray(ends, np.int64))
+                    rows.ends.append(self._read(stream, rows.tokens[i - first]))
                 else:
-                    stream.advance(self._seq_len)
+                    stream.advance(self._seq_len - (self._bos is not None))
             self.sequences_seen += self._dp_world_size * self._batch_size
             yield to_batch(rows, self._context_len)
 
@@ -291,6 +329,15 @@ class StreamLoader(Stateful):
         self.sequences_seen, places = mark
         for stream, place in zip(self._streams, places, strict=True):
             stream.seek(*place)
+
+    def _read(self, stream: _TokenStream, row: np.ndarray) -> np.ndarray:
+        """Fills a row with the next sequence; where documents end in its inputs."""
+        if self._bos is None:
+            return np.asarray(stream.advance(self._seq_len, row), np.int64)
+        # the bos of a document that starts here is the sequence's
+        lead = not (self._has_document_bos and stream.is_at_start())
+        row[:lead] = self._bos
+        return np.asarray(stream.advance(self._seq_len - 1, row[lead:]), np.int64) + lead
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the global order and in each source, and a fingerprint; ints and one string."""
@@ -308,6 +355,7 @@ class StreamLoader(Stateful):
             "held_out": self._held_out,
             "begins": [begin for _, begin in self._shards],
             "shares": self._shares,
+            "encoding": self._encoding,
         }
         return {
             "sequences_seen": self.sequences_seen,
@@ -327,6 +375,8 @@ class StreamLoader(Stateful):
         record = json.loads(state_dict["places"])
         # runs before this record was kept have the places alone: nothing may have changed
         is_old = isinstance(record, list)
+        if is_old and self._is_as_earlier:
+            own["checksum"] = self._earlier_checksum
         check_fingerprint(state_dict, own, _FINGERPRINT | ({"checksum": _FLAG} if is_old else {}))
         if is_old:
             record = {"places": record, "documents": [None] * len(record)}
@@ -341,7 +391,7 @@ class StreamLoader(Stateful):
 
     def _require_same_past(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raises ValueError where what was read, or held out, is not as it was."""
-        check_fingerprint(saved, own, dict.fromkeys(_RECORD, _FLAG))
+        check_fingerprint(saved, own, _RECORD)
         for (shards, _), files, place in zip(
             self._shards, saved["files"], saved["places"], strict=True
         ):

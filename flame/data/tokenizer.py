@@ -1,12 +1,19 @@
 """Tokenizers: the built-in ``byte``, a local folder, or a Hugging Face name."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+import hashlib
+import json
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flame.data.locate import first_line, local_path
 
 BYTE = "byte"
+
+IDENTITY_KEY = "the sha256 of the tokenizer (--model.tokenizer_path)"
+"""What `tokenizer_sha256` is called in a run's identity."""
 
 _FLAG = "--model.tokenizer_path"
 _EXPECTED = f"{BYTE!r}, a folder written by save_pretrained, or a Hugging Face tokenizer name"
@@ -54,7 +61,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The built-in byte tokenizer: ids 0 to 255 are the UTF-8 bytes, then bos 256, eos 257, pad 258.
 
-    It gives back every string exactly and adds no special token by itself. Text that spells a special
+    It gives back every string exactly, and puts bos before a text as a tokenizer of Llama does. Text that spells a special
     token, such as ``<|eos|>``, stays bytes (``split_special_tokens``, which ``save_pretrained`` keeps);
     pass ``split_special_tokens=False`` in a call to have it read as the token. A str that is no valid
     Unicode (a lone surrogate) is a TypeError.
@@ -64,6 +71,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
+    backend.post_processor = bos_template("<|bos|>", len(vocab))
     # tokens missing from the vocabulary get the next free id in the order bos, eos, pad
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -71,4 +79,37 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|eos|>",
         pad_token="<|pad|>",
         split_special_tokens=True,
+    )
+
+
+def tokenizer_sha256(
+    tokenizer: PreTrainedTokenizerFast, *, with_post_processor: bool = True
+) -> str:
+    """Of the whole tokenizer.json (vocabulary, merges, normalizer, pre-tokenizer, post-processor, added tokens), and
+    of which tokens are bos and eos."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # training does neither
+    for key in ("truncation", "padding"):
+        content.pop(key, None)
+    if not with_post_processor:
+        # what is added around a text
+        content.pop("post_processor", None)
+    # versions of the library add fields that are null
+    special = [tokenizer.bos_token, tokenizer.eos_token]
+    text = json.dumps([_without_null(content), special], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(x) for key, x in value.items() if x is not None}
+    return [_without_null(x) for x in value] if isinstance(value, list) else value
+
+
+def bos_template(token: str, number: int) -> processors.TemplateProcessing:
+    """Puts bos before a text, and before the second of a pair."""
+    return processors.TemplateProcessing(
+        single=[token, "$A"],
+        pair=[token, "$A", f"{token}:1", "$B:1"],
+        special_tokens=[(token, number)],
     )

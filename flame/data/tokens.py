@@ -2,10 +2,14 @@
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
+
+from flame.data.bos import around_document
+from flame.data.tokenizer import tokenizer_sha256
 
 # The backend needs about 130 bytes of memory a token while it works, so it never sees more than
 # _BATCH characters (plus one piece) at a time, however long the documents are. Pieces of a batch are
@@ -15,31 +19,42 @@ _BATCH = 1 << 21
 
 
 class Encoder:
-    """Documents to token ids, each document followed by the eos token.
+    """Documents to token ids, each document ended by one eos.
 
     Text that spells a special token is encoded as plain text, whatever the tokenizer's own setting. A
     document longer than 262,144 characters is encoded in pieces cut at line ends, which a byte tokenizer
-    does not notice and others at most at the cuts.
+    does not notice and others at most at the cuts; what is added around a document comes once.
 
     Args:
         tokenizer: A fast tokenizer with an eos token. Not changed.
+        bos: A mode of `flame.data.bos`. ``sequence`` adds nothing here, but where sequences are cut.
+
+    Raises:
+        ValueError: The tokenizer adds tokens in a way that the mode has no use for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, bos: str) -> None:
+        self._tokenizer = tokenizer
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.encode_special_tokens = True
         # a tokenizer.json may ask for either
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._eos = tokenizer.eos_token_id
+        self.bos = bos
+        self._before, self._after = around_document(tokenizer, bos)
         # the largest id and not the count: vocabularies may have gaps
         largest = max(tokenizer.get_vocab().values())
         # uint16 where every id of the vocabulary fits, else uint32
         self.dtype = np.dtype("<u2" if largest <= np.iinfo(np.uint16).max else "<u4")
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes tokens."""
+        return f"{tokenizer_sha256(self._tokenizer)} {self.bos}"
+
     def __call__(self, documents: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids ``[num_tokens]`` and the tokens of each document, eos included, ``[num_documents]``."""
-        chunks, lengths, length = [np.empty(0, self.dtype)], [], 0
+        """Token ids ``[num_tokens]`` and the tokens of each document, all included, ``[num_documents]``."""
+        chunks, lengths, length, is_open = [np.empty(0, self.dtype)], [], 0, False
         for batch in _batches(_pieces(documents)):
             # the fast variant computes no offsets, and takes a sixth of the time on long documents
             encodings = self._backend.encode_batch_fast(
@@ -47,8 +62,11 @@ class Encoder:
             )
             pieces = []
             for encoding, (_, ends) in zip(encodings, batch, strict=True):
-                pieces.append([*encoding.ids, self._eos] if ends else encoding.ids)
+                # before the first piece of a document
+                before = [] if is_open else self._before
+                pieces.append([*before, *encoding.ids, *(self._after if ends else [])])
                 length += len(pieces[-1])
+                is_open = not ends
                 if ends:
                     lengths.append(length)
                     length = 0
@@ -56,20 +74,23 @@ class Encoder:
         return np.concatenate(chunks), np.asarray(lengths, np.int64)
 
 
-def tokenize(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def tokenize(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, bos: str = "none"
+) -> np.ndarray:
     """One stream of all documents, ``[num_tokens]``, as `Encoder` makes it."""
-    return Encoder(tokenizer)(documents)[0]
+    return Encoder(tokenizer, bos)(documents)[0]
 
 
 def split_tokens(
-    tokens: np.ndarray, seq_len: int, validation_share: float
+    tokens: np.ndarray, seq_len: int, validation_share: float, *, stride: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out the end of the stream for validation.
 
     Args:
         tokens: The stream ``[num_tokens]``.
-        seq_len: Sequence length in tokens; ``n`` sequences take ``n * seq_len + 1`` tokens, as labels
-            are shifted by one.
+        seq_len: Sequence length in tokens.
+        stride: Tokens from the start of a sequence to that of the next, by default ``seq_len``; ``n``
+            sequences take ``n * stride + 1`` tokens, as labels are shifted by one.
         validation_share: Share of the stream to hold out, in [0, 1): rounded to whole sequences, at
             least one where it is above 0.
 
@@ -86,14 +107,15 @@ def split_tokens(
         )
     if seq_len < 1:
         raise ValueError(f"--training.seq_len {seq_len}: expected at least 1")
+    stride = seq_len if stride is None else stride
     held_out = 0
     if validation_share > 0:
-        held_out = max(1, round(validation_share * len(tokens) / seq_len)) * seq_len + 1
+        held_out = max(1, round(validation_share * len(tokens) / stride)) * stride + 1
     cut = len(tokens) - held_out
-    if cut < seq_len + 1:
+    if cut < stride + 1:
         raise ValueError(
             f"--training.seq_len {seq_len}: the data has {len(tokens)} tokens, but one training "
-            f"sequence takes {seq_len + 1} and the validation share of {validation_share} takes "
+            f"sequence takes {stride + 1} and the validation share of {validation_share} takes "
             f"{held_out}; use a shorter sequence or more text"
         )
     return tokens[:cut], tokens[cut:]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from flame.cli import Parser, make_folder
 from flame.data.prepare import add_source_flags, one_source
 from flame.data.shards import Shards, open_shards
+from flame.data.tokenizer import bos_template
 from flame.errors import UsageError, exit_on_usage_error
 from flame.log import init_logger, logger
 from flame.paths import path_argument
@@ -57,6 +58,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
             "ask for fewer, or use more text"
         )
     bos, eos, pad = _SPECIAL
+    backend.post_processor = bos_template(bos, backend.token_to_id(bos))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,

@@ -19,10 +19,11 @@ from flame.analysis.samples import read_samples
 from flame.checkpoint import check_start
 from flame.config import JobConfig
 from flame.data import open_data
+from flame.data.bos import for_inference
 from flame.errors import UsageError
 from flame.folder_lock import wait_until_free
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
-from flame.run_folder import CONFIG_FILE, RUN_FILE, identity, require_same_run
+from flame.run_folder import CONFIG_FILE, RUN_FILE, identity, require_same_run, set_bos
 from flame.sweeps.plan import Arm, Run, Sweep
 from flame.sweeps.report import analysis_flags
 from flame.sweeps.state import read_state
@@ -82,10 +83,11 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
     return args
 
 
-def _check_analysis(sweep: Sweep, tokenizer: Tokenizer) -> None:
+def _check_analysis(sweep: Sweep, tokenizer: Tokenizer, bos: str) -> None:
     """Finds what the analysis will need beside the models: its text, and a package."""
     if (args := _analysis(sweep)) is None:
         return
+    tokenizer = for_inference(tokenizer, bos)
     try:
         read_samples(
             args.data,
@@ -114,6 +116,7 @@ def check_runs(sweep: Sweep) -> None:
     """
     data = None
     with _model_files(sweep) as folder:
+        _require_one_bos(sweep, [_resolved(run, folder) for run in sweep.runs])
         for run in sweep.runs:
             config = _resolved(run, folder)
             with _named(sweep, run.arm, folder):
@@ -125,9 +128,24 @@ def check_runs(sweep: Sweep) -> None:
                         data = open_data(config, tokenizer).identity
                     except ValueError as error:
                         raise UsageError(str(error)) from None
-                    first = tokenizer
+                    first, bos = tokenizer, config.training.bos
                 _check_folder(sweep, run, config, model, data)
-    _check_analysis(sweep, first)
+    _check_analysis(sweep, first, bos)
+
+
+def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:
+    """Refuses to add runs to those of an earlier version, which began documents otherwise.
+
+    Raises:
+        UsageError: Some runs have another --training.bos than others.
+    """
+    modes = {config.training.bos: config.dump_folder for config in configs}
+    if len(modes) > 1:
+        has = ", ".join(f"{folder} has {mode}" for mode, folder in sorted(modes.items()))
+        raise UsageError(
+            f"{sweep.file}: the runs do not compare, since they differ in training.bos ({has}); set it in [base] to "
+            "that of the runs that are there"
+        )
 
 
 def _check_folder(
@@ -177,6 +195,7 @@ def _resolved(run: Run, models: Path) -> JobConfig:
     """The flags as the run will have them, with the model's file where it is now."""
     config = copy.deepcopy(run.config)
     set_precision(config)
+    set_bos(config)
     config.model.config = str(models / f"{run.arm}.json")
     return config
 
