@@ -24,6 +24,7 @@ from flame.errors import UsageError, exit_on_usage_error
 from flame.folder_lock import wait_until_free
 from flame.log import init_logger, logger
 from flame.stop import STOP_SIGNALS, stop_signals
+from flame.versions import warn_of_untested
 
 # the machines of a run start at different times, on a busy cluster minutes apart
 RENDEZVOUS_TIMEOUT_S = 900
@@ -88,6 +89,7 @@ def main() -> None:
     with exit_on_usage_error():
         # a wrong flag is answered here, in a second, and not once for every process
         config = parse_args(argv)
+        warn_of_untested()
         num_processes = _integer("NGPU", "1", 1)
         args = [f"--nproc-per-node={num_processes}", *rendezvous_args()]
         places = placement.place(
