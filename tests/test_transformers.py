@@ -1,12 +1,16 @@
 """The operators under ``attn_implementation`` in models of transformers: padding, caches, generation, refusals."""
 
 import inspect
+import json
 
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GptOssConfig,
@@ -313,6 +317,56 @@ def test_softmax_under_its_own_name_is_transformers_own(model):
     theirs = model(ids, **options).logits
     present = mask.bool()
     torch.testing.assert_close(ours[present], theirs[present], rtol=1e-3, atol=1e-3)
+
+
+def test_a_saved_model_is_loaded_with_its_operator_or_not_at_all(tmp_path, monkeypatch):
+    model = model_of(FAMILIES["llama"])
+    ids, _, _ = prompts([9], "left")
+    expected = model(ids).logits
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    assert (
+        json.loads((folder / "config.json").read_text())["attn_implementation"] == "naive_softpick"
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    # once more, from what was loaded
+    loaded.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(again(ids).logits, expected)
+    on_purpose = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    assert not torch.allclose(on_purpose(ids).logits, expected, atol=0.1)
+    on_purpose.save_pretrained(folder)
+    assert "attn_implementation" not in json.loads((folder / "config.json").read_text())
+    model.save_pretrained(folder)
+    # a process that never imported flame.models
+    monkeypatch.delitem(AttentionInterface._global_mapping, "naive_softpick")
+    with pytest.raises(ValueError, match='attn_implementation="naive_softpick"` is not supported'):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_part_of_a_saved_model_keeps_its_operator(tmp_path):
+    text = {**SHAPE, **GROUPED, "pad_token_id": 0}
+    config = Gemma3Config(text_config=text, vision_config={"hidden_size": 16})
+    config._attn_implementation = {"": "sdpa", "text_config": "naive_softpick"}
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded._attn_implementation == "sdpa"
+    assert loaded.text_config._attn_implementation == "naive_softpick"
+    assert loaded.vision_config._attn_implementation != "naive_softpick"
+
+
+def test_merging_an_adapter_keeps_the_operator(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = model_of(FAMILIES["llama"])
+    ids, _, _ = prompts([9], "left")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    expected = adapted.eval()(ids).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_cannot_be_right_is_refused():
