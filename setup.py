@@ -36,7 +36,7 @@ setup(
         "transformers>=5.17,<5.25",
         "torchtitan==0.2.2",
         "datasets>=4.0,<5.3",
-        "tensorboard>=2.16,<2.22",
+        "tensorboard>=2.16.2,<2.22",
         # what transformers and datasets bring, and flame imports too
         "huggingface_hub>=1.5,<3",
         "pyarrow>=21,<27",

@@ -279,14 +279,26 @@ def test_a_torch_that_was_never_tried_is_named(monkeypatch, caplog) -> None:
     ]
 
 
+def pins_of(name: str) -> dict[str, Version]:
+    lines = (ROOT / "3rdparty" / name).read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
 def test_constraints_lie_in_the_ranges(requirements: list[Requirement]) -> None:
-    lines = (ROOT / "3rdparty" / "constraints.txt").read_text().splitlines()
-    pins = {}
-    for line in lines:
-        if pin := line.partition("#")[0].strip():
-            name, version = pin.split("==")
-            pins[canonicalize_name(name)] = Version(version)
+    pins = pins_of("constraints.txt")
     for requirement in requirements:
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
     # a pin with a local tag would refuse every other build of the same torch
     assert not any(version.local for version in pins.values())
+
+
+def test_oldest_is_the_lower_end_of_every_range(requirements: list[Requirement]) -> None:
+    lowest = {
+        name: Version(specifier.version)
+        for extra in ("", "cpu", "test")
+        for name, specifiers in bounds_of(requirements, extra).items()
+        for specifier in specifiers
+        if specifier.operator in (">=", "==")
+    }
+    assert pins_of("oldest.txt") == lowest
