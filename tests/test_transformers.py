@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from small_model import checkpoint_activations
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -205,7 +206,7 @@ def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for is_on in False, True:
         if is_on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model.zero_grad()
         model(ids, attention_mask=mask, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
