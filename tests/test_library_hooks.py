@@ -165,3 +165,16 @@ def test_unknown_keywords_are_refused(model):
     with pytest.raises(NotImplementedError, match="adds nothing to scores, got a position_bias"):
         ATTENTION(layer, q, k, v, None, position_bias=torch.zeros(5, 5))
     assert ATTENTION(layer, q, k, v, None, **dict.fromkeys(HARMLESS))[0].shape == (1, 5, 4, 8)
+
+
+def test_additions_count_the_keys_of_a_packed_document(tmp_path):
+    torch.manual_seed(0)
+    additions = dict.fromkeys(("attn_sink", "attn_gate", "attn_log_scale"), True)
+    config = read_config(write_model(tmp_path, num_hidden_layers=1, **additions))
+    model = SoftpickTransformerForCausalLM(config).eval()
+    a, b, c = torch.arange(30).split((9, 6, 15))
+    rows = torch.stack([torch.cat([a, b]), c])
+    positions = torch.stack([torch.cat([torch.arange(9), torch.arange(6)]), torch.arange(15)])
+    got = model(rows, position_ids=positions).logits
+    alone = [model(x[None]).logits[0] for x in (a, b, c)]
+    torch.testing.assert_close(got.flatten(0, 1), torch.cat(alone), rtol=1e-4, atol=1e-5)
