@@ -7,7 +7,7 @@ EVAL = [
     "hqq>=0.2.8,<0.3",
     "lm_eval>=0.4.13,<0.5",
     # lm_eval's models of transformers import it without declaring it in the base
-    "accelerate>=1.0,<2",
+    "accelerate>=1.0,<1.16",
 ]
 
 setup(
@@ -26,26 +26,33 @@ setup(
         *find_packages(include=["flame", "flame.*"]),
     ],
     install_requires=[
-        # CUDA and ROCm builds of torch bring their own Triton; a CPU build needs the extra [cpu].
-        "torch>=2.11,<2.14",
+        # no upper bound: pip would replace a newer torch, a ROCm build too, by an older CUDA build in silence;
+        # flame/versions.py warns instead
+        "torch>=2.11",
         "fla-core==0.6.0",
         # imported by fla-core, not declared by it
-        "packaging>=23",
-        "numpy>=1.26",
-        "transformers>=5.17,<6",
+        "packaging>=23,<27",
+        "numpy>=2.0,<2.5",
+        "transformers>=5.17,<5.25",
         "torchtitan==0.2.2",
-        "datasets>=4.0,<6",
-        "tensorboard>=2.16,<3",
+        "datasets>=4.0,<5.3",
+        "tensorboard>=2.16.2,<2.22",
+        # what transformers and datasets bring, and flame imports too
+        "huggingface_hub>=1.5,<3",
+        "pyarrow>=21,<27",
+        "safetensors>=0.8,<0.9",
+        "tokenizers>=0.23.1,<0.24",
     ],
     extras_require={
-        "cpu": ["triton>=3.6,<3.10"],
+        # a build of torch for the CPU brings no Triton
+        "cpu": ["torch<2.15", "triton>=3.6,<3.10"],
         "eval": EVAL,
         # setuptools builds the wheel that tests/test_packaging.py installs, from 70.1 on without the package wheel
         "test": [
-            "pytest>=8,<10",
-            "hypothesis>=6.100,<7",
-            "ruff>=0.9,<1",
-            "setuptools>=70.1",
+            "pytest>=8,<9.3",
+            "hypothesis>=6.100,<6.171",
+            "ruff>=0.17,<0.18",
+            "setuptools>=70.1,<85",
             *EVAL,
         ],
         "baselines": ["flash-linear-attention==0.6.0"],

@@ -21,6 +21,7 @@ from flame.errors import LESS_MEMORY, UsageError, exit_on_usage_error
 from flame.folder_lock import wait_until_free
 from flame.log import init_logger, logger
 from flame.stop_signals import LAUNCHER_PID, STOP_SIGNALS, stop_signals
+from flame.versions import warn_of_untested
 
 # the machines of a run start at different times, on a busy cluster minutes apart
 RENDEZVOUS_TIMEOUT_S = 900
@@ -124,6 +125,7 @@ def main() -> None:
         # a wrong flag is answered here, at once, and not once for every process
         config = parse_args(argv)
         _refuse_torchruns_variables()
+        warn_of_untested()
         num_processes = _integer("NGPU", "1", 1)
         args = [f"--nproc-per-node={num_processes}", *rendezvous_args()]
         logger.info("looking at this machine's processors, for which torch is imported")

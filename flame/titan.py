@@ -2,7 +2,6 @@
 
 import copy
 import os
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ class ModelArgs(BaseModelArgs):
         super().__init__()
         self.config, self.seed = config, seed
 
-    def update_from_config(self, job_config: TitanConfig, **kwargs: Any) -> None:
+    def update_from_config(self, job_config: TitanConfig) -> None:
         """The configuration is complete already."""
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:

@@ -38,6 +38,7 @@ from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.components.validate import BaseValidator
+from torchtitan.config import JobConfig as TitanConfig
 from torchtitan.protocols.train_spec import TrainSpec
 
 
@@ -103,7 +104,7 @@ class FlameTrainer(CheckedTrainer):
         return Layout.of(super().init_distributed())
 
     def _build_dataloader(
-        self, *, dp_world_size: int, dp_rank: int, **_: Any
+        self, *, dp_world_size: int, dp_rank: int, tokenizer: None, job_config: TitanConfig
     ) -> TokenLoader | StreamLoader:
         return self.inputs.data.loader(dp_rank=dp_rank, dp_world_size=dp_world_size)
 
@@ -217,7 +218,24 @@ def _local(loss: torch.Tensor) -> torch.Tensor:
 class Validator(BaseValidator):
     """Measures the validation loss within the loop; the last step's is measured when the loop has ended."""
 
-    def __init__(self, *, trainer: FlameTrainer, **_: Any) -> None:
+    def __init__(
+        self,
+        *,
+        trainer: FlameTrainer,
+        # what torchtitan gives besides, of which the trainer has all that is needed
+        job_config: TitanConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: None,
+        parallel_dims: Layout,
+        loss_fn: Any,
+        validation_context: Any,
+        maybe_enable_amp: Any,
+        metrics_processor: Any,
+        pp_schedule: None,
+        pp_has_first_stage: None,
+        pp_has_last_stage: None,
+    ) -> None:
         self.trainer = trainer
 
     def should_validate(self, step: int) -> bool:

@@ -37,6 +37,28 @@ _module_as_it_was = pytest.fixture(autouse=True, scope="module")(_keep_process)
 _test_as_it_was = pytest.fixture(autouse=True)(_keep_process)
 
 
+class _Deprecations(logging.Handler):
+    """transformers says some of them through its logger, once a process."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message or "will be removed" in message:
+            self.found.append(message)
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecated_calls():
+    handler, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert handler.found == []
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels are tested: the GPU if there is one, else the interpreter."""

@@ -21,3 +21,10 @@ def write_text(folder):
     file = folder / "text.txt"
     file.write_text("".join(lines))
     return file
+
+
+def checkpoint_activations(model):
+    """Recomputes the layers of a model of transformers in backward."""
+    # its name before transformers 5.24
+    older = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})

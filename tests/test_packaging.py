@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from fla.ops.attn import parallel_softpick_attn
+from flame import versions
+from flame.versions import NEWEST
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,23 +203,102 @@ def test_references_import_no_triton() -> None:
     assert {name.partition(".")[0] for name in others} - sys.stdlib_module_names == {"torch"}
 
 
+def bounds_of(requirements: list[Requirement], extra: str) -> dict[str, SpecifierSet]:
+    """What an extra, or the base as ``""``, asks for."""
+    return {
+        canonicalize_name(r.name): r.specifier
+        for r in requirements
+        if (r.marker.evaluate({"extra": extra}) if r.marker else not extra)
+    }
+
+
 def test_torch_and_triton_are_left_to_the_user(requirements: list[Requirement]) -> None:
-    base = {r.name: r.specifier for r in requirements if r.marker is None}
-    assert base["torch"] == SpecifierSet(">=2.11,<2.14")
-    assert "triton" not in base
-    (triton,) = (r for r in requirements if r.name == "triton")
-    assert triton.marker.evaluate({"extra": "cpu"})
-    assert not any(triton.marker.evaluate({"extra": extra}) for extra in ("", "test", "dev"))
+    base, cpu = bounds_of(requirements, ""), bounds_of(requirements, "cpu")
+    assert base["torch"] == SpecifierSet(">=2.11")
+    for extra in ("", "test", "dev", "baselines", "eval"):
+        assert "triton" not in bounds_of(requirements, extra)
+        assert not extra or "torch" not in bounds_of(requirements, extra)
+    # what a machine without a torch gets has been tried
+    for name, newest in NEWEST.items():
+        major, minor = map(int, newest.split("."))
+        assert f"{newest}.9" in cpu[name]
+        assert f"{major}.{minor + 1}" not in cpu[name]
+
+
+def test_all_else_is_bounded_at_what_was_tried(requirements: list[Requirement]) -> None:
+    exact = {"fla-core", "torchtitan", "flash-linear-attention"}
+    for requirement in requirements:
+        name, operators = (
+            canonicalize_name(requirement.name),
+            {s.operator for s in requirement.specifier},
+        )
+        if name not in {"torch"}:
+            assert operators == ({"=="} if name in exact else {">=", "<"}), requirement
+
+
+def test_installing_leaves_a_torch_that_is_too_new_alone(
+    fresh: tuple[Path, Path], wheel: Path, outside: Path
+) -> None:
+    python, site = fresh
+    # a torch in name alone, before the real one on the path; no index to replace it from
+    metadata = site / "torch-0.dist-info" / "METADATA"
+    metadata.parent.mkdir(exist_ok=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.16.0+rocm7.9\n")
+    try:
+        report = output_of(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--quiet",
+            "--report",
+            "-",
+            wheel,
+            cwd=outside,
+        )
+    finally:
+        shutil.rmtree(metadata.parent)
+    names = [item["metadata"]["name"] for item in json.loads(report)["install"]]
+    assert "torch" not in names
+
+
+def test_a_torch_that_was_never_tried_is_named(monkeypatch, caplog) -> None:
+    found = {"torch": "2.15.0+rocm7.9", "pytorch-triton-rocm": "3.9.1"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(versions, "version", version)
+    monkeypatch.setattr(versions.logger, "propagate", True)
+    versions.warn_of_untested()
+    assert [r.getMessage() for r in caplog.records] == [
+        "torch 2.15.0+rocm7.9 has not been tried with this repository; the newest that has is 2.14"
+    ]
+
+
+def pins_of(name: str) -> dict[str, Version]:
+    lines = (ROOT / "3rdparty" / name).read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pins}
 
 
 def test_constraints_lie_in_the_ranges(requirements: list[Requirement]) -> None:
-    lines = (ROOT / "3rdparty" / "constraints.txt").read_text().splitlines()
-    pins = {}
-    for line in lines:
-        if pin := line.partition("#")[0].strip():
-            name, version = pin.split("==")
-            pins[canonicalize_name(name)] = Version(version)
+    pins = pins_of("constraints.txt")
     for requirement in requirements:
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
     # a pin with a local tag would refuse every other build of the same torch
     assert not any(version.local for version in pins.values())
+
+
+def test_oldest_is_the_lower_end_of_every_range(requirements: list[Requirement]) -> None:
+    lowest = {
+        name: Version(specifier.version)
+        for extra in ("", "cpu", "test")
+        for name, specifiers in bounds_of(requirements, extra).items()
+        for specifier in specifiers
+        if specifier.operator in (">=", "==")
+    }
+    assert pins_of("oldest.txt") == lowest

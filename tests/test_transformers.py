@@ -1,13 +1,22 @@
 """The operators under ``attn_implementation`` in models of transformers: padding, caches, generation, refusals."""
 
+import inspect
+import json
+
 import pytest
 import torch
+from small_model import checkpoint_activations
 from transformers import (
+    AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen3Config,
     StaticCache,
@@ -40,6 +49,12 @@ FAMILIES = {
         **SHAPE, **GROUPED, sliding_window=6, num_local_experts=4, num_experts_per_tok=2
     ),
 }
+# what transformers calls the cache: another name before 5.24
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+    else "past_key_values"
+)
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
@@ -149,7 +164,7 @@ def test_decoding_from_a_static_cache_compiles_into_one_graph(device):
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=places(mask)[:, start:end],
-                past_key_values=cache,
+                **{CACHE: cache},
             ).logits
             torch.testing.assert_close(logits[:, -1], expected[:, end - 1], rtol=1e-4, atol=1e-4)
 
@@ -180,7 +195,7 @@ def test_chunked_prefill_of_padded_rows_is_prefill():
         ids[:, 8:],
         attention_mask=mask,
         position_ids=places(mask)[:, 8:],
-        past_key_values=first.past_key_values,
+        **{CACHE: first.get(CACHE)},
     )
     torch.testing.assert_close(rest.logits, whole[:, 8:], rtol=1e-4, atol=1e-4)
 
@@ -191,7 +206,7 @@ def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for is_on in False, True:
         if is_on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model.zero_grad()
         model(ids, attention_mask=mask, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -199,20 +214,43 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
-def test_packed_rows_are_the_rows_alone(model):
-    ids, _, _ = prompts([5, 3, 6], "left")
-    alone = [row[-length:][None] for row, length in zip(ids, (5, 3, 6), strict=True)]
-    bounds = torch.tensor([0, 5, 8, 14], dtype=torch.int32)
-    # what DataCollatorWithFlattening gives
-    packed = model(
-        torch.cat(alone, 1),
-        position_ids=torch.cat([torch.arange(x.shape[1]) for x in alone])[None],
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        use_cache=False,
-    ).logits
-    expected = torch.cat([model(x, use_cache=False).logits for x in alone], 1)
-    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+def collated(lengths, **options):
+    """A batch of `DataCollatorWithFlattening` without labels, and the documents alone."""
+    ids, _, rows = prompts(lengths, "left")
+    batch = DataCollatorWithFlattening(**options)([{"input_ids": row.tolist()} for row in rows])
+    del batch["labels"]
+    return batch, [row[None] for row in rows]
+
+
+def test_packed_documents_are_the_documents_alone(model):
+    batch, documents = collated((5, 3, 6))
+    expected = torch.cat([model(x).logits for x in documents], 1)
+    bounded, _ = collated((5, 3, 6), return_flash_attn_kwargs=True)
+    # equal, but not one tensor
+    assert bounded["cu_seq_lens_q"] is not bounded["cu_seq_lens_k"]
+    for packed in batch, bounded:
+        for cache in {}, {"use_cache": False}:
+            logits = model(**packed, **cache).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_row_of_a_batch_holds_documents_of_its_own():
+    model = model_of(FAMILIES["llama"])
+    (first, a), (second, b) = collated((5, 3, 6)), collated((9, 5))
+    ids, positions = (torch.cat([first[key], second[key]]) for key in ("input_ids", "position_ids"))
+    got = model(ids, position_ids=positions, output_attentions=True)
+    for i, documents in enumerate((a, b)):
+        alone = [model(x, output_attentions=True) for x in documents]
+        logits = torch.cat([x.logits for x in alone], 1)
+        torch.testing.assert_close(got.logits[i], logits[0], rtol=1e-4, atol=1e-4)
+        for layer, weights in enumerate(got.attentions):
+            own = [x.attentions[layer][0].unbind() for x in alone]
+            blocks = torch.stack([torch.block_diag(*heads) for heads in zip(*own, strict=True)])
+            torch.testing.assert_close(weights[i], blocks, rtol=1e-4, atol=1e-5)
+    # positions written to anew are looked at anew
+    positions.copy_(torch.arange(14))
+    plain = model(ids).logits
+    torch.testing.assert_close(model(ids, position_ids=positions).logits, plain)
 
 
 def test_a_training_step_compiles_into_one_graph():
@@ -282,6 +320,56 @@ def test_softmax_under_its_own_name_is_transformers_own(model):
     torch.testing.assert_close(ours[present], theirs[present], rtol=1e-3, atol=1e-3)
 
 
+def test_a_saved_model_is_loaded_with_its_operator_or_not_at_all(tmp_path, monkeypatch):
+    model = model_of(FAMILIES["llama"])
+    ids, _, _ = prompts([9], "left")
+    expected = model(ids).logits
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    assert (
+        json.loads((folder / "config.json").read_text())["attn_implementation"] == "naive_softpick"
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    # once more, from what was loaded
+    loaded.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    torch.testing.assert_close(again(ids).logits, expected)
+    on_purpose = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    assert not torch.allclose(on_purpose(ids).logits, expected, atol=0.1)
+    on_purpose.save_pretrained(folder)
+    assert "attn_implementation" not in json.loads((folder / "config.json").read_text())
+    model.save_pretrained(folder)
+    # a process that never imported flame.models
+    monkeypatch.delitem(AttentionInterface._global_mapping, "naive_softpick")
+    with pytest.raises(ValueError, match='attn_implementation="naive_softpick"` is not supported'):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_part_of_a_saved_model_keeps_its_operator(tmp_path):
+    text = {**SHAPE, **GROUPED, "pad_token_id": 0}
+    config = Gemma3Config(text_config=text, vision_config={"hidden_size": 16})
+    config._attn_implementation = {"": "sdpa", "text_config": "naive_softpick"}
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded._attn_implementation == "sdpa"
+    assert loaded.text_config._attn_implementation == "naive_softpick"
+    assert loaded.vision_config._attn_implementation != "naive_softpick"
+
+
+def test_merging_an_adapter_keeps_the_operator(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = model_of(FAMILIES["llama"])
+    ids, _, _ = prompts([9], "left")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    expected = adapted.eval()(ids).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_what_cannot_be_right_is_refused():
     model = model_of(FAMILIES["llama"])
     ids, mask, _ = prompts([8, 8], "left")
@@ -291,9 +379,20 @@ def test_what_cannot_be_right_is_refused():
         model(ids, attention_mask=holes)
     with pytest.raises(NotImplementedError, match=r"not a mask of shape \(2, 1, 8, 8\)"):
         model(ids, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
-    with pytest.raises(NotImplementedError, match="positions that restart .* pass cu_seq_lens_q"):
-        # two sequences packed in a row
-        model(ids, position_ids=torch.arange(8).remainder(4)[None], use_cache=False)
+    restart = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    mask[0, :2] = 0
+    with pytest.raises(NotImplementedError, match="restart within a row, with padding or a cache"):
+        model(ids, attention_mask=mask, position_ids=restart)
+    past = model(ids).get(CACHE)
+    with pytest.raises(NotImplementedError, match="restart within a row, with padding or a cache"):
+        model(ids, position_ids=restart, **{CACHE: past})
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
+        model(ids[:1], cu_seq_lens_q=bounds, cu_seq_lens_k=bounds + 1)
+    with pytest.raises(NotImplementedError, match="seq_idx without bounds: pass cu_seq_lens_q"):
+        model(ids[:1], seq_idx=torch.zeros(1, 8, dtype=torch.int32))
+    with pytest.raises(TypeError, match="naive_softpick_attn does not know the keyword 'kv_cache'"):
+        model(ids, kv_cache=past)
     model.config.attention_dropout = 0.1
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1

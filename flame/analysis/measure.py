@@ -30,6 +30,7 @@ from flame.analysis.records import Recorder
 from flame.attention_stats import TILE_ELEMENTS, kurtosis, power_sums, replaced_operator
 from flame.errors import UsageError
 from flame.models.attention import IMPLEMENTATIONS, normalizer_of
+from flame.models.keywords import refuse_unknown
 
 EMBEDDING = -1
 """The "layer" of the embedding's output, in records of activations."""
@@ -80,13 +81,20 @@ def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterato
         dropout: float = 0.0,
         sliding_window: int | None = None,
         s_aux: torch.Tensor | None = None,
+        softcap: float | None = None,
+        is_causal: bool | None = None,
+        # the samples have none but 0 to length - 1
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        refuse_unknown(f"measured {name}", kwargs)
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
         refused = {
             "a mask": attention_mask is not None,
-            "packed sequences": kwargs.get("cu_seq_lens_q") is not None,
-            "capped scores (softcap)": kwargs.get("softcap") is not None,
-            "attention that is not causal": not getattr(module, "is_causal", True),
+            "dropout": dropout != 0,
+            "capped scores (softcap)": softcap is not None,
+            "attention that is not causal": not is_causal,
         }
         for what, is_there in refused.items():
             if is_there:

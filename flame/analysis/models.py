@@ -105,7 +105,8 @@ def find_model(path: Path, attn_implementation: str, device: str) -> Model:
             raise UsageError(
                 f"--model {path} must be a decoder of text: its model type {config.model_type} has no {name}"
             )
-    own = getattr(config, "attn_impl", None)
+    # a model of transformers that ran under an operator of ours was saved with its name
+    own = getattr(config, "attn_impl", None) or IMPLEMENTATIONS.get(config._attn_implementation)
     if own is not None and attn_implementation != OWN:
         raise UsageError(
             f"--attn_implementation {attn_implementation}: --model {path} was trained with {own}; give {OWN} for it"

@@ -15,13 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import fla.ops.attn.softpick as softpick_ops
 from fla.ops.attn.softpick import NORMALIZERS
 from flame.errors import UsageError
-from flame.models.key_ranges import (
-    KeyRanges,
-    attend,
-    causal_key_ranges,
-    require_one_sequence,
-    weights,
-)
+from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
+from flame.models.keywords import refuse_unknown
+from flame.models.packing import document_bounds
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     name: getattr(softpick_ops, name)
@@ -87,8 +83,17 @@ def attention_forward(name: str) -> Callable[..., Any]:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         s_aux: torch.Tensor | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        position_bias: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        refuse_unknown(name, kwargs)
         if isinstance(attention_mask, torch.Tensor):
             raise NotImplementedError(
                 f"{name} takes causal attention over padded rows, not a mask of shape {tuple(attention_mask.shape)}"
@@ -97,47 +102,55 @@ def attention_forward(name: str) -> Callable[..., Any]:
             raise NotImplementedError(
                 f"{name} has no dropout, got {dropout}: set attention_dropout to 0"
             )
-        if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             raise NotImplementedError(f"{name} is causal; is_causal=False is not possible")
-        if kwargs.get("softcap") is not None:
-            raise NotImplementedError(
-                f"{name} does not cap scores, got softcap {kwargs['softcap']}"
-            )
-        # of packed sequences, as transformers passes them to flash attention
-        cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is not kwargs.get("cu_seq_lens_k"):
-            raise NotImplementedError(
-                f"{name} packs queries and keys alike: cu_seq_lens_q and cu_seq_lens_k must be one tensor"
-            )
+        if softcap is not None:
+            raise NotImplementedError(f"{name} does not cap scores, got softcap {softcap}")
+        if position_bias is not None:
+            raise NotImplementedError(f"{name} adds nothing to scores, got a position_bias")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        B, T = q.shape[:2]
+        cu_seqlens = document_bounds(
+            name,
+            attention_mask,
+            B=B,
+            T=T,
+            S=k.shape[1],
+            position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
+        )
+        ranges = attention_mask if isinstance(attention_mask, KeyRanges) else None
+        if cu_seqlens is not None and cu_seq_lens_q is None:
+            # rows that hold several documents each are one row that holds them all
+            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
         options = {"window_size": sliding_window, "sink_bias": s_aux}
-        if isinstance(attention_mask, str):
-            # `MAYBE_PACKED`
-            attention_mask = None
-            if cu_seqlens is None:
-                require_one_sequence(name, kwargs.get("position_ids"))
-        if attention_mask is not None and cu_seqlens is not None:
-            raise NotImplementedError(f"{name} takes packed sequences or padded rows, not both")
         w = None
-        if kwargs.get("output_attentions"):
+        if output_attentions:
             # dense, by the reference, whatever the operator
             w = weights(
                 q,
                 k,
                 v,
-                attention_mask,
+                ranges,
                 normalizer=normalizer,
                 scale=scaling,
                 cu_seqlens=cu_seqlens,
                 **options,
             )
-        if attention_mask is None:
-            return operator(q, k, v, scaling, cu_seqlens, **options), w
+            if w.shape[0] != B:
+                # each row's own block [T, T] of [B * T, B * T]
+                w = w[0].unflatten(2, (B, T)).unflatten(1, (B, T)).diagonal(dim1=1, dim2=3)
+                w = w.movedim(-1, 0)
+        if ranges is None:
+            o = operator(q, k, v, scaling, cu_seqlens, **options)
+            return o.reshape(B, T, *o.shape[2:]), w
         o = attend(
             q,
             k,
             v,
-            attention_mask,
+            ranges,
             operator=operator,
             normalizer=normalizer,
             is_triton=is_triton,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -16,6 +17,8 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from flame.models.key_ranges import KeyRanges, num_visible_keys
+from flame.models.keywords import refuse_unknown
+from flame.models.packing import document_bounds
 
 LOG_SCALE_START = 0.3
 """Initial value of ``log_scale``. Source: arXiv:2504.20966, the ablation called scaled."""
@@ -53,37 +56,66 @@ class SoftpickAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: KeyRanges | torch.Tensor | None = None,
-        past_key_values: Any = None,
+        attention_mask: KeyRanges | torch.Tensor | str | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         num_keys: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output ``[B, T, hidden]`` of ``hidden_states`` ``[B, T, hidden]``, and weights where they are asked for.
 
         ``num_keys`` ``[1 or B, T]``, integers, are the ``n_i`` where the keys that are here do not tell: under
-        context parallelism, which gathers them later. Everything else is as in Llama.
+        context parallelism, which gathers them later. ``cache`` is called ``past_key_values`` before transformers
+        5.24. Everything else is as in Llama.
         """
+        name = type(self).__name__
+        refuse_unknown(name, kwargs)
+        if cache is not None and past_key_values is not None:
+            raise TypeError(f"{name} takes one cache: cache or past_key_values, its older name")
+        cache = past_key_values if cache is None else cache
+        packing = {
+            "position_ids": position_ids,
+            "cu_seq_lens_q": cu_seq_lens_q,
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "seq_idx": seq_idx,
+        }
         B, T, _ = hidden_states.shape
         q, k, v = (
             projection(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         if self.config.attn_log_scale:
             if num_keys is None:
-                cu_seqlens = kwargs.get("cu_seq_lens_q")
-                num_keys = num_visible_keys(T, k.shape[2], attention_mask, cu_seqlens, q.device)
+                S = k.shape[2]
+                bounds = document_bounds(name, attention_mask, B=B, T=T, S=S, **packing)
+                num_keys = num_visible_keys(B, T, S, attention_mask, bounds, q.device)
             q = _scale_by_length(q, _own_heads(self.log_scale), num_keys)
+        options = {**packing, "is_causal": is_causal, "output_attentions": output_attentions}
         if self.config.attn_sink:
-            kwargs["s_aux"] = _own_heads(self.sinks)
+            options["s_aux"] = _own_heads(self.sinks)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
         o, weights = attention(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            **{option: value for option, value in options.items() if value is not None},
+            **kwargs,
         )
         o = o.reshape(B, T, -1)
         if self.config.attn_gate:

@@ -44,22 +44,9 @@ class KeyRanges(NamedTuple):
 
 
 MAYBE_PACKED = "packed"
-"""In place of a mask: positions restart within a row, or a graph is traced, where transformers cannot look whether they do."""
+"""In place of a mask: positions restart within a row, or a graph is traced, where transformers cannot look whether they do.
 
-
-def require_one_sequence(name: str, position_ids: torch.Tensor | None) -> None:
-    """Where `MAYBE_PACKED` comes without bounds: positions ``[B, T]`` must not restart.
-
-    Raises:
-        NotImplementedError: They do, or there are none; in a compiled graph an assertion of the device.
-    """
-    message = (
-        f"{name} got positions that restart within a row: for packed sequences pass cu_seq_lens_q and cu_seq_lens_k "
-        "too, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
-    )
-    if position_ids is None or not torch.compiler.is_compiling():
-        raise NotImplementedError(message)
-    torch._assert_async((position_ids.diff() == 1).all(), message)
+`flame.models.packing` finds the documents."""
 
 
 class Reads:
@@ -104,12 +91,17 @@ def causal_key_ranges(
     mask_function: Callable[..., Any] | None = None,
     attention_mask: "torch.Tensor | KeyRanges | None" = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
+    local_size: int | None = None,
+    dtype: torch.dtype | None = None,
     config: Any = None,
     device: torch.device | None = None,
-    **kwargs: Any,
 ) -> KeyRanges | str | None:
     """What transformers calls for a causal mask; None where position alone says it, outside of generation.
+
+    The arguments are all that transformers gives: ``local_size``, a window, comes to the operator too, and ``dtype``
+    and ``allow_is_bidirectional_skip`` say nothing here.
 
     Raises:
         NotImplementedError: A mask that is neither causal nor packed nor padding, or holes within a row.
@@ -171,6 +163,7 @@ def _runs(padding: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def num_visible_keys(
+    B: int,
     T: int,
     S: int,
     ranges: KeyRanges | str | None,
@@ -181,13 +174,14 @@ def num_visible_keys(
 
     Args:
         S: Keys, of which the queries are the last without ``ranges``.
-        ranges: Which of them are a row's; `MAYBE_PACKED` without ``cu_seqlens`` is one sequence, see `require_one_sequence`.
-        cu_seqlens: Bounds of packed sequences ``[N + 1]``, ``S == T``.
+        ranges: Which of them are a row's.
+        cu_seqlens: Bounds ``[N + 1]`` of the sequences packed in ``B`` rows laid end to end, ``S == T``.
     """
-    places = torch.arange(T, device=device)
     if cu_seqlens is not None:
+        places = torch.arange(B * T, device=device)
         own = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1
-        return (places - cu_seqlens[own] + 1)[None]
+        return (places - cu_seqlens[own] + 1).view(B, T)
+    places = torch.arange(T, device=device)
     if not isinstance(ranges, KeyRanges):
         return (S - T + places + 1)[None]
     # a query that is padding sees none, and its output is not used
