@@ -360,6 +360,9 @@ def old_run(folder, bos=None):
         del run["--training.bos"], run[IDENTITY_KEY]
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run))
+    # a folder without a checkpoint is nobody's
+    (folder / "checkpoint" / "step-5").mkdir(parents=True)
+    (folder / "checkpoint" / "step-5" / ".metadata").touch()
     config = JobConfig()
     config.job.dump_folder = str(folder)
     return config, options
@@ -395,6 +398,11 @@ class TestRunFolder:
         config, _ = old_run(tmp_path / "run", "sequence")
         set_bos(config)
         assert config.training.bos == "sequence"
+        # of a run that saved nothing nothing is left to continue
+        (tmp_path / "run" / "checkpoint" / "step-5" / ".metadata").unlink()
+        config.training.bos = None
+        set_bos(config)
+        assert config.training.bos == "tokenizer"
         config = JobConfig()
         config.job.dump_folder = str(tmp_path / "new")
         set_bos(config)
@@ -412,9 +420,10 @@ class TestRunFolder:
         state = stream.state_dict()
         loader("none").load_state_dict(state)
         for other in (loader("tokenizer"), loader("none", words())):
-            with pytest.raises(ValueError, match="has checksum"):
+            with pytest.raises(ValueError, match="^--model.tokenizer_path, --training.bos: "):
                 other.load_state_dict(state)
-        earlier = state | {"checksum": stream._earlier_checksum}
+        places = json.dumps([[0, 0, 0, 0]])
+        earlier = state | {"checksum": stream._earlier_checksum, "places": places}
         loader("none").load_state_dict(earlier)
         with pytest.raises(ValueError, match="has checksum"):
             loader("tokenizer").load_state_dict(earlier)

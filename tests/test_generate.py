@@ -10,7 +10,7 @@ import torch
 from small_model import write_model
 
 from flame import generate
-from flame.config import Sample
+from flame.config import parse_args
 from flame.data import load_tokenizer
 from flame.errors import UsageError
 from flame.models import SoftpickTransformerForCausalLM, key_ranges, read_config
@@ -123,9 +123,11 @@ def test_a_line_that_is_no_text_is_refused_by_name(model, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--model", model, "--interactive", stdin="caf\udce9\n")
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("flame: error: --interactive: a line must be UTF-8, got 'caf")
+    assert line.startswith("flame: error: --interactive: a line must be text in UTF-8, got 'caf")
 
 
 def test_the_prompt_of_a_runs_sample_is_checked_before_the_run():
-    with pytest.raises(UsageError, match=r"--sample.prompt must be UTF-8, got 'caf\\udce9'"):
-        Sample(prompt="caf\udce9")
+    with pytest.raises(
+        UsageError, match=r"--sample.prompt must be text in UTF-8, got 'caf\\udce9'"
+    ):
+        parse_args(["--sample.prompt", "caf\udce9"])

@@ -64,7 +64,7 @@ def test_runs_of_a_file(write, tmp_path):
         (
             "training.steps = 300",
             "training.stepz = 300",
-            "[base]: Unrecognized options: --training.stepz=300",
+            "[base]: unrecognized option --training.stepz; perhaps you meant --training.steps",
         ),
         (
             "training.steps = 300",
