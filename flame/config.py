@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import sys
 import tomllib
 from dataclasses import dataclass, field
@@ -839,4 +840,6 @@ def _one_line(box: str) -> str:
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rules = [i for i, line in enumerate(lines) if line.startswith("───")]
     message = " ".join(lines[: rules[0]] if rules else lines)
+    # a check of ours names the flag itself
+    message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
     return message + " (bash train.sh -h lists the flags)"

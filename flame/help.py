@@ -106,7 +106,10 @@ def _entry(flag: str, kind: Any, default: Any, text: str) -> str:
         head = f"--{flag} {'|'.join(map(str, typing.get_args(members[0])))}"
     else:
         head = f"--{flag} {(members[0] if members else kind).__name__.upper()}"
-    text = f"{' '.join(text.split())} (default: {'none' if default is None else repr(default)})"
+    text = " ".join(text.split())
+    # the text of an option without a value says what that means
+    if default is not None:
+        text += f" (default: {default!r})"
     return f"{head}\n{_hanging(' ' * 4, text)}\n"
 
 
