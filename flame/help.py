@@ -107,9 +107,9 @@ def _entry(flag: str, kind: Any, default: Any, text: str) -> str:
     else:
         head = f"--{flag} {(members[0] if members else kind).__name__.upper()}"
     text = " ".join(text.split())
-    # the text of an option without a value says what that means
-    if default is not None:
-        text += f" (default: {default!r})"
+    # some texts say themselves what happens without a value
+    if default is not None or "Default:" not in text:
+        text += f" (default: {'none' if default is None else repr(default)})"
     return f"{head}\n{_hanging(' ' * 4, text)}\n"
 
 
