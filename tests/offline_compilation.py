@@ -309,10 +309,9 @@ if __name__ == "__main__":
             sys.stdout.write(json.dumps(compilations(CARDS[sys.argv[1]], D)) + "\n")
     elif sys.argv[2:] == ["rows"]:
         for D in 64, 128, 256:
-            for name in "bfloat16", "float32":
-                for has_all in False, True:
-                    for row in decode_rows(CARDS[sys.argv[1]], D, getattr(torch, name), has_all):
-                        case = {"D": D, "dtype": name, "has_all": has_all}
-                        sys.stdout.write(json.dumps(case | row) + "\n")
+            for name, has_all in ("bfloat16", False), ("bfloat16", True), ("float32", False):
+                for row in decode_rows(CARDS[sys.argv[1]], D, getattr(torch, name), has_all):
+                    case = {"D": D, "dtype": name, "has_all": has_all}
+                    sys.stdout.write(json.dumps(case | row) + "\n")
     else:
         main(sys.argv[1])

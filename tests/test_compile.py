@@ -116,8 +116,10 @@ def test_decoding_compiles_for_every_number_of_rows(card, capsys):
                 )
     for x in rows:
         assert x["shared"] <= CARDS[card].shared, x
+        # float32 in IEEE runs on no tensor core, and ptxas spills a few to fit one more program
+        allowed = 8 if x["dtype"] == "float32" else SPILLS_OF_TIMED_SHAPES.get(card, 0)
         if x["D"] <= 128:
-            assert x["spills"] == 0, x
+            assert x["spills"] <= allowed, x
         kernel = "decode" if x["BT"] <= 16 and x["rows"][0] <= MAX_SKIPPING_ROWS else "chunk"
         kind = "16bit" if x["dtype"] == "bfloat16" else "ieee"
         shape = launch_shapes.shape_of(card, kernel, kind, x["D"], x["D"])
