@@ -73,8 +73,7 @@ def check_random_calls(device, seconds):
         check_attention(parallel_normalized_attn, inputs, **kwargs)
 
     check = settings(
-        # the interpreter takes seconds a call
-        max_examples=20 if HAS_GPU else 10,
+        max_examples=20,
         deadline=None,
         database=None,
         phases=[Phase.generate],
