@@ -145,7 +145,10 @@ def test_what_makes_another_run(small, tmp_path):
     own = run(stream, "--training.streaming")
     copy.write_text(text + '\n{"text": "more"}')
     assert not changed(stream | {"training.data_files": "c*,"}, "--training.streaming")
-    (tmp_path / "exp").mkdir()
+    # with a checkpoint, for a run that saved none is nobody's
+    step = tmp_path / "exp" / own["--checkpoint.folder"] / "step-1"
+    step.mkdir(parents=True)
+    (step / ".metadata").touch()
     earlier = own | {
         "--training.data_files": None,
         "the files of source 1 (--training.dataset)": "x",
