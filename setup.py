@@ -27,7 +27,7 @@ setup(
     ],
     install_requires=[
         # no upper bound: pip would replace a newer torch, a ROCm build too, by an older CUDA build in silence;
-        # flame/versions.py warns instead
+        # flame/machine/versions.py warns instead
         "torch>=2.11",
         "fla-core==0.6.0",
         # imported by fla-core, not declared by it

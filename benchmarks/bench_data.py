@@ -19,10 +19,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame.config import DataSource, parse_args
+from flame.base.log import init_logger
+from flame.config.parse import parse_args
+from flame.config.sections import DataSource
 from flame.data import load_tokenizer, open_data
 from flame.data.prepare import prepare
-from flame.log import init_logger
 
 
 def write_text(folder: Path) -> Path:

@@ -5,7 +5,7 @@ page that needs nothing else). Several models with one ``--label`` are seeds of 
 docs/softpick/ANALYSIS.md.
 """
 
-from flame.log import announce_imports
+from flame.base.log import announce_imports
 
 if __name__ == "__main__":
     announce_imports()
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import flame.models  # noqa: F401  # teaches transformers the model
-from flame.analysis import html, tables
-from flame.analysis.arguments import (
+from flame.analysis.curves import Curves, read_curves, record_curves
+from flame.analysis.flags import (
     check,
     find_models,
     head_of,
@@ -34,7 +34,6 @@ from flame.analysis.arguments import (
     parser,
     require_out,
 )
-from flame.analysis.curves import Curves, read_curves, record_curves
 from flame.analysis.heads import Thresholds
 from flame.analysis.measure import loss_of, measure, perplexity, record_maps
 from flame.analysis.models import Model
@@ -45,10 +44,11 @@ from flame.analysis.records import (
     read_records,
     write_records,
 )
+from flame.analysis.report import html, tables
 from flame.analysis.samples import Samples, read_samples
-from flame.cli import make_folder
-from flame.errors import UsageError, exit_on_usage_error
-from flame.log import init_logger, logger
+from flame.base.command_line import make_folder
+from flame.base.errors import UsageError, exit_on_usage_error
+from flame.base.log import init_logger, logger
 
 MAP_CELLS = 48
 """Largest number of rows of an attention map in the report."""

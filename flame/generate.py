@@ -10,97 +10,19 @@ import io
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 import flame.models  # teaches transformers the model
-from flame.cli import Parser
-from flame.data.bos import before_prompt
-from flame.errors import UsageError, exit_on_usage_error, require_unicode
+from flame.base.command_line import Parser
+from flame.base.errors import UsageError, exit_on_usage_error, require_unicode
+from flame.base.paths import text_argument
 from flame.models.key_ranges import count_reads
-from flame.models.loading import READING_ERRORS, load_model, unreadable
-from flame.paths import text_argument
-
-
-def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """The exported model in ``folder``, ready to generate, and its tokenizer.
-
-    Raises:
-        UsageError: The model has weights that are not finite, or not all of them.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder).to(device).eval()
-    # what the folder says of sampling is not asked for
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(
-        **{name: getattr(model.generation_config, name) for name in ids}
-    )
-    return model, tokenizer
-
-
-def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt: what training put before a text, and the text; one id at least.
-
-    A tokenizer that also ends a text would have the model write another one.
-    """
-    text = tokenizer(prompt, add_special_tokens=False).input_ids
-    return [*before_prompt(tokenizer, "tokenizer"), *text] or [tokenizer.eos_token_id]
-
-
-@torch.no_grad()
-def write(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    streamer: BaseStreamer | None = None,
-) -> torch.Tensor:
-    """Token ids ``[T]`` of the prompt and its continuation.
-
-    Args:
-        temperature: 0 takes the likeliest token each time.
-        top_k: Sample from so many of the likeliest tokens. Default: from all.
-        top_p: Sample from the likeliest tokens that together have this probability. Default: from all.
-        streamer: Given the ids as they come.
-    """
-    ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        # transformers would sample from 50 tokens where top_k is None
-        limits = {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
-        sampling = {"do_sample": True, "temperature": temperature, **limits}
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-        **sampling,
-    )[0]
-
-
-def generate(
-    folder: str,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int = 0,
-    device: str = "cpu",
-) -> str:
-    """The prompt and its continuation by the exported model in ``folder``, as `write` makes it."""
-    model, tokenizer = load(folder, device)
-    torch.manual_seed(seed)
-    ids = write(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
-    return tokenizer.decode(ids, skip_special_tokens=True)
+from flame.models.loading import READING_ERRORS, unreadable
+from flame.run.generate import encode, load, write
 
 
 def _stream(

@@ -15,13 +15,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from flame import placement, port
-from flame.config import parse_args
-from flame.errors import LESS_MEMORY, UsageError, exit_on_usage_error
-from flame.folder_lock import wait_until_free
-from flame.log import init_logger, logger
-from flame.stop_signals import LAUNCHER_PID, STOP_SIGNALS, stop_signals
-from flame.versions import warn_of_untested
+from flame.base.errors import LESS_MEMORY, UsageError, exit_on_usage_error
+from flame.base.folder_lock import wait_until_free
+from flame.base.log import init_logger, logger
+from flame.base.stop_signals import LAUNCHER_PID, STOP_SIGNALS, stop_signals
+from flame.config.parse import parse_args
+from flame.machine import master_port, placement
+from flame.machine.versions import warn_of_untested
 
 # the machines of a run start at different times, on a busy cluster minutes apart
 RENDEZVOUS_TIMEOUT_S = 900
@@ -142,13 +142,13 @@ def main() -> None:
         # one machine of a run hosts the port and writes the folder
         if os.environ.get("NODE_RANK", "0") == "0":
             if "MASTER_PORT" in os.environ:
-                claimed = port.claim(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
+                claimed = master_port.claim(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
             wait_until_free(config.dump_folder)
     # signals are passed on below, without torchrun's knowing: it would kill after 30 s what still saves
     args += ["--signals-to-handle=SIGQUIT"]
     num_cpus = len(os.sched_getaffinity(0))
     if places:
-        args += ["-m", "flame.bound", placement.to_json(places)]
+        args += ["-m", "flame.machine.bind_and_train", placement.to_json(places)]
         threads = placement.threads(places)
     else:
         args += ["-m", "flame.train"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import flame.models
+from flame.base.errors import UsageError, exit_on_usage_error
+from flame.base.paths import expand
 from flame.data.bos import before_prompt
-from flame.errors import UsageError, exit_on_usage_error
-from flame.paths import expand
 
 
 def require_model(argv: list[str]) -> None:

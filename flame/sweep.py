@@ -6,11 +6,11 @@ import shlex
 import signal
 import sys
 
-from flame.cli import Parser, make_folder
-from flame.errors import UsageError, exit_on_usage_error
-from flame.folder_lock import hold
-from flame.log import init_logger, logger
-from flame.paths import path_argument
+from flame.base.command_line import Parser, make_folder
+from flame.base.errors import UsageError, exit_on_usage_error
+from flame.base.folder_lock import hold
+from flame.base.log import init_logger, logger
+from flame.base.paths import path_argument
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import Sweep, read_sweep
 from flame.sweeps.report import (
@@ -48,7 +48,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         raise UsageError(f"{sweep.file}: {error}") from None
     # seconds of imports, which a mistake in the file need not wait for
     from flame.sweeps.check import check_runs, measure_arms, model_json
-    from flame.titan import global_batch_size
+    from flame.titan.config import global_batch_size
 
     sizes = measure_arms(sweep)
     states = _states(sweep)

@@ -21,9 +21,9 @@ from miniature.formats import documents, sword_documents
 from miniature.hypertext import Block
 from miniature.prose import prose
 
-from flame.cli import Parser
-from flame.errors import UsageError, exit_on_usage_error
-from flame.log import init_logger, logger
+from flame.base.command_line import Parser
+from flame.base.errors import UsageError, exit_on_usage_error
+from flame.base.log import init_logger, logger
 
 PACKAGES = Path(__file__).parent / "miniature" / "packages.toml"
 HELD_OUT = 0.015

@@ -137,7 +137,7 @@ def _draw_after_every_step(path, pace):
     import torch
     import torch.distributed as dist
 
-    from flame.trainer import FlameTrainer
+    from flame.training.trainer import FlameTrainer
 
     train_step = FlameTrainer.train_step
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flame.config import JobConfig, parse_args
-from flame.train import read_inputs
-from flame.trainer import FlameTrainer
+from flame.config.parse import parse_args
+from flame.config.sections import JobConfig
+from flame.run.inputs import read_inputs
+from flame.training.trainer import FlameTrainer
 
 # isort: split
 import torchtitan.distributed.utils as titan_distributed

@@ -1,4 +1,4 @@
-"""A machine that is not there: the part of /sys that `flame.topology` reads, in a folder."""
+"""A machine that is not there: the part of /sys that `flame.machine.numa` reads, in a folder."""
 
 from pathlib import Path
 

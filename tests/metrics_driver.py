@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import flame.train
-from flame.attention_stats import Observer, observe
-from flame.titan import ModelArgs, TitanModel
-from flame.trainer import FlameTrainer
+from flame.measure.while_training import Observer, observe
+from flame.titan.model import ModelArgs, TitanModel
+from flame.training.trainer import FlameTrainer
 
 # isort: split
 import torchtitan.distributed.utils as titan_distributed
@@ -161,7 +161,7 @@ def run(name, out, flags):
 
 def keep_process_group():
     """Lets all runs share the first one's group: under torchrun another would meet the first one's addresses."""
-    first, distributed = flame._compat._init_distributed, titan_distributed
+    first, distributed = flame.titan.patches._init_distributed, titan_distributed
 
     def init(*args, **kwargs):
         return dist.get_world_size() if dist.is_initialized() else first(*args, **kwargs)

@@ -16,17 +16,17 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 from word_tokenizer import word_tokenizer
 
 from flame import analyze
-from flame.analysis import html, tables
 from flame.analysis.curves import MAX_POINTS, read_curves, record_curves
 from flame.analysis.records import KEYS, Mean, Recorder, Results, mean_of, read_records
+from flame.analysis.report import html, tables
+from flame.analysis.report.svg import Axis, Line, heat_map, level, line_chart
 from flame.analysis.samples import read_samples
-from flame.analysis.svg import Axis, Line, heat_map, level, line_chart
-from flame.config import DataSource, JobConfig, Training
+from flame.base.errors import UsageError
+from flame.config.sections import DataSource, JobConfig, Training
 from flame.data import load_tokenizer
 from flame.data.prepare import prepare
-from flame.errors import UsageError
 from flame.models import SoftpickTransformerForCausalLM, read_config
-from flame.run_folder import identity
+from flame.run.identity import identity
 
 LENGTHS = [16, 48]
 

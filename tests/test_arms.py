@@ -12,10 +12,10 @@ from small_model import ROOT, checkpoint_activations, write_model
 from transformers import AutoModelForCausalLM
 
 from flame import convert
-from flame.initial_weights import initialize_weights
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 from flame.models.attention_layer import _scale_by_length
-from flame.titan import ModelArgs, TitanModel
+from flame.models.initial_weights import initialize_weights
+from flame.titan.model import ModelArgs, TitanModel
 
 # name -> the normaliser, and what is added to it
 ARMS = {

@@ -8,17 +8,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fla.ops.attn.softpick import NORMALIZERS
 from fla.ops.attn.softpick.naive import naive_normalized_attn
-from flame.attention_stats import (
-    SMALL,
-    AttentionCounts,
-    Observer,
-    attention_counts,
-    kurtosis,
-    observe,
-    power_sums,
-)
+from flame.measure.counts import SMALL, AttentionCounts, attention_counts, kurtosis, power_sums
+from flame.measure.while_training import Observer, observe
 from flame.models import read_config
-from flame.titan import ModelArgs, TitanModel
+from flame.titan.model import ModelArgs, TitanModel
 
 
 def by_definition(q, k, *, normalizer, eps, **kwargs):

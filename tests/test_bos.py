@@ -16,8 +16,10 @@ from test_varlen import model_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from flame.analysis.arguments import check, parser
-from flame.config import DataSource, JobConfig, Training, Validation, parse_args
+from flame.analysis.flags import check, parser
+from flame.base.log import logger
+from flame.config.parse import parse_args
+from flame.config.sections import DataSource, JobConfig, Training, Validation
 from flame.data import TokenSource, load_tokenizer, open_data, prepare
 from flame.data.batches import to_batch
 from flame.data.bos import MODES, affixes, for_inference, save_for_inference
@@ -26,11 +28,10 @@ from flame.data.prepared import read_prepared, tokenizer_identity
 from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
 from flame.data.tokens import Encoder
 from flame.generate import encode, load, write
-from flame.log import logger
 from flame.models import SoftpickTransformerForCausalLM, read_config
-from flame.run_folder import claim, identity, require_same_run, set_bos
+from flame.run.finish import _offer_comparison, twin_of
+from flame.run.identity import claim, identity, require_same_run, set_bos
 from flame.sweeps.check import _require_one_bos
-from flame.train import _offer_comparison, twin_of
 
 BYTE = load_tokenizer("byte")
 BOS, EOS = BYTE.bos_token_id, BYTE.eos_token_id

@@ -19,7 +19,7 @@ from forked_runs import Run
 from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from flame.checkpoint_folder import (
+from flame.checkpoints.step_folder import (
     AtomicWriter,
     complete_checkpoints,
     has_weights_only,
@@ -125,7 +125,7 @@ def test_killed_at_random_moments(flags, whole, tmp_path, mode, bound):
 
 def _die(where, step):
     """SIGKILL while step-`step` is saved: before torch's metadata, before the rename, or while deleting."""
-    import flame.checkpoint_folder as folder
+    import flame.checkpoints.step_folder as folder
 
     finish = folder.FileSystemWriter.finish
 
@@ -164,7 +164,7 @@ def test_killed_in_mid_save(flags, whole, tmp_path, mode, where, left):
 
 
 def _slow_writes(seconds):
-    import flame.checkpoint_folder as folder
+    import flame.checkpoints.step_folder as folder
 
     write_data = folder.FileSystemWriter.write_data
 
@@ -247,7 +247,7 @@ def test_the_launcher_passes_on_sigusr1_and_lets_nohup_ignore_sighup(flags, tmp_
 
 def _limit_files(size):
     """Every file larger than `size` fails in the middle of step-6, as on a full disk."""
-    import flame.checkpoint_folder as folder
+    import flame.checkpoints.step_folder as folder
 
     write_data = folder.FileSystemWriter.write_data
 
@@ -390,9 +390,9 @@ def test_all_of_another_run_but_what_is_excluded(flags, whole, tmp_path):
     ],
 )  # fmt: skip
 def test_a_wrong_start_is_refused(whole, tmp_path, monkeypatch, changed, words):
-    from flame.checkpoint import check_start
-    from flame.config import parse_args
-    from flame.errors import UsageError
+    from flame.base.errors import UsageError
+    from flame.checkpoints.checkpointer import check_start
+    from flame.config.parse import parse_args
     from flame.models import read_config
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -495,8 +495,8 @@ def test_weights_that_are_not_finite_write_no_sample(flags, tmp_path):
     ],
 )
 def test_a_wrong_flag_is_refused(argv, message):
-    from flame.config import parse_args
-    from flame.errors import UsageError
+    from flame.base.errors import UsageError
+    from flame.config.parse import parse_args
 
     with pytest.raises(UsageError, match=message):
         parse_args(argv)
@@ -505,7 +505,7 @@ def test_a_wrong_flag_is_refused(argv, message):
 def test_copies_in_pinned_memory_are_kept_and_renewed(monkeypatch):
     import torch
 
-    from flame.checkpoint import _Stager
+    from flame.checkpoints.checkpointer import _Stager
 
     # which only a GPU's driver can pin
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
@@ -587,7 +587,7 @@ def test_a_full_disk_is_named_wherever_it_is_hit(tmp_path):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from flame.checkpoint_folder import first_failure
+    from flame.checkpoints.step_folder import first_failure
 
     # objects and tensors; torch writes a tensor as a zip file, which ends with an error of its own
     state = {"x": torch.ones(40_000), "y": "y" * 9000}

@@ -2,8 +2,9 @@
 
 import pytest
 
-from flame.config import JobConfig, parse_args
-from flame.errors import UsageError
+from flame.base.errors import UsageError
+from flame.config.parse import parse_args
+from flame.config.sections import JobConfig
 
 
 def test_no_flags_gives_the_defaults():

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AttentionInterface
 
-from flame.context_parallel import apply_context_parallel, attend, local_rows, shard_batch
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
 from flame.models.attention import attention_forward
+from flame.titan.context_parallel import apply_context_parallel, attend, local_rows, shard_batch
 
 LONG = 65536
 

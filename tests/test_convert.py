@@ -15,14 +15,18 @@ from small_model import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flame import convert
-from flame.checkpoint_folder import is_complete, read_contents
-from flame.config import JobConfig, Training
+from flame.base.errors import UsageError
+from flame.checkpoints import huggingface
+from flame.checkpoints.huggingface import hf_to_dcp
+from flame.checkpoints.step_folder import is_complete, read_contents
+from flame.config.sections import JobConfig, Training
 from flame.data import load_tokenizer
 from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
 from flame.data.train_tokenizer import train_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
-from flame.run_folder import identity
-from flame.run_record import PACKAGES
+from flame.run.export import export_model
+from flame.run.identity import identity
+from flame.run.record import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +99,7 @@ def test_there_and_back_and_there(source, tmp_path, monkeypatch, dtype):
 def test_the_folder_is_what_transformers_writes(source, tmp_path):
     config, _, checkpoint, weights = source
     tokenizer = load_tokenizer("byte")
-    convert.dcp_to_hf(checkpoint, config=config, tokenizer=tokenizer, out=tmp_path / "ours")
+    export_model(checkpoint, config=config, tokenizer=tokenizer, out=tmp_path / "ours")
     model = SoftpickTransformerForCausalLM(config)
     model.load_state_dict(weights)
     for x in (model.config, model.generation_config):
@@ -214,18 +218,18 @@ def test_a_name_that_is_no_new_folder_is_refused(source, tmp_path, monkeypatch, 
 def test_a_killed_export_leaves_the_earlier_one(source, tmp_path, monkeypatch):
     config, _, checkpoint, _ = source
     arguments = {"config": config, "tokenizer": load_tokenizer("byte"), "out": tmp_path / "hf"}
-    convert.dcp_to_hf(checkpoint, **arguments)
+    export_model(checkpoint, **arguments)
     before = (tmp_path / "hf" / "model.safetensors").read_bytes()
 
     def die(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "save_file", die)
+        patch.setattr(huggingface, "save_file", die)
         with pytest.raises(KeyboardInterrupt):
-            convert.dcp_to_hf(checkpoint, dtype=torch.bfloat16, **arguments)
+            export_model(checkpoint, dtype=torch.bfloat16, **arguments)
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
-    convert.dcp_to_hf(checkpoint, dtype=torch.bfloat16, **arguments)
+    export_model(checkpoint, dtype=torch.bfloat16, **arguments)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     assert sorted(path.name for path in tmp_path.glob("hf*")) == ["hf"]
 
@@ -235,8 +239,8 @@ def test_tied_weights_that_differ_are_refused(source, tmp_path):
     config, _, _, weights = source
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     dcp.save(dict(weights), checkpoint_id=tmp_path / "step-6", no_dist=True)
-    with pytest.raises(convert.UsageError, match=r"tied weights lm_head\.weight that differ"):
-        convert.dcp_to_hf(
+    with pytest.raises(UsageError, match=r"tied weights lm_head\.weight that differ"):
+        export_model(
             tmp_path / "step-6",
             config=config,
             tokenizer=load_tokenizer("byte"),
@@ -262,10 +266,8 @@ def test_help_names_every_flag(monkeypatch, capfd):
 
 def test_the_checkpoint_is_complete(source, tmp_path):
     config, _, checkpoint, _ = source
-    convert.dcp_to_hf(
-        checkpoint, config=config, tokenizer=load_tokenizer("byte"), out=tmp_path / "hf"
-    )
-    convert.hf_to_dcp(tmp_path / "hf", config=config, out=tmp_path / "a" / "b")
+    export_model(checkpoint, config=config, tokenizer=load_tokenizer("byte"), out=tmp_path / "hf")
+    hf_to_dcp(tmp_path / "hf", config=config, out=tmp_path / "a" / "b")
     assert is_complete(tmp_path / "a" / "b")
     assert os.listdir(tmp_path / "a") == ["b"]
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from word_tokenizer import word_tokenizer
 
-from flame.config import DataSource, parse_args
+from flame.base.errors import UsageError
+from flame.config.parse import parse_args
+from flame.config.sections import DataSource
 from flame.data import load_tokenizer, open_data, prepare, tokenize
 from flame.data.prepared import read_prepared, verify
 from flame.data.tokenizer import tokenizer_sha256
 from flame.data.tokens import Encoder
-from flame.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 BYTE = load_tokenizer("byte")

@@ -18,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame.config import JobConfig, Training, Validation, parse_args
+from flame.config.parse import parse_args
+from flame.config.sections import JobConfig, Training, Validation
 from flame.data import IGNORE_INDEX, load_tokenizer, open_data
 from flame.data import stream as stream_module
 from flame.data import workers as workers_module

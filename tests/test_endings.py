@@ -18,10 +18,10 @@ import pytest
 from forked_runs import Run
 from small_model import write_model, write_text
 
-from flame import run_folder
-from flame.config import JobConfig
-from flame.errors import UsageError
-from flame.writers import JsonLines, TensorBoard
+from flame.base.errors import UsageError
+from flame.config.sections import JobConfig
+from flame.run import identity
+from flame.run.metrics_file import JsonLines, TensorBoard
 
 ROOT = Path(__file__).parent.parent
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +52,7 @@ def gone(pid, seconds=10):
 # what a process of a run does first, and then a wait that nobody ends
 CHILD = """
 import sys
-from flame.stop_signals import end_with_launcher
+from flame.base.stop_signals import end_with_launcher
 end_with_launcher()
 assert "torch" not in sys.modules
 sys.stdout.write("waits" + chr(10))
@@ -65,7 +65,7 @@ time.sleep(60)
 def test_a_process_ends_with_a_launcher_that_is_killed():
     code = """
     import os, subprocess, sys
-    from flame.stop_signals import LAUNCHER_PID
+    from flame.base.stop_signals import LAUNCHER_PID
     env = os.environ | {"TORCHELASTIC_RUN_ID": "x", LAUNCHER_PID: str(os.getpid())}
     child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=env, stdout=subprocess.PIPE, text=True)
     print(child.pid, child.stdout.readline(), flush=True)
@@ -146,7 +146,7 @@ def flags(tmp_path_factory):
 
 
 def _first_step_hangs(folder):
-    from flame.trainer import FlameTrainer
+    from flame.training.trainer import FlameTrainer
 
     def hang(self, data_iterator):
         (folder / "hangs").touch()
@@ -158,7 +158,7 @@ def _first_step_hangs(folder):
 def _memory_runs_out():
     import torch
 
-    from flame.trainer import FlameTrainer
+    from flame.training.trainer import FlameTrainer
 
     def forward(self, **_):
         torch.empty(2**50)
@@ -245,8 +245,8 @@ def test_curves_on_a_full_disk_are_told_once(tmp_path, capsys, monkeypatch):
 
 def test_a_log_on_a_full_disk_is_one_line():
     code = """
-    from flame.errors import exit_on_usage_error
-    from flame.log import init_logger, logger
+    from flame.base.errors import exit_on_usage_error
+    from flame.base.log import init_logger, logger
     init_logger()
     with exit_on_usage_error():
         logger.info("a line")
@@ -267,28 +267,28 @@ def test_whose_folder_it_is(tmp_path):
     folder, config = tmp_path / "run", JobConfig()
     config.job.dump_folder = str(folder)
     run = {"--checkpoint.enable_checkpoint": True, "--checkpoint.folder": "checkpoint", "a": 1}
-    run_folder.claim(config, run).close()
+    identity.claim(config, run).close()
     for name in ("record", "tb"):
         (folder / name).mkdir()
     (folder / "metrics.jsonl").touch()
     (folder / "notes.txt").touch()
     # the same run again
-    run_folder.claim(config, run).close()
+    identity.claim(config, run).close()
     assert (folder / "record").exists()
-    run_folder.claim(config, run | {"a": 2}).close()
+    identity.claim(config, run | {"a": 2}).close()
     left = {path.name for path in folder.iterdir()}
     assert left == {"run.json", "config.toml", "lock", "notes.txt"}
     # a run without checkpoints has its metrics as its result
     run |= {"--checkpoint.enable_checkpoint": False}
-    run_folder.claim(config, run).close()
+    identity.claim(config, run).close()
     with pytest.raises(UsageError, match="a was 1, is now 3"):
-        run_folder.claim(config, run | {"a": 3})
+        identity.claim(config, run | {"a": 3})
     shutil.rmtree(folder)
     run |= {"--checkpoint.enable_checkpoint": True}
-    run_folder.claim(config, run).close()
+    identity.claim(config, run).close()
     (folder / "hf").mkdir()
     with pytest.raises(UsageError, match="a was 1, is now 4"):
-        run_folder.claim(config, run | {"a": 4})
+        identity.claim(config, run | {"a": 4})
 
 
 @pytest.mark.parametrize(

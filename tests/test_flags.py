@@ -12,11 +12,12 @@ import pytest
 from walk_flags import assigned_to_titan, flags_read, names_read, read_by_methods
 
 import flame
-from flame import config as config_module
-from flame.cli import Parser
-from flame.config import JobConfig, parse_args
-from flame.errors import UsageError
-from flame.refused_flags import REFUSED, REFUSED_SECTIONS
+from flame.base.command_line import Parser
+from flame.base.errors import UsageError
+from flame.config import sections as config_module
+from flame.config.parse import parse_args
+from flame.config.sections import JobConfig
+from flame.config.upstream_flags import REFUSED, REFUSED_SECTIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(flame.__file__).parent
@@ -91,10 +92,10 @@ def is_refused(flag):
 
 def flags_that_nothing_reads(sections):
     found = set()
-    config_source = (PACKAGE / "config.py").read_text(encoding="utf-8")
+    config_source = (PACKAGE / "config" / "sections.py").read_text(encoding="utf-8")
     methods = read_by_methods(config_source, CLASSES)
     for file in PACKAGE.rglob("*.py"):
-        if file != PACKAGE / "config.py":
+        if file != PACKAGE / "config" / "sections.py":
             source = file.read_text(encoding="utf-8")
             found |= flags_read(source, sections, CLASSES, methods)
     flags = {f"{section}.{option}" for section, options in sections.items() for option in options}
@@ -124,7 +125,7 @@ def test_a_flag_that_nothing_reads_is_found():
             {"training.steps"},
         ),
         (
-            "from flame.config import Training\ndef f(t: Training):\n    return t.steps",
+            "from flame.config.sections import Training\ndef f(t: Training):\n    return t.steps",
             {"training.steps"},
         ),
         # torchtitan has a class of that name
@@ -175,7 +176,7 @@ def test_what_is_handed_to_torchtitan_is_read_there():
         for x in node.body
         if isinstance(x, ast.AnnAssign)
     }
-    assigned = assigned_to_titan((PACKAGE / "titan.py").read_text(encoding="utf-8"))
+    assigned = assigned_to_titan((PACKAGE / "titan" / "config.py").read_text(encoding="utf-8"))
     assert len(assigned) > 30
     for name in assigned:
         section, option = name.split(".")

@@ -10,10 +10,11 @@ import torch
 from small_model import write_model
 
 from flame import generate
-from flame.config import parse_args
+from flame.base.errors import UsageError
+from flame.config.parse import parse_args
 from flame.data import load_tokenizer
-from flame.errors import UsageError
 from flame.models import SoftpickTransformerForCausalLM, key_ranges, read_config
+from flame.run.generate import load, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,9 +71,9 @@ def test_every_line_of_the_input_is_a_prompt(model, monkeypatch, capfd):
 
 
 def test_share_of_the_values_read(model):
-    hf, tokenizer = generate.load(str(model), "cpu")
+    hf, tokenizer = load(str(model), "cpu")
     with key_ranges.count_reads() as reads:
-        ids = generate.write(hf, tokenizer, "some text", max_new_tokens=4, temperature=0)
+        ids = write(hf, tokenizer, "some text", max_new_tokens=4, temperature=0)
     # of every step but the first the last query, as the weights of one pass have it
     (weights,) = hf(ids[None, :-1], output_attentions=True).attentions
     shares = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import set_seed
 
-from flame.initial_weights import initialize_weights
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
+from flame.models.initial_weights import initialize_weights
 
 
 def build(*, seed=None, **changes):

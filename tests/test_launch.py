@@ -15,9 +15,10 @@ import machine
 import pytest
 from small_model import write_model
 
-from flame import folder_lock, port
-from flame.errors import UsageError
-from flame.topology import parse_ranges
+from flame.base import folder_lock
+from flame.base.errors import UsageError
+from flame.machine import master_port
+from flame.machine.numa import parse_ranges
 
 ROOT = Path(__file__).parent.parent
 # the two groups of the machine that the tests make up get the CPUs of this one
@@ -29,14 +30,15 @@ needs_two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="two groups need two C
 LAUNCHER = """
 import runpy, sys
 from pathlib import Path
-from flame import folder_lock, gpus, topology
+from flame.base import folder_lock
+from flame.machine import list_gpus, numa
 sys.path.insert(0, {tests!r})
 import machine
 def addresses(env):
     visible = env.get("HIP_VISIBLE_DEVICES")
     return [machine.address(int(i)) for i in (visible.split(",") if visible else range(8))]
-gpus.addresses = addresses
-topology.ROOT = Path({root!r})
+list_gpus.addresses = addresses
+numa.ROOT = Path({root!r})
 folder_lock.WAIT_S = 1
 assert sys.argv[1:3] == ["-m", "flame.launch"]
 del sys.argv[1:3]
@@ -45,10 +47,10 @@ torch.version.hip = "6.4"
 runpy.run_module("flame.launch", run_name="__main__", alter_sys=True)
 """
 
-# what the processes of a run are where training would take long: flame.bound without flame.train
+# what the processes of a run are where training would take long: flame.machine.bind_and_train without flame.train
 WORKER = """
 import json, os, runpy, sys
-assert sys.argv[1:4] == ["-u", "-m", "flame.bound"]
+assert sys.argv[1:4] == ["-u", "-m", "flame.machine.bind_and_train"]
 del sys.argv[1:4]
 def train(name, **_):
     import torch
@@ -64,8 +66,8 @@ def train(name, **_):
     sys.stdout.flush()
     dist.destroy_process_group()
 runpy.run_module = train
-from flame import bound
-bound.main()
+from flame.machine import bind_and_train
+bind_and_train.main()
 """
 
 
@@ -206,7 +208,7 @@ def test_two_runs_side_by_side(fake, small, tmp_path):
         # this machine may lack the second node, or the right to bind
         assert memory[half] != (f"memory is not bound to NUMA node {half} (set_mempolicy: " in err)
     # the port and the folder are free again
-    port.claim(int(ports[0])).close()
+    master_port.claim(int(ports[0])).close()
     folder_lock.wait_until_free(tmp_path / "0")
 
 
@@ -298,29 +300,29 @@ def test_machines_that_do_not_meet(monkeypatch, capsys, tmp_path):
 
 def test_a_port_is_one_runs(tmp_path):
     number = int(free_port())
-    claimed = port.claim(number)
+    claimed = master_port.claim(number)
     with pytest.raises(UsageError, match=f"got {number}: the run of pid {os.getpid()} on "):
-        port.claim(number)
+        master_port.claim(number)
     claimed.close()
     # a claim dies with its process
-    code = f"from flame import port; claimed = port.claim({number}); print(flush=True); input()"
+    code = f"from flame.machine import master_port; claimed = master_port.claim({number}); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         process.stdout.readline()
         with pytest.raises(UsageError, match=f"the run of pid {process.pid} on "):
-            port.claim(number)
+            master_port.claim(number)
         process.kill()
-    port.claim(number).close()
+    master_port.claim(number).close()
     with socket.socket() as other:
         other.bind(("", number))
         other.listen()
         with pytest.raises(
             UsageError, match=f"got {number}: Address already in use; [0-9]+ is free"
         ):
-            port.claim(number)
+            master_port.claim(number)
     with pytest.raises(UsageError, match="at most 65535, got 70000"):
-        port.claim(70000)
+        master_port.claim(70000)
 
 
 def test_a_folder_is_free_when_its_run_ends(tmp_path, monkeypatch):
@@ -337,7 +339,7 @@ def test_a_folder_is_free_when_its_run_ends(tmp_path, monkeypatch):
 def test_memory_is_bound(tmp_path):
     code = """
     from pathlib import Path
-    from flame.bound import bind_memory
+    from flame.machine.bind_and_train import bind_memory
     bind_memory(frozenset({0}))
     block = bytearray(1 << 26)
     print("bind:0" in Path("/proc/self/numa_maps").read_text())

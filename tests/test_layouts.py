@@ -17,12 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from flame.config import parse_args
-from flame.errors import UsageError
-from flame.layout import Layout, check_layout
+from flame.base.errors import UsageError
+from flame.config.parse import parse_args
 from flame.models import read_config
-from flame.parallelize import parallelize
-from flame.titan import ModelArgs, TitanModel
+from flame.run.check_layout import check_layout
+from flame.titan.mesh import Layout
+from flame.titan.model import ModelArgs, TitanModel
+from flame.titan.parallelize import parallelize
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES = 4

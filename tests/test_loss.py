@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flame.errors import UsageError
-from flame.loss import linear_loss
+from flame.base.errors import UsageError
 from flame.models import read_config
-from flame.titan import ModelArgs, TitanModel
+from flame.models.linear_loss import linear_loss
+from flame.titan.model import ModelArgs, TitanModel
 
 ROOT = Path(__file__).parent.parent
 

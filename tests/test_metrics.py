@@ -16,10 +16,10 @@ from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_flags import README_EXAMPLE, SECTIONS
 
-import flame.writers as writers
-from flame.errors import UsageError
-from flame.train_step import LossWatch
-from flame.writers import JsonLines, require_wandb, strict_json
+import flame.run.metrics_file as writers
+from flame.base.errors import UsageError
+from flame.run.metrics_file import JsonLines, require_wandb, strict_json
+from flame.training.spikes import SpikeDetector
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -196,12 +196,12 @@ def test_a_spike_leaves_its_batch_and_norms(runs, processes, request):
 def test_no_spike_before_the_window_is_full(alone):
     assert alone["young_spike"].code == 0
     assert not (alone["young_spike"].folder / "spikes").exists()
-    watch = LossWatch(window=3, deviations=2)
+    detector = SpikeDetector(window=3, deviations=2)
     for loss in (1.0, 2.0, 3.0):
-        assert watch.threshold() == math.inf
-        watch.losses.append(loss)
-    assert watch.threshold() == pytest.approx(2 + 2 * math.sqrt(2 / 3))
-    assert LossWatch(window=3, deviations=0).threshold() == math.inf
+        assert detector.threshold() == math.inf
+        detector.losses.append(loss)
+    assert detector.threshold() == pytest.approx(2 + 2 * math.sqrt(2 / 3))
+    assert SpikeDetector(window=3, deviations=0).threshold() == math.inf
 
 
 def test_a_process_that_hangs_ends_the_run_with_a_trace(together):
@@ -511,7 +511,7 @@ def test_memory_is_estimated_and_nothing_is_trained(tmp_path, small):
 
 
 def test_a_line_fits_a_terminal(monkeypatch):
-    from flame import metrics
+    from flame.training import metrics_processor as metrics
 
     pieces = [(0, "R", "step 1/2"), (2, "G", "loss 5.1234"), (3, "B", ""), (1, "C", "0:00:12 left")]
     assert metrics._fitting(pieces, 80) == "Rstep 1/2  Gloss 5.1234  C0:00:12 left"

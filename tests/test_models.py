@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 from flame.models import OPERATORS, normalizer_of, read_config, require_device
-from flame.titan import ModelArgs, TitanModel
+from flame.titan.model import ModelArgs, TitanModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MILLIONS = {"tiny": 0.858, "35M": 33.694, "120M": 119.947, "340M": 373.868, "1B": 1775.372}

@@ -30,8 +30,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from fla.ops.attn import parallel_softpick_attn
-from flame import versions
-from flame.versions import NEWEST
+from flame.machine import versions
+from flame.machine.versions import NEWEST
 
 ROOT = Path(__file__).resolve().parents[1]
 

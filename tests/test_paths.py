@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from flame.analysis.arguments import parser as analyze_parser
-from flame.config import parse_args
+from flame.analysis.flags import parser as analyze_parser
+from flame.base.errors import UsageError
+from flame.base.paths import expand, split_list
+from flame.config.parse import parse_args
 from flame.convert import _parser as convert_parser
 from flame.data import load_documents, load_tokenizer
 from flame.data.prepare import _parser as prepare_parser
 from flame.data.train_tokenizer import _parser as tokenizer_parser
-from flame.errors import UsageError
-from flame.paths import expand, split_list
 from flame.sweep import _parser as sweep_parser
 from flame.sweeps.plan import read_sweep
 

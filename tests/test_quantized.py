@@ -8,7 +8,7 @@ import torch
 from small_model import write_model, write_text
 
 from flame.analysis.quantized import BITS, quantize_weights
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 from flame.models import SoftpickTransformerForCausalLM, read_config
 
 

@@ -6,9 +6,9 @@ import tomllib
 
 import pytest
 
-from flame import run_record
-from flame.config import parse_args
-from flame.run_record import command, write_record
+from flame.config.parse import parse_args
+from flame.run import record as run_record
+from flame.run.record import command, write_record
 
 
 def git(folder, *words):
@@ -18,15 +18,15 @@ def git(folder, *words):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A checkout with a module ``flame/run_record.py``, which is where the record looks for its code."""
+    """A checkout with a module ``flame/run/record.py``, which is where the record looks for its code."""
     root = tmp_path / "checkout"
-    (root / "flame").mkdir(parents=True)
-    (root / "flame" / "run_record.py").write_text("one\n")
+    (root / "flame" / "run").mkdir(parents=True)
+    (root / "flame" / "run" / "record.py").write_text("one\n")
     (root / "data.txt").write_text("data\n")
     git(tmp_path, "init", "-q", str(root))
     git(root, "add", ".")
     git(root, "commit", "-qm", "one")
-    monkeypatch.setattr(run_record, "__file__", str(root / "flame" / "run_record.py"))
+    monkeypatch.setattr(run_record, "__file__", str(root / "flame" / "run" / "record.py"))
     return root
 
 
@@ -48,7 +48,7 @@ def test_clean_checkout(checkout, tmp_path):
 
 
 def test_patch_makes_the_code_of_the_commit(checkout, tmp_path):
-    (checkout / "flame" / "run_record.py").write_text("two\n")
+    (checkout / "flame" / "run" / "record.py").write_text("two\n")
     (checkout / "flame" / "new.py").write_bytes(b"a new file, \xff\x00\n")
     # nobody's code
     (checkout / "big.bin").write_bytes(b"\0" * 1000)
@@ -58,7 +58,7 @@ def test_patch_makes_the_code_of_the_commit(checkout, tmp_path):
     fresh = tmp_path / "fresh"
     git(tmp_path, "clone", "-q", str(checkout), str(fresh))
     git(fresh, "apply", str(tmp_path / "run" / "record" / "001.patch"))
-    assert (fresh / "flame" / "run_record.py").read_text() == "two\n"
+    assert (fresh / "flame" / "run" / "record.py").read_text() == "two\n"
     assert (fresh / "flame" / "new.py").read_bytes() == b"a new file, \xff\x00\n"
     assert not (fresh / "big.bin").exists()
 
@@ -77,14 +77,14 @@ def test_code_within_another_checkout_has_no_commit(checkout, tmp_path, monkeypa
     # a package installed below a folder that somebody keeps in git
     inner = checkout / "venv" / "flame"
     inner.mkdir(parents=True)
-    monkeypatch.setattr(run_record, "__file__", str(inner / "run_record.py"))
+    monkeypatch.setattr(run_record, "__file__", str(inner / "run" / "record.py"))
     seen = record(tmp_path)["git"]
     assert seen["commit"] is None
     assert "not a checkout of its own" in seen["reason"]
 
 
 def test_without_git_and_outside_a_checkout(checkout, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_record, "__file__", str(tmp_path / "plain" / "flame" / "x.py"))
+    monkeypatch.setattr(run_record, "__file__", str(tmp_path / "plain" / "flame" / "run" / "x.py"))
     (tmp_path / "plain" / "flame").mkdir(parents=True)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     assert "not a git repository" in record(tmp_path)["git"]["reason"]

@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 import torch
 
-import flame._compat as compat
-from flame.config import parse_args
-from flame.titan import titan_config
+import flame.titan.patches as compat
+from flame.config.parse import parse_args
+from flame.titan.config import titan_config
 
 # isort: split
 from torchtitan.components.lr_scheduler import build_lr_schedulers

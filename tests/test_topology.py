@@ -8,9 +8,9 @@ import machine
 import pytest
 import torch
 
-from flame import gpus, placement, topology
-from flame.errors import UsageError
-from flame.topology import format_ranges, parse_ranges
+from flame.base.errors import UsageError
+from flame.machine import list_gpus, numa, placement
+from flame.machine.numa import format_ranges, parse_ranges
 
 EIGHT = [0, 0, 0, 0, 1, 1, 1, 1]
 TWO_SOCKETS = [(0, "0-47,96-143"), (1, "48-95,144-191")]
@@ -30,8 +30,8 @@ def build(tmp_path, monkeypatch):
             # HIP counts from 0 what ROCR leaves
             return [machine.address(i) for i in chosen if not hidden or i < hidden]
 
-        monkeypatch.setattr(topology, "ROOT", machine.build(tmp_path, nodes=nodes, gpus=gpu_nodes))
-        monkeypatch.setattr(gpus, "addresses", addresses)
+        monkeypatch.setattr(numa, "ROOT", machine.build(tmp_path, nodes=nodes, gpus=gpu_nodes))
+        monkeypatch.setattr(list_gpus, "addresses", addresses)
         return tmp_path
 
     return build
@@ -143,7 +143,7 @@ def test_a_machine_of_one_group_needs_no_addresses(build, tmp_path, monkeypatch)
         place(5)
     assert place(8, allow=True) == []
     # a kernel without NUMA
-    monkeypatch.setattr(topology, "ROOT", tmp_path / "plain")
+    monkeypatch.setattr(numa, "ROOT", tmp_path / "plain")
     (tmp_path / "plain/sys/devices/system/cpu").mkdir(parents=True)
     assert place(4) == []
 
@@ -169,7 +169,7 @@ def test_variables_that_leave_no_gpu_are_named_together(build, monkeypatch):
     with pytest.raises(UsageError, match=both):
         place(1, "4", ROCR_VISIBLE_DEVICES="4,5")
     assert place(1, "1", ROCR_VISIBLE_DEVICES="4,5")
-    monkeypatch.setattr(gpus, "addresses", lambda env: [])
+    monkeypatch.setattr(list_gpus, "addresses", lambda env: [])
     with pytest.raises(UsageError, match="no GPU with CUDA_VISIBLE_DEVICES=0: name GPUs"):
         placement.place(
             ngpu=1,
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_stops_the_run_unless_allowed(build, tmp_path, monke
     # when the whole machine is to be described
     with pytest.raises(UsageError, match="0000:03:00.0/numa_node cannot be read"):
         place(2, "3,4")
-    monkeypatch.setattr(topology, "ROOT", tmp_path / "nothing")
+    monkeypatch.setattr(numa, "ROOT", tmp_path / "nothing")
     with pytest.raises(UsageError, match="do not exist; --job.allow_cross_numa"):
         place(4)
 
@@ -211,7 +211,7 @@ def test_cpus_that_the_process_may_not_use(build):
 
 @pytest.mark.skipif(not os.path.isdir("/sys/devices/system/cpu"), reason="no /sys")
 def test_this_machine_can_be_read():
-    groups = topology.groups()
+    groups = numa.groups()
     assert groups
     assert len(groups) == 1 or all(group.cpus for group in groups)
 
@@ -223,7 +223,7 @@ def test_torch_is_asked_for_the_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    gpus.main()
+    list_gpus.main()
     assert json.loads(capsys.readouterr().out) == ["0002:c1:00.0"]
 
 
@@ -237,15 +237,15 @@ def test_the_answer_of_the_process_that_asks(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     # a torch without a GPU runtime is not asked
     answer(1, "", "")
-    assert gpus.addresses({}) == []
+    assert list_gpus.addresses({}) == []
     monkeypatch.setattr(torch.version, "hip", "6.4")
     answer(0, 'a warning\n["0000:01:00.0"]\n', "")
-    assert gpus.addresses({}) == ["0000:01:00.0"]
+    assert list_gpus.addresses({}) == ["0000:01:00.0"]
     answer(1, "", "Traceback\nRuntimeError: HIP is broken\n")
     with pytest.raises(UsageError, match="cannot list the GPUs: RuntimeError: HIP is broken"):
-        gpus.addresses({})
+        list_gpus.addresses({})
 
 
 @pytest.mark.gpu
 def test_the_gpus_of_this_machine():
-    assert len(gpus.addresses(os.environ)) == torch.cuda.device_count()
+    assert len(list_gpus.addresses(os.environ)) == torch.cuda.device_count()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from flame.base.errors import UsageError
 from flame.data import load_documents, load_tokenizer, tokenize
 from flame.data import train_tokenizer as command
-from flame.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = load_documents("python-docs")

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flame.models  # noqa: F401  # teaches transformers the model
-from flame.config import JobConfig
-from flame.errors import UsageError
-from flame.run_folder import claim
+from flame.base.errors import UsageError
+from flame.config.sections import JobConfig
+from flame.run.identity import claim
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -243,7 +243,7 @@ def test_interrupt_before_the_training_ends_at_once_without_a_traceback(small, t
         # importing torch, so seconds before it trains; a build for GPUs lists them in a process of its own first
         while not any(
             "libtorch" in Path(f"/proc/{child}/maps").read_text()
-            and b"flame.gpus" not in Path(f"/proc/{child}/cmdline").read_bytes()
+            and b"flame.machine.list_gpus" not in Path(f"/proc/{child}/cmdline").read_bytes()
             for child in children.read_text().split()
         ):
             assert process.poll() is None

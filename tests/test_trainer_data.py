@@ -13,13 +13,13 @@ from small_model import write_model
 from test_trainer import FLAGS, ROOT, STEPS, command, curve, environment, train, wait_for
 from torch.nn.functional import cross_entropy
 
-from flame import memory_estimation
-from flame.checkpoint_folder import newest_checkpoint
-from flame.config import parse_args
-from flame.errors import UsageError
-from flame.memory_estimation import estimate_memory
-from flame.run_folder import identity, require_same_run
-from flame.train import read_inputs, set_precision
+from flame.base.errors import UsageError
+from flame.checkpoints.step_folder import newest_checkpoint
+from flame.config.parse import parse_args
+from flame.run.identity import identity, require_same_run
+from flame.run.inputs import read_inputs, set_precision
+from flame.training import memory_estimation
+from flame.training.memory_estimation import estimate_memory
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    BloomConfig,
     DataCollatorWithFlattening,
     Gemma3Config,
     Gemma3TextConfig,
@@ -400,3 +401,13 @@ def test_what_cannot_be_right_is_refused():
         model.train()(ids)
     with pytest.raises(ValueError, match="hardmax"):
         model_of(FAMILIES["llama"], "hardmax")
+
+
+def test_a_model_that_would_ignore_the_operator_is_refused():
+    shape = {"vocab_size": 32, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    message = "'naive_softpick' has no effect on BloomForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(BloomConfig(**shape), attn_implementation="naive_softpick")
+    model = AutoModelForCausalLM.from_config(BloomConfig(**shape))
+    with pytest.raises(ValueError, match=message):
+        model.set_attn_implementation("naive_softpick")

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 
 from flame.data.batches import Rows, to_batch
 from flame.models import read_config
-from flame.titan import ModelArgs, TitanModel
+from flame.titan.model import ModelArgs, TitanModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OPERATORS = ["naive_softpick_attn", "naive_softmax_attn", "parallel_softpick_attn"]

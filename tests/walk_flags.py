@@ -97,7 +97,7 @@ def flags_read(
     Args:
         sections: Section -> its options.
         classes: Class of a section -> section, for arguments that are one. It counts where the module
-            imports it from `flame.config`: torchtitan has classes of the same names.
+            imports it from `flame.config.sections`: torchtitan has classes of the same names.
         methods: What `read_by_methods` found; a method that is named counts as its options.
     """
     found: set[str] = set()
@@ -105,7 +105,7 @@ def flags_read(
     imported = {
         alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module == "flame.config"
+        if isinstance(node, ast.ImportFrom) and node.module == "flame.config.sections"
         for alias in node.names
         if alias.asname is None
     }

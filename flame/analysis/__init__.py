@@ -1,1 +1,4 @@
-"""What attention does in trained models, measured, written as records, and drawn: `flame.analyze` on the command line."""
+"""What attention does in finished models: measured, written as records, and drawn.
+
+It may import `run` and every room below it, and not `training`.
+"""

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from flame.analysis.records import Recorder
-from flame.errors import UsageError
-from flame.writers import METRICS_FILE, read_metrics
+from flame.base.errors import UsageError
+from flame.run.metrics_file import METRICS_FILE, read_metrics
 
 _NAMES = ("loss", "validation_loss", "grad_norm")
 MAX_POINTS = 400

@@ -7,12 +7,12 @@ from flame.analysis.models import OWN, Model, find_model
 from flame.analysis.quantized import BITS
 from flame.analysis.records import RECORDS_FILE
 from flame.analysis.samples import FIRST_TOKENS
-from flame.cli import Parser
+from flame.base.command_line import Parser
+from flame.base.errors import UsageError
+from flame.base.paths import path_argument, text_argument
 from flame.data.bos import before_prompt
 from flame.data.prepared import tokenizer_identity
-from flame.errors import UsageError
 from flame.models.attention import IMPLEMENTATIONS
-from flame.paths import path_argument, text_argument
 
 
 def parser() -> Parser:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flame.attention_stats import TILE_ELEMENTS, WeightBlock, weight_blocks
+from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock, weight_blocks
 
 DEAD = 1e-6
 """Outputs below this in absolute value count as none."""

@@ -27,10 +27,12 @@ from flame.analysis.heads import (
     position_buckets,
 )
 from flame.analysis.records import Recorder
-from flame.attention_stats import TILE_ELEMENTS, kurtosis, power_sums, replaced_operator
-from flame.errors import UsageError
+from flame.base.errors import UsageError
+from flame.measure.counts import kurtosis, power_sums
+from flame.measure.weight_blocks import TILE_ELEMENTS
 from flame.models.attention import IMPLEMENTATIONS, normalizer_of
 from flame.models.keywords import refuse_unknown
+from flame.models.operator_override import replaced_operator
 
 EMBEDDING = -1
 """The "layer" of the embedding's output, in records of activations."""
@@ -220,7 +222,7 @@ def measure(
         model: In evaluation mode, running one of `flame.models.attention.IMPLEMENTATIONS`.
         samples: Token ids ``[N, length + 1]``.
         tick: Called after each sample.
-        tile_elements: Scores that exist at a time, as in `flame.attention_stats.weight_blocks`.
+        tile_elements: Scores that exist at a time, as in `flame.measure.while_training.weight_blocks`.
 
     Raises:
         UsageError: A layer has no attention of this kind.

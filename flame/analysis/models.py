@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from flame.checkpoint_folder import describe_failure, is_complete
-from flame.convert import dcp_to_hf
+from flame.base.errors import UsageError
+from flame.checkpoints.huggingface import dcp_to_hf
+from flame.checkpoints.step_folder import describe_failure, is_complete
 from flame.data import load_tokenizer
 from flame.data.bos import for_inference
-from flame.errors import UsageError
 from flame.models import SoftpickTransformerConfig, normalizer_of, read_config
 from flame.models.attention import IMPLEMENTATIONS
 from flame.models.loading import READING_ERRORS, load_model, unreadable
-from flame.run_folder import RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
+from flame.run.identity import RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
 OWN = "own"
 """Value of --attn_implementation: what the model's configuration says, and softmax where it says nothing."""

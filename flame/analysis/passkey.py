@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from flame.base.errors import UsageError
 from flame.data.bos import before_prompt
-from flame.errors import UsageError
 
 # every piece but the first starts with its space, where byte-level BPE tokenizers part words: the ids of the pieces,
 # put together, are those of the text

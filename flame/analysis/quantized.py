@@ -8,7 +8,7 @@ dtype, so that every arm goes on through the same layers and the same attention 
 import torch
 from torch import nn
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 BITS = (2, 3, 4, 8)
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flame.errors import UsageError
-from flame.writers import strict_json
+from flame.base.errors import UsageError
+from flame.base.files import write_atomically
+from flame.run.metrics_file import strict_json
 
 RECORDS_FILE = "records.jsonl"
 KEYS = ("metric", "model", "label", "layer", "head", "length", "value")
@@ -40,9 +41,7 @@ class Recorder:
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
     """Writes the file in one move; numbers that are not finite become null."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("".join(strict_json(r) + "\n" for r in records), encoding="utf-8")
-    temporary.replace(file)
+    write_atomically(file, "".join(strict_json(r) + "\n" for r in records))
 
 
 def read_records(file: Path) -> list[Record]:

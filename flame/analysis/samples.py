@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from flame.base.errors import UsageError
 from flame.data.bos import before_prompt
 from flame.data.folder import has_splits
 from flame.data.locate import local_path
 from flame.data.prepared import is_prepared, read_index, read_prepared
 from flame.data.text import PYTHON_DOCS, load_documents
 from flame.data.tokens import Encoder
-from flame.errors import UsageError
 
 FIRST_TOKENS = ("training", "text", "bos", "eos")
 _BATCH = 16

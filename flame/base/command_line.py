@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flame.errors import UsageError, require_unicode
+from flame.base.errors import UsageError, require_unicode
 
 _LIKE_ENOUGH = 0.7
 # what a switch is given by those who take it for an option

@@ -1,7 +1,25 @@
-"""Modes of files that are written under a temporary name, which some libraries make for their owner alone."""
+"""Files that appear under their name when they are whole, and the mode that a new one has."""
 
 import os
 from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def temporary_name(file: Path) -> Path:
+    """Where `write_atomically` writes before the file has its name; what a kill may leave behind."""
+    return file.with_name(file.name + TEMPORARY_SUFFIX)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes ``file`` in UTF-8 and in one move: a reader, or a kill, sees all of the old text or all of the new.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full.
+    """
+    temporary = temporary_name(file)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def umask() -> int:

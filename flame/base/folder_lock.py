@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from flame.errors import UsageError
-from flame.log import logger
+from flame.base.errors import UsageError
+from flame.base.log import logger
 
 LOCK_FILE = "lock"
 # a run that was killed may still be saving

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 logger = logging.getLogger("flame")
 

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 

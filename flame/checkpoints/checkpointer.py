@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
 
-import flame._compat  # noqa: F401  # before torchtitan
-from flame.checkpoint_folder import (
+from flame.base.errors import UsageError
+from flame.base.log import logger
+from flame.checkpoints.huggingface import check_weights
+from flame.checkpoints.step_folder import (
     AtomicWriter,
     describe_failure,
     first_failure,
@@ -29,14 +31,9 @@ from flame.checkpoint_folder import (
     remove_unfinished,
     step_of,
 )
-from flame.config import JobConfig
-from flame.convert import check_weights
-from flame.errors import UsageError
-from flame.log import logger
+from flame.config.sections import JobConfig
 from flame.models import SoftpickTransformerConfig
-
-# isort: split
-from torchtitan.components.checkpoint import ModelWrapper
+from flame.titan.upstream import ModelWrapper
 
 
 def check_start(config: JobConfig, model: SoftpickTransformerConfig, device_type: str) -> None:

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from flame.errors import UsageError
-from flame.log import logger
+from flame.base.errors import UsageError
+from flame.base.log import logger
 
 _SAVING, _DELETING = ".saving", ".deleting"
 

@@ -9,8 +9,8 @@ import typing
 from types import ModuleType
 from typing import Any
 
-from flame.cli import closest
-from flame.errors import UsageError
+from flame.base.command_line import closest
+from flame.base.errors import UsageError
 
 _WIDTH = 80
 _OVERVIEW = """\

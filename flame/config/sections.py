@@ -5,26 +5,14 @@ Flags are dotted, ``--training.steps 300``; the same names in sections make the 
 ones of the smallest useful run: a 1M parameter model on the text that ships with Python.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import io
 import json
-import math
-import re
-import sys
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from flame.cli import require_flags, require_text
-from flame.errors import UsageError
-from flame.help import show
-from flame.paths import expand, split_list
-from flame.refused_flags import refuse
+from flame.base.errors import UsageError
+from flame.base.paths import expand, split_list
 
 
 def _require(condition: bool, flag: str, value: object, right: str) -> None:
@@ -45,8 +33,6 @@ _OWN_NAMES = (
     "config.toml",
     "metrics.jsonl",
 )
-# flags that torch, torchtitan and Python's containers take as C integers
-_LARGEST_INTEGER = 2**31 - 1
 
 
 def _require_name(flag: str, value: str) -> None:
@@ -711,135 +697,3 @@ class JobConfig:
                     lines.append(f"{option.name} = {text}")
             lines.append("")
         return "\n".join(lines)
-
-
-# what other trainers call an option
-_ALIASES = {
-    "learning_rate": "optimizer.lr",
-    "max_lr": "optimizer.lr",
-    "max_steps": "training.steps",
-    "num_steps": "training.steps",
-    "train_steps": "training.steps",
-    "per_device_train_batch_size": "training.batch_size",
-    "micro_batch_size": "training.batch_size",
-    "block_size": "training.seq_len",
-    "sequence_length": "training.seq_len",
-    "max_seq_len": "training.seq_len",
-    "output_dir": "job.dump_folder",
-    "save_steps": "checkpoint.interval",
-    "logging_steps": "metrics.log_freq",
-    "clip_grad": "training.max_norm",
-    "max_grad_norm": "training.max_norm",
-    "tokenizer": "model.tokenizer_path",
-}
-
-
-def _known_words() -> dict[str, bool]:
-    """Flag -> whether it takes a value."""
-    words = {}
-    for flag, value in JobConfig().flags().items():
-        is_switch = isinstance(value, bool)
-        words[flag] = not is_switch
-        if is_switch:
-            words[flag.replace(".", ".no_", 1)] = False
-    return words
-
-
-def _check_words(argv: list[str]) -> None:
-    require_text(argv)
-    refuse(argv)
-    # both spellings are taken
-    words = [
-        "=".join([flag.replace("-", "_").replace("__", "--", 1), *rest])
-        if w.startswith("--")
-        else w
-        for w in argv
-        for flag, *rest in [w.split("=", 1)]
-    ]
-    require_flags(
-        words, _known_words() | {"help": False}, aliases=_ALIASES, help_command="bash train.sh -h"
-    )
-
-
-def _flags_of_toml(path: Path) -> list[str]:
-    """The file's keys as flags, so that both are read, checked and complained about in one way."""
-    try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            f"--job.config_file must be a TOML file, got {str(path)!r}: {error}"
-        ) from None
-    try:
-        return flags_of_sections(sections)
-    except UsageError as error:
-        raise UsageError(f"--job.config_file {path}: {error}") from None
-
-
-def flags_of_sections(sections: dict[str, Any]) -> list[str]:
-    """The tables of a recipe, section -> option -> value, as flags.
-
-    Raises:
-        UsageError: A key stands outside a section.
-    """
-    flags: list[str] = []
-    for section, options in sections.items():
-        if not isinstance(options, dict):
-            raise UsageError(f"key {section!r} stands outside a [section]")
-        for name, value in options.items():
-            if isinstance(value, bool):
-                flags.append(f"--{section}.{name}" if value else f"--{section}.no_{name}")
-            else:
-                flags.append(f"--{section}.{name}={value}")
-    return flags
-
-
-def parse_args(argv: list[str]) -> JobConfig:
-    """Defaults, then ``--job.config_file``, then flags.
-
-    Raises:
-        UsageError: An unknown flag or key, or a value that its option refuses.
-    """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # without a value: tyro says so below
-    peek.add_argument("--job.config_file", "--job.config-file", dest="config_file", nargs="?")
-    config_file = peek.parse_known_args(argv)[0].config_file
-    for i, word in enumerate(argv):
-        if word in ("-h", "--help"):
-            topic = argv[i + 1] if i + 1 < len(argv) else None
-            show(topic, JobConfig(), sys.modules[__name__])
-            sys.exit(0)
-    if config_file is not None:
-        # before the file is read
-        require_text(["--job.config_file", config_file])
-        argv = _flags_of_toml(Path(expand("--job.config_file", config_file))) + argv
-    _check_words(argv)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(
-                JobConfig,
-                prog="train.sh",
-                args=argv,
-                use_underscores=True,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit:
-        raise UsageError(_one_line(complaint.getvalue())) from None
-    for flag, value in config.flags().items():
-        # written so that NaN is refused too
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{flag} must be finite, got {value}")
-        if isinstance(value, int) and flag != "training.seed":
-            _require(value <= _LARGEST_INTEGER, flag, value, f"at most {_LARGEST_INTEGER}")
-    return config
-
-
-def _one_line(box: str) -> str:
-    """tyro's complaint, which comes in a box with the option's help, as one line."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if line.startswith("───")]
-    message = " ".join(lines[: rules[0]] if rules else lines)
-    # a check of ours names the flag itself
-    message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
-    return message + " (bash train.sh -h lists the flags)"

@@ -3,7 +3,7 @@
 A command written for upstream then ends with an answer, not with "unrecognized option".
 """
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 REFUSED: dict[str, str] = {
     "job.use_for_integration_test": "leave it out; the tests have runs of their own",

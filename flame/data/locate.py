@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flame.paths import expand
+from flame.base.paths import expand
 
 # a value that ends like this means a file, whether or not it exists
 _FILE_ENDINGS = {

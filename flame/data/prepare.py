@@ -19,8 +19,12 @@ from typing import NoReturn
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from flame.cli import Parser
-from flame.config import DEFAULT_BOS, SHARE_UNITS, DataSource
+from flame.base.command_line import Parser
+from flame.base.errors import UsageError, exit_on_training_error, exit_on_usage_error
+from flame.base.files import apply_umask
+from flame.base.log import init_logger, logger
+from flame.base.paths import path_argument, split_list, text_argument
+from flame.config.sections import DEFAULT_BOS, SHARE_UNITS, DataSource
 from flame.data.bos import MODES, around_document, sequence_bos
 from flame.data.prepared import (
     ENDS,
@@ -36,10 +40,6 @@ from flame.data.shards import Shards, open_shards
 from flame.data.tokenizer import load_tokenizer
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
-from flame.errors import UsageError, exit_on_training_error, exit_on_usage_error
-from flame.files import apply_umask
-from flame.log import init_logger, logger
-from flame.paths import path_argument, split_list, text_argument
 
 # characters that a process gets at a time, and at least one document
 _CHUNK = 1 << 20

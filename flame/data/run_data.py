@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from flame.config import DEFAULT_BOS, DataSource, JobConfig
+from flame.config.sections import DEFAULT_BOS, DataSource, JobConfig
 from flame.data.batches import Batch
 from flame.data.bos import describe, sequence_bos
 from flame.data.loader import TokenLoader, validation_batches

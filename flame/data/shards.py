@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from flame.config import DataSource
+from flame.config.sections import DataSource
 from flame.data.files import TEXT, read_file
 from flame.data.locate import first_line, local_path
 from flame.data.prepared import is_prepared

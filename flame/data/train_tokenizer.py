@@ -10,13 +10,13 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flame.cli import Parser, make_folder
+from flame.base.command_line import Parser, make_folder
+from flame.base.errors import UsageError, exit_on_usage_error
+from flame.base.log import init_logger, logger
+from flame.base.paths import path_argument
 from flame.data.prepare import add_source_flags, one_source
 from flame.data.shards import Shards, open_shards
 from flame.data.tokenizer import bos_template
-from flame.errors import UsageError, exit_on_usage_error
-from flame.log import init_logger, logger
-from flame.paths import path_argument
 
 # ids 0 to 2, named as in flame.data.tokenizer.byte_tokenizer
 _SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>")

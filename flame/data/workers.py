@@ -9,8 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from flame.errors import TrainingError
-from flame.stop_signals import STOP_SIGNALS, end_with_parent
+from flame.base.errors import TrainingError
+from flame.base.stop_signals import STOP_SIGNALS, end_with_parent
 
 # what a worker was forked with
 _function: Callable[[Any], Any] | None = None

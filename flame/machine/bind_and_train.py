@@ -1,4 +1,4 @@
-"""``python -m flame.bound PLACES [flags]``: binds itself to the CPUs and memory of its GPU, then is `flame.train`.
+"""``python -m flame.machine.bind_and_train PLACES [flags]``: binds itself to the CPUs and memory of its GPU, then is `flame.train`.
 
 `flame.launch` starts a run's processes this way on a machine of several NUMA groups. torchrun's own
 ``--numa-binding`` needs the program numactl, starts the GPU runtime in the launcher and binds no memory.
@@ -13,8 +13,8 @@ import platform
 import runpy
 import sys
 
-from flame.errors import UsageError, exit_on_usage_error
-from flame.topology import parse_ranges
+from flame.base.errors import UsageError, exit_on_usage_error
+from flame.machine.numa import parse_ranges
 
 # Source: set_mempolicy(2) and the kernel's tables of system calls
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}

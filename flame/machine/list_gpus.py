@@ -1,4 +1,4 @@
-"""``python -m flame.gpus``: the PCI addresses of the GPUs that a process sees, in torch's order, as JSON.
+"""``python -m flame.machine.list_gpus``: the PCI addresses of the GPUs that a process sees, in torch's order, as JSON.
 
 The GPU runtime itself is asked, so that visible devices, UUIDs, CUDA_DEVICE_ORDER and partitions mean here what
 they mean to a run; and in a process of its own, so that nothing of it stays in the launcher.
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 
 def addresses(env: Mapping[str, str]) -> list[str]:
@@ -23,7 +23,10 @@ def addresses(env: Mapping[str, str]) -> list[str]:
     if not (torch.version.cuda or torch.version.hip):
         return []
     run = subprocess.run(
-        [sys.executable, "-m", "flame.gpus"], env=dict(env), capture_output=True, text=True
+        [sys.executable, "-m", "flame.machine.list_gpus"],
+        env=dict(env),
+        capture_output=True,
+        text=True,
     )
     if run.returncode:
         reason = run.stderr.strip() or f"exit code {run.returncode}"

@@ -4,7 +4,7 @@ import errno
 import socket
 import struct
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 
 def claim(port: int) -> socket.socket:

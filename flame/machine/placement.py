@@ -5,10 +5,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flame import gpus, topology
-from flame.errors import UsageError
-from flame.log import logger
-from flame.topology import Group, TopologyError, format_ranges
+from flame.base.errors import UsageError
+from flame.base.log import logger
+from flame.machine import list_gpus, numa
+from flame.machine.numa import Group, TopologyError, format_ranges
 
 # a run leaves the other half of an 8-GPU machine to another one (AGENTS.md, section 5)
 MAX_GPUS = 4
@@ -47,7 +47,7 @@ def place(
     Raises:
         UsageError: A rule is broken, or the topology cannot be read.
     """
-    visible = gpus.addresses(env)
+    visible = list_gpus.addresses(env)
     names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
     variable = names[1] if is_rocm else names[2]
     masks = {name: env[name] for name in (names if is_rocm else names[2:]) if name in env}
@@ -69,8 +69,8 @@ def place(
         )
     used = visible[:ngpu]
     try:
-        groups = topology.groups()
-        group_of = {} if len(groups) == 1 else {x: topology.group_of(x, groups) for x in used}
+        groups = numa.groups()
+        group_of = {} if len(groups) == 1 else {x: numa.group_of(x, groups) for x in used}
     except TopologyError as error:
         if allow_cross_numa:
             logger.info(f"processes are not bound, since the NUMA groups are not known: {error}")
@@ -113,11 +113,11 @@ def _proposal(
 ) -> str:
     """Which of the GPUs is where, and the commands that would be right, in the numbers of ``variable``."""
     masks = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-    every = gpus.addresses({name: value for name, value in env.items() if name not in masks})
+    every = list_gpus.addresses({name: value for name, value in env.items() if name not in masks})
     found, commands = [], []
     for group in groups:
         try:
-            numbers = [i for i, x in enumerate(every) if topology.group_of(x, groups) == group]
+            numbers = [i for i, x in enumerate(every) if numa.group_of(x, groups) == group]
         except TopologyError as error:
             raise UsageError(f"the NUMA groups of the GPUs are not known: {error}") from None
         own = [i for i in numbers if every[i] in used]
@@ -157,7 +157,7 @@ def threads(places: list[Place]) -> int:
 
 
 def to_json(places: list[Place]) -> str:
-    """The argument of `flame.bound`: CPUs and NUMA nodes for each local rank."""
+    """The argument of `flame.machine.bind_and_train`: CPUs and NUMA nodes for each local rank."""
     return json.dumps(
         [
             {"cpus": format_ranges(place.cpus), "nodes": format_ranges(place.group.nodes)}

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-from flame.log import logger
+from flame.base.log import logger
 
 NEWEST = {"torch": "2.14", "triton": "3.9"}
 """The newest release series that the tests have run with, as the extra ``cpu`` in setup.py bounds them."""

@@ -12,6 +12,7 @@ with warnings.catch_warnings():
 
 # isort: split
 from flame.models.attention import OPERATORS, normalizer_of, register_operators, require_device
+from flame.models.interface import require_attention_interface
 from flame.models.saved_configs import save_implementations
 from flame.models.softpick_transformer import (
     SoftpickTransformerConfig,
@@ -21,6 +22,7 @@ from flame.models.softpick_transformer import (
 
 register_operators()
 save_implementations()
+require_attention_interface()
 AutoConfig.register(SoftpickTransformerConfig.model_type, SoftpickTransformerConfig, exist_ok=True)
 AutoModelForCausalLM.register(
     SoftpickTransformerConfig, SoftpickTransformerForCausalLM, exist_ok=True

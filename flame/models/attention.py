@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 import fla.ops.attn.softpick as softpick_ops
 from fla.ops.attn.softpick import NORMALIZERS
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
 from flame.models.keywords import refuse_unknown
 from flame.models.packing import document_bounds

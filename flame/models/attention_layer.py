@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -16,6 +15,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from flame.base.tensors import local_tensor
 from flame.models.key_ranges import KeyRanges, num_visible_keys
 from flame.models.keywords import refuse_unknown
 from flame.models.packing import document_bounds
@@ -98,10 +98,10 @@ class SoftpickAttention(LlamaAttention):
                 S = k.shape[2]
                 bounds = document_bounds(name, attention_mask, B=B, T=T, S=S, **packing)
                 num_keys = num_visible_keys(B, T, S, attention_mask, bounds, q.device)
-            q = _scale_by_length(q, _own_heads(self.log_scale), num_keys)
+            q = _scale_by_length(q, local_tensor(self.log_scale), num_keys)
         options = {**packing, "is_causal": is_causal, "output_attentions": output_attentions}
         if self.config.attn_sink:
-            options["s_aux"] = _own_heads(self.sinks)
+            options["s_aux"] = local_tensor(self.sinks)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -131,8 +131,3 @@ def _scale_by_length(
     dtype = torch.promote_types(q.dtype, torch.float32)
     factor = log_scale.to(dtype)[:, None] * num_keys.to(dtype).log()[:, None]
     return (q.to(dtype) * factor[..., None]).to(q.dtype)
-
-
-def _own_heads(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process has of a parameter ``[HQ]``: its own heads under tensor parallelism."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

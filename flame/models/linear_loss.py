@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 # summed loss of hidden states [N, D], weights [V, D] of their dtype, labels [N] with -100 left out
 LinearLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 READING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
 """What transformers, tokenizers and safetensors raise at files that are missing or damaged."""

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers import initialization as init
 
-from flame.cli import closest
+from flame.base.command_line import closest
 from flame.models.attention import IMPLEMENTATIONS, OPERATORS, normalizer_of
 from flame.models.attention_layer import LOG_SCALE_START, SoftpickAttention
 

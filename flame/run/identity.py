@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from flame.checkpoint_folder import newest_checkpoint, remove
-from flame.config import DEFAULT_BOS, JobConfig
+from flame.base.errors import UsageError, is_full_disk
+from flame.base.files import temporary_name, write_atomically
+from flame.base.folder_lock import LOCK_FILE, hold
+from flame.base.log import logger
+from flame.checkpoints.step_folder import newest_checkpoint, remove
+from flame.config.sections import DEFAULT_BOS, JobConfig
 from flame.data.bos import BEFORE_THE_FLAG
 from flame.data.tokenizer import IDENTITY_KEY
-from flame.errors import UsageError, is_full_disk
-from flame.folder_lock import LOCK_FILE, hold
-from flame.log import logger
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
 BOS_KEY = "--training.bos"
 BATCH_KEY = "the number of sequences in a step (--training.batch_size x ...)"
 CONFIG_FILE = "config.toml"
-_TEMPORARY = f"{RUN_FILE}.tmp"
 
 # Flags that may change when a run is continued: they alter how far, how often and where, not what.
 _FREE_SECTIONS = (
@@ -130,8 +130,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
         require_same_run(folder, run)
         _make_way(folder, run)
         # in one move: with this file the folder counts as a run's
-        (folder / _TEMPORARY).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        (folder / _TEMPORARY).replace(folder / RUN_FILE)
+        write_atomically(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--job.dump_folder {folder} must be writable: {error}") from None
@@ -147,7 +146,7 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     file = folder / RUN_FILE
     if not file.is_file():
         # a run that was killed before it wrote its first file leaves these
-        if {path.name for path in folder.iterdir()} <= {_TEMPORARY, LOCK_FILE}:
+        if {path.name for path in folder.iterdir()} <= {temporary_name(file).name, LOCK_FILE}:
             return
         raise UsageError(
             f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"

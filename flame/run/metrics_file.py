@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
-from flame.config import JobConfig
-from flame.errors import UsageError
+from flame.base.errors import UsageError
+from flame.base.files import write_atomically
+from flame.config.sections import JobConfig
 
 METRICS_FILE = "metrics.jsonl"
 """Of a run's folder."""
@@ -81,9 +82,7 @@ class JsonLines:
                     kept.append(strict_json(record) + "\n")
                 if record["step"] == start_step:
                     self.done |= record.keys()
-        temporary = file.with_name(f"{file.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(file)
+        write_atomically(file, "".join(kept))
         # without a buffer, so that a full disk is told by the write that meets it, and by nothing after it
         self.stream = open(file, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
 
@@ -145,10 +144,7 @@ class WeightsAndBiases:
         folder = config.dump_folder
         file = folder / "wandb_id"
         if not file.exists():
-            # in one move: a kill must not leave an empty one
-            temporary = file.with_name("wandb_id.tmp")
-            temporary.write_text(f"{uuid.uuid4().hex[:12]}\n", encoding="utf-8")
-            temporary.replace(file)
+            write_atomically(file, f"{uuid.uuid4().hex[:12]}\n")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "flame"),
             name=os.environ.get("WANDB_NAME", folder.name),

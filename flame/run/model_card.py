@@ -7,14 +7,14 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedTokenizerFast
 
-from flame.checkpoint_folder import step_of
+from flame.checkpoints.step_folder import step_of
 from flame.data.bos import before_prompt
 from flame.data.locate import local_path
 from flame.data.text import PYTHON_DOCS
 from flame.models import SoftpickTransformerConfig, normalizer_of
-from flame.run_folder import BATCH_KEY, RUN_FILE
-from flame.run_record import RECORD_FOLDER
-from flame.writers import METRICS_FILE, read_metrics
+from flame.run.identity import BATCH_KEY, RUN_FILE
+from flame.run.metrics_file import METRICS_FILE, read_metrics
+from flame.run.record import RECORD_FOLDER
 
 _BODY = """---
 {header}

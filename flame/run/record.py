@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from flame.config import JobConfig
+from flame.base.files import write_atomically
+from flame.config.sections import JobConfig
 
 RECORD_FOLDER = "record"
 PACKAGES = (
@@ -86,7 +87,7 @@ def write_record(config: JobConfig, argv: list[str]) -> Path:
     folder.mkdir(exist_ok=True)
     number = 1 + max((int(p.stem) for p in folder.glob("*.json") if p.stem.isdecimal()), default=0)
     name = f"{number:03}"
-    git, patch = _git(Path(__file__).resolve().parent.parent)
+    git, patch = _git(Path(__file__).resolve().parents[2])
     record = {
         "start": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command(argv),
@@ -102,10 +103,9 @@ def write_record(config: JobConfig, argv: list[str]) -> Path:
     if patch:
         (folder / f"{name}.patch").write_bytes(patch)
     (folder / f"{name}.toml").write_text(config.to_toml(), encoding="utf-8")
-    # last, since its name counts the records, and whole or not at all
-    file, temporary = folder / f"{name}.json", folder / f"{name}.unfinished"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    # last, since its name counts the records
+    file = folder / f"{name}.json"
+    write_atomically(file, json.dumps(record, indent=2) + "\n")
     return file
 
 

@@ -1,1 +1,4 @@
-"""The parts of ``python -m flame.sweep``, from the file of a sweep to the table of its losses."""
+"""An ablation of many runs: its file, checks, cost, processes, state and table of losses.
+
+It may import every other room, and no program.
+"""

@@ -13,29 +13,30 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from flame._compat import DEVICE_TYPE  # before torchtitan
-from flame.analysis import arguments, passkey, quantized
+from flame.analysis import flags, passkey, quantized
 from flame.analysis.samples import read_samples
-from flame.checkpoint import check_start
-from flame.config import JobConfig
+from flame.base.errors import UsageError
+from flame.base.folder_lock import wait_until_free
+from flame.checkpoints.checkpointer import check_start
+from flame.config.sections import JobConfig
 from flame.data import open_data
 from flame.data.bos import for_inference
-from flame.errors import UsageError
-from flame.folder_lock import wait_until_free
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
-from flame.run_folder import CONFIG_FILE, RUN_FILE, identity, require_same_run, set_bos
+from flame.run.identity import CONFIG_FILE, RUN_FILE, identity, require_same_run, set_bos
+from flame.run.inputs import read_model, read_tokenizer, set_precision
 from flame.sweeps.plan import Arm, Run, Sweep
 from flame.sweeps.report import analysis_flags
 from flame.sweeps.state import read_state
-from flame.titan import ModelArgs, global_batch_size
-from flame.train import read_model, read_tokenizer, set_precision
+from flame.titan.config import global_batch_size
+from flame.titan.model import ModelArgs
+from flame.titan.patches import DEVICE_TYPE
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
     parameters: int
     flops_per_token: int
-    """Of training, by torchtitan's convention, see `flame.titan.ModelArgs`."""
+    """Of training, by torchtitan's convention, see `flame.titan.model.ModelArgs`."""
 
 
 def measure_arms(sweep: Sweep) -> dict[str, Size]:
@@ -76,8 +77,8 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
     if sweep.analyze is None:
         return None
     try:
-        args = arguments.parser().parse_args(analysis_flags(sweep, list(sweep.runs)))
-        arguments.check(args)
+        args = flags.parser().parse_args(analysis_flags(sweep, list(sweep.runs)))
+        flags.check(args)
     except UsageError as error:
         raise UsageError(f"{sweep.file}, [analyze]: {error}") from None
     return args
@@ -167,7 +168,7 @@ def _check_folder(
 def _require_same_steps(run: Run) -> None:
     """Refuses a run that is there with another number of steps.
 
-    `flame.run_folder` would continue it, but on another learning-rate schedule than runs that start with that
+    `flame.run.identity` would continue it, but on another learning-rate schedule than runs that start with that
     number, so that the runs of the sweep would not compare.
 
     Raises:

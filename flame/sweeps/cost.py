@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.state import State
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flame.analysis.quantized import BITS
-from flame.config import JobConfig, flags_of_sections, parse_args
-from flame.errors import UsageError
-from flame.paths import expand
+from flame.base.errors import UsageError
+from flame.base.paths import expand
+from flame.config.parse import flags_of_sections, parse_args
+from flame.config.sections import JobConfig
 
 REFERENCE_ARM = "softmax"
 """The arm that the others' losses are compared with."""

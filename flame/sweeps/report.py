@@ -8,8 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from flame.log import logger
-from flame.stop_signals import end_with_parent
+from flame.base.log import logger
+from flame.base.stop_signals import end_with_parent
 from flame.sweeps.plan import REFERENCE_ARM, Arm, Run, Sweep
 from flame.sweeps.runner import last_words
 from flame.sweeps.slots import Slot

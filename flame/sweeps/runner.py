@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from flame.log import logger
-from flame.stop_signals import STOP_SIGNALS, end_with_parent, stop_signals
+from flame.base.log import logger
+from flame.base.stop_signals import STOP_SIGNALS, end_with_parent, stop_signals
 from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State, read_state

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flame import gpus, topology
-from flame.errors import UsageError
-from flame.topology import TopologyError
+from flame.base.errors import UsageError
+from flame.machine import list_gpus, numa
+from flame.machine.numa import TopologyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def find_slots(
     Raises:
         UsageError: No group has ``ngpu`` visible GPUs, or the groups cannot be read.
     """
-    visible = gpus.addresses(env)
+    visible = list_gpus.addresses(env)
     if not visible:
         return [Slot("the CPU")]
     variable, names = _names(len(visible), env)
@@ -106,10 +106,10 @@ def _groups(
     usable = frozenset(os.sched_getaffinity(0))
     every = list(range(len(visible)))
     try:
-        groups = topology.groups()
+        groups = numa.groups()
         if len(groups) == 1:
             return [(groups[0].name, every, usable)]
-        of = [topology.group_of(address, groups) for address in visible]
+        of = [numa.group_of(address, groups) for address in visible]
     except TopologyError as error:
         if allow_cross_numa:
             return [("unknown", every, usable)]

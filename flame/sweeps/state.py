@@ -6,9 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
+from flame.run.metrics_file import METRICS_FILE, read_metrics
 from flame.sweeps.plan import Run
-from flame.writers import METRICS_FILE, read_metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,13 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-
-import flame._compat  # noqa: F401  # before torchtitan
-from flame.config import JobConfig
-from flame.context_parallel import apply_context_parallel
-from flame.layout import Layout
-from flame.titan import TitanModel, titan_config
-
-# isort: split
 from torchtitan.distributed.activation_checkpoint import apply_ac
+
+from flame.config.sections import JobConfig
+from flame.titan.config import titan_config
+from flame.titan.context_parallel import apply_context_parallel
+from flame.titan.mesh import Layout
+from flame.titan.model import TitanModel
 
 # what activation_checkpoint.selective_ac_option "op" keeps (of mm, apply_ac keeps every second one)
 _SAVED_OPS = {

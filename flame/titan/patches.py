@@ -17,10 +17,10 @@ import torch
 import torch._utils
 import torch.distributed as dist
 
-from flame.profiling import trace_steps
+from flame.titan.profiling import trace_steps
 
 if "torchtitan" in sys.modules:
-    raise ImportError("flame._compat must be imported before torchtitan")
+    raise ImportError("flame.titan.patches must be imported before torchtitan")
 
 # "module 'torch._C' has no attribute '_cuda_setDevice'": without a GPU torchtitan assumes CUDA
 if torch._utils._get_available_device_type() is None:
@@ -109,7 +109,7 @@ def _init_distributed(
 
 
 # it makes comm_traces/ in the dump folder before rank 0 has checked whose folder that is; here
-# `flame.train_step` makes it, at the first step
+# `flame.training.step` makes it, at the first step
 titan_distributed.init_distributed = _init_distributed
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flame.log import logger
+from flame.base.log import logger
 
 WARMUP_STEPS, TRACED_STEPS = 3, 1
 

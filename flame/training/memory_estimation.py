@@ -21,20 +21,17 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from flame._compat import DEVICE_TYPE
-from flame.config import JobConfig
-from flame.errors import UsageError
-from flame.layout import Layout
-from flame.log import logger
-from flame.loss import LinearLoss, linear_loss
-from flame.parallelize import parallelize
-from flame.titan import ModelArgs, TitanModel, titan_config, world_size
-from flame.trainer import RunInputs
-
-# isort: split
-from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.distributed import utils as dist_utils
+from flame.base.errors import UsageError
+from flame.base.log import logger
+from flame.config.sections import JobConfig
+from flame.models.linear_loss import LinearLoss, linear_loss
+from flame.run.inputs import RunInputs
+from flame.titan.config import titan_config, world_size
+from flame.titan.mesh import Layout
+from flame.titan.model import ModelArgs, TitanModel
+from flame.titan.parallelize import parallelize
+from flame.titan.patches import DEVICE_TYPE
+from flame.titan.upstream import build_cross_entropy_loss, build_optimizers, dist_utils
 
 STEPS = 2
 _REAL = "--memory_estimation.disable_fake_mode estimates it with real tensors"

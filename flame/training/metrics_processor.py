@@ -8,19 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-import flame._compat  # noqa: F401  # before torchtitan
-from flame.config import JobConfig
-from flame.log import logger
-from flame.writers import METRICS_FILE, JsonLines, TensorBoard, WeightsAndBiases, Writer
-
-# isort: split
-from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.config import JobConfig as TitanConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.tools.utils import NoColor
+from flame.base.log import logger
+from flame.config.sections import JobConfig
+from flame.run.metrics_file import METRICS_FILE, JsonLines, TensorBoard, WeightsAndBiases, Writer
+from flame.titan.upstream import MetricsProcessor, NoColor, ParallelDims, TitanConfig
 
 
-class Metrics(MetricsProcessor):
+class RunMetrics(MetricsProcessor):
     """torchtitan's counters with our own line and scalars."""
 
     def __init__(
@@ -47,6 +41,7 @@ class Metrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
+        extra_metrics = extra_metrics or {}
         now = time.perf_counter()
         seconds = now - self.time_last_log
         # tensor and context parallelism give several processes the same tokens
@@ -97,7 +92,7 @@ class Metrics(MetricsProcessor):
         logger.info(f"{color.yellow}step {step}  validation loss {loss:.4f}{color.reset}")
 
     def log_attention(self, scalars: dict[str, float], step: int) -> None:
-        """Writes what `CheckedTrainer.attention_scalars` measured, and prints the whole model's."""
+        """Writes what `held_out.attention_scalars` measured, and prints the whole model's."""
         self._write(scalars, step)
         model = {name: value for name, value in scalars.items() if name.count("/") == 1}
         words = (f"{name.split('/')[1]} {value:.4g}" for name, value in model.items())
@@ -169,7 +164,7 @@ def _fitting(pieces: list[tuple[int, str, str]], width: int) -> str:
 
 
 class _Pause:
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: RunMetrics) -> None:
         self.metrics = metrics
 
     def __enter__(self) -> None:

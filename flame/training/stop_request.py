@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flame.stop_signals import stop_signals
+from flame.base.stop_signals import stop_signals
 
 _SAME_REQUEST_S = 5
 

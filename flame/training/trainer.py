@@ -1,57 +1,51 @@
 """torchtitan's trainer with our model, data, validation, and a stop that loses nothing."""
 
 import contextlib
+import math
 import signal
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
 
-from flame._compat import DEVICE_TYPE  # before torchtitan
-from flame.checkpoint import Checkpointer
-from flame.checkpoint_folder import newest_checkpoint
-from flame.config import JobConfig
-from flame.context_parallel import shard_batch
-from flame.convert import dcp_to_hf
-from flame.data import IGNORE_INDEX, RunData, StreamLoader, TokenLoader
-from flame.errors import UsageError
-from flame.layout import Layout
-from flame.log import logger
-from flame.loss import linear_loss
-from flame.metrics import Metrics
-from flame.models import SoftpickTransformerConfig
-from flame.parallelize import parallelize
-from flame.rng import RandomState, seed_host
-from flame.stop import StopRequest
-from flame.titan import ModelArgs, TitanModel, global_batch_size, titan_config
-from flame.train_step import CheckedTrainer, DataError
-
-# isort: split
-import torchtitan.protocols.train_spec as titan_specs
-from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
-from torchtitan.components.validate import BaseValidator
-from torchtitan.config import JobConfig as TitanConfig
-from torchtitan.protocols.train_spec import TrainSpec
-
-
-@dataclass(kw_only=True, slots=True)
-class RunInputs:
-    """What a run reads before it starts."""
-
-    tokenizer: PreTrainedTokenizerFast
-    data: RunData
-    model: SoftpickTransformerConfig
+from flame.base.errors import UsageError
+from flame.base.log import logger
+from flame.base.tensors import local_tensor
+from flame.checkpoints.checkpointer import Checkpointer
+from flame.checkpoints.step_folder import newest_checkpoint
+from flame.config.sections import JobConfig
+from flame.data import IGNORE_INDEX, StreamLoader, TokenLoader
+from flame.models.linear_loss import linear_loss
+from flame.run.export import export_model
+from flame.run.inputs import RunInputs
+from flame.titan.config import global_batch_size, titan_config
+from flame.titan.context_parallel import shard_batch
+from flame.titan.mesh import Layout
+from flame.titan.model import ModelArgs, TitanModel
+from flame.titan.parallelize import parallelize
+from flame.titan.patches import DEVICE_TYPE
+from flame.titan.upstream import (
+    TitanConfig,
+    Trainer,
+    build_cross_entropy_loss,
+    build_lr_schedulers,
+    build_optimizers,
+    dist_utils,
+    train_spec,
+)
+from flame.training import held_out
+from flame.training.lost_processes import make_trace_folder
+from flame.training.metrics_processor import RunMetrics
+from flame.training.random_state import RandomState, seed_host
+from flame.training.spikes import StepCheck
+from flame.training.step import DataError, HostCopy, Microbatch, clip_gradients, read_stream
+from flame.training.stop_request import StopRequest
 
 
-class FlameTrainer(CheckedTrainer):
+class FlameTrainer(Trainer):
     """One run: trains to ``training.steps`` or to a signal, from the newest checkpoint if there is one."""
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
@@ -59,7 +53,7 @@ class FlameTrainer(CheckedTrainer):
         self.linear_loss = linear_loss(config.training.loss, DEVICE_TYPE)
         # step of the checkpoint that the run continues from, known when it is loaded
         self.start_step: int | None = None
-        titan_specs._extra_train_specs["flame"] = TrainSpec(
+        train_spec._extra_train_specs["flame"] = train_spec.TrainSpec(
             model_cls=TitanModel,
             model_args={"flame": ModelArgs(inputs.model, config.training.seed)},
             parallelize_fn=lambda model, parallel_dims, _: parallelize(
@@ -71,14 +65,15 @@ class FlameTrainer(CheckedTrainer):
             build_dataloader_fn=self._build_dataloader,
             build_tokenizer_fn=None,
             build_loss_fn=build_cross_entropy_loss,
-            build_validator_fn=partial(Validator, trainer=self),
-            build_metrics_processor_fn=lambda titan, dims, _: Metrics(titan, dims, config),
+            build_validator_fn=partial(held_out.Validator, trainer=self),
+            build_metrics_processor_fn=lambda titan, dims, _: RunMetrics(titan, dims, config),
         )
         seed_host(config.training.seed)
         super().__init__(titan_config(config))
         if config.training.mixed_precision_param == "float32":
             # torchtitan would turn autocast on with float32, which torch refuses with a warning
             self.maybe_enable_amp = contextlib.nullcontext()
+        self.step_check = StepCheck(config, self.model_parts[0], self.device)
         self.stop = StopRequest(timedelta(seconds=config.comm.init_timeout_seconds))
         self.checkpointer = Checkpointer(
             config,
@@ -91,7 +86,7 @@ class FlameTrainer(CheckedTrainer):
                 "rng": RandomState(self.stop.group, self.device, config.training.seed),
             },
             export=partial(
-                dcp_to_hf,
+                export_model,
                 config=inputs.model,
                 tokenizer=inputs.tokenizer,
                 bos=config.training.bos,
@@ -108,6 +103,86 @@ class FlameTrainer(CheckedTrainer):
     ) -> TokenLoader | StreamLoader:
         return self.inputs.data.loader(dp_rank=dp_rank, dp_world_size=dp_world_size)
 
+    def train_step(self, data_iterator: Iterator[Microbatch]) -> None:
+        """Forward and backward over the micro-batches, clipping, the optimizer's step and the schedule's.
+
+        Raises:
+            TrainingError: Loss or gradient norm is not finite and the step is not to be skipped, or
+                ``training.max_skipped_steps`` were skipped in a row. The same on every process.
+            DataError: The data of a stream cannot be read; its loader is where the step began.
+        """
+        training, dims = self.config.training, self.parallel_dims
+        is_first = self.start_step is not None and self.step == self.start_step + 1
+        if is_first:
+            make_trace_folder(self.config)
+        self.optimizers.zero_grad()
+        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        microbatches = self._read_microbatches(data_iterator)
+        tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)
+        if dims.dp_enabled:
+            dist.all_reduce(tokens, group=dims.get_mesh("batch").get_group())
+        losses = []
+        for input_dict, labels in microbatches:
+            on_device = {
+                name: x.to(self.device) if isinstance(x, torch.Tensor) else x
+                for name, x in input_dict.items()
+            }
+            loss = self.forward_backward_step(
+                input_dict=on_device,
+                labels=labels.to(self.device),
+                global_valid_tokens=tokens,
+            )
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
+        if dims.dp_cp_enabled:
+            dist.all_reduce(loss, group=dims.get_mesh("loss").get_group())
+        parameters = [p for part in self.model_parts for p in part.parameters()]
+        grad_norm = clip_gradients(parameters, training.max_norm)
+        # the norm is on the host already where gradients are
+        on_host = HostCopy(torch.stack([loss.float(), grad_norm.float().to(self.device)]))
+        self.checkpointer.maybe_wait_for_staging()
+        if not training.skip_nan_inf:
+            self.optimizers.step()
+        loss, grad_norm = on_host.wait()
+        if training.skip_nan_inf and math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizers.step()
+        # a skipped step counts in the schedule, as in upstream flame: a step is a position in the data
+        self.lr_schedulers.step()
+        self.step_check.check(
+            self.step, loss=loss, grad_norm=grad_norm, lr=lr, microbatches=microbatches
+        )
+        if self.metrics_processor.should_log(self.step):
+            extra = {"lr": lr}
+            if training.skip_nan_inf:
+                extra["skipped_steps"] = self.step_check.skipped_steps
+            self.metrics_processor.log(self.step, loss, loss, grad_norm, extra_metrics=extra)
+        freq = self.config.metrics.attention_freq
+        if freq and self.step % freq == 0:
+            with self.metrics_processor.pause():
+                scalars = self.attention_scalars()
+            self.metrics_processor.log_attention(scalars, self.step)
+        if is_first:
+            self._shorten_timeouts()
+
+    def _read_microbatches(self, data_iterator: Iterator[Microbatch]) -> list[Microbatch]:
+        count = self.gradient_accumulation_steps
+        if not self.config.training.streaming:
+            return [next(data_iterator) for _ in range(count)]
+        ntokens_seen = self.ntokens_seen
+        try:
+            return read_stream(data_iterator, count, loader=self.dataloader, stop=self.stop)
+        except DataError:
+            self.ntokens_seen = ntokens_seen
+            raise
+
+    def _shorten_timeouts(self) -> None:
+        """After the first step, which compiles, a process that keeps the others waiting is stuck."""
+        timeout = timedelta(seconds=self.config.comm.train_timeout_seconds)
+        if self.step != 1:
+            # torchtitan does so after step 1 alone, not in a run that continues
+            dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
+        dist.distributed_c10d._set_pg_timeout(timeout, self.stop.group)
+
     def forward_backward_step(
         self,
         *,
@@ -118,11 +193,11 @@ class FlameTrainer(CheckedTrainer):
         """Summed loss of a micro-batch over the tokens of the step, with its gradients accumulated."""
         with self.train_context():
             with self.maybe_enable_amp:
-                loss = self._summed_loss(input_dict, labels) / global_valid_tokens
+                loss = self.summed_loss(input_dict, labels) / global_valid_tokens
             loss.backward()
-        return _local(loss)
+        return local_tensor(loss)
 
-    def _summed_loss(
+    def summed_loss(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> torch.Tensor:
         """Sum of the losses of the labels ``[B, T]``, of this process's share under context parallelism."""
@@ -171,80 +246,28 @@ class FlameTrainer(CheckedTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         # of all data-parallel ranks, so that another number of them can go on counting
-        return super().state_dict() | {"ntokens_seen": self.ntokens_seen * self._data_ranks()}
+        tokens = {"ntokens_seen": self.ntokens_seen * self._data_ranks()}
+        return super().state_dict() | self.step_check.state_dict() | tokens
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.step_check.load_state_dict(state_dict)
         self.ntokens_seen = state_dict["ntokens_seen"] // self._data_ranks()
 
     def _data_ranks(self) -> int:
         return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
 
-    @torch.no_grad()
     def validation_loss(self) -> float:
         """Mean loss over the held-out tokens, in nats a token; the same on every rank."""
-        model, dims = self.model_parts[0], self.parallel_dims
-        mesh = dims.get_mesh("batch") if dims.dp_enabled else None
-        batches = self.inputs.data.validation(
-            dp_rank=mesh.get_local_rank() if mesh else 0,
-            dp_world_size=mesh.size() if mesh else 1,
-        )
-        # [2] summed loss, number of tokens
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        model.eval()
-        with self.metrics_processor.pause():
-            for input_dict, labels in batches:
-                input_dict = {name: x.to(self.device) for name, x in input_dict.items()}
-                labels = labels.to(self.device)
-                with self.train_context(), self.maybe_enable_amp:
-                    total[0] += _local(self._summed_loss(input_dict, labels))
-                # processes that share a sequence count its labels each, and its loss in parts
-                total[1] += (labels != IGNORE_INDEX).sum() / dims.cp
-            dist.all_reduce(total)
-            loss, num_tokens = total.tolist()
-        model.train()
-        return loss / num_tokens
+        return held_out.validation_loss(self)
+
+    def attention_scalars(self) -> dict[str, float]:
+        """Statistics of every layer's attention on the first ``metrics.attention_sequences`` held-out sequences."""
+        return held_out.attention_scalars(self)
 
     def close(self) -> None:
         self.dataloader.close()
         super().close()
-
-
-def _local(loss: torch.Tensor) -> torch.Tensor:
-    """A loss that tensor parallelism left on a mesh, where every process has all of it, as a plain tensor."""
-    return loss.to_local() if isinstance(loss, DTensor) else loss
-
-
-class Validator(BaseValidator):
-    """Measures the validation loss within the loop; the last step's is measured when the loop has ended."""
-
-    def __init__(
-        self,
-        *,
-        trainer: FlameTrainer,
-        # what torchtitan gives besides, of which the trainer has all that is needed
-        job_config: TitanConfig,
-        dp_world_size: int,
-        dp_rank: int,
-        tokenizer: None,
-        parallel_dims: Layout,
-        loss_fn: Any,
-        validation_context: Any,
-        maybe_enable_amp: Any,
-        metrics_processor: Any,
-        pp_schedule: None,
-        pp_has_first_stage: None,
-        pp_has_last_stage: None,
-    ) -> None:
-        self.trainer = trainer
-
-    def should_validate(self, step: int) -> bool:
-        config = self.trainer.config
-        return step % config.validation.freq == 0 and step < config.training.steps
-
-    def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        loss = self.trainer.validation_loss()
-        self.trainer.metrics_processor.log_validation(loss, step)
 
 
 def describe(trainer: FlameTrainer) -> None:

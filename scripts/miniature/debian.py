@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 
 
 def candidates(names: list[str]) -> dict[str, str | None]:

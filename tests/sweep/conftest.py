@@ -8,7 +8,7 @@ import sweep_standins
 import torch
 from small_model import write_model, write_text
 
-from flame import gpus, topology
+from flame.machine import list_gpus, numa
 from flame.sweeps import check, report, runner
 
 FILE = """
@@ -66,7 +66,7 @@ def _environment(monkeypatch):
     # a sweep says what GPUs its runs see; here they see none
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(gpus, "addresses", lambda env: [])
+    monkeypatch.setattr(list_gpus, "addresses", lambda env: [])
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ def build(tmp_path, monkeypatch):
             return [machine.address(int(i)) for i in (visible.split(",") if visible else every)]
 
         root = machine.build(tmp_path / "machine", nodes=list(nodes), gpus=list(gpu_nodes))
-        monkeypatch.setattr(topology, "ROOT", root)
-        monkeypatch.setattr(gpus, "addresses", addresses)
+        monkeypatch.setattr(numa, "ROOT", root)
+        monkeypatch.setattr(list_gpus, "addresses", addresses)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
         monkeypatch.setattr(torch.version, "hip", "6.4")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

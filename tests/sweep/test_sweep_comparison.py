@@ -6,15 +6,15 @@ import time
 import pytest
 import torch
 
+from flame.base.errors import UsageError
 from flame.data import open_data
-from flame.errors import UsageError
+from flame.run.inputs import read_model, read_tokenizer
 from flame.sweeps import check
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import read_sweep
 from flame.sweeps.report import best_runs, loss_table
 from flame.sweeps.state import State, read_state
-from flame.titan import ModelArgs, TitanModel
-from flame.train import read_model, read_tokenizer
+from flame.titan.model import ModelArgs, TitanModel
 
 
 def test_arms_of_a_seed_start_alike(write, tmp_path):

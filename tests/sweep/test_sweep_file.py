@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sweep_standins import run_main
 
-from flame.errors import UsageError
+from flame.base.errors import UsageError
 from flame.sweeps import check
 from flame.sweeps.plan import read_sweep
 from flame.sweeps.state import read_state

@@ -17,9 +17,9 @@ import pytest
 import sweep_standins
 from sweep_standins import run_main, said, starts
 
-from flame import gpus, placement
-from flame.errors import UsageError
-from flame.folder_lock import hold
+from flame.base.errors import UsageError
+from flame.base.folder_lock import hold
+from flame.machine import list_gpus, placement
 from flame.sweeps import report, runner
 from flame.sweeps.plan import read_sweep
 from flame.sweeps.slots import find_slots, require_own_variables
@@ -89,7 +89,7 @@ def test_visible_gpus_keep_their_names(build, monkeypatch):
     # HIP reads CUDA's variable where its own is not set
     slots = find_slots(**known, env={"CUDA_VISIBLE_DEVICES": "5, 2"})
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "5"]
-    monkeypatch.setattr(gpus, "addresses", lambda env: [machine.address(5)])
+    monkeypatch.setattr(list_gpus, "addresses", lambda env: [machine.address(5)])
     with pytest.raises(UsageError, match="must name GPUs of this machine, got '5,9', of which"):
         find_slots(**known, env={"HIP_VISIBLE_DEVICES": "5,9"})
 
@@ -213,7 +213,7 @@ def test_what_ends_the_sweep_ends_its_runs(write, standins, number):
     code = """
     import sys
     from pathlib import Path
-    from flame.log import init_logger
+    from flame.base.log import init_logger
     from flame.sweeps import runner
     from flame.sweeps.plan import read_sweep
     from flame.sweeps.slots import Slot

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from flame.analysis import tables
 from flame.analysis.records import Mean, Record, Results, mean_of
-from flame.analysis.style import style_sheet
-from flame.analysis.svg import (
+from flame.analysis.report import tables
+from flame.analysis.report.style import style_sheet
+from flame.analysis.report.svg import (
     Axis,
     Line,
     color_bar,

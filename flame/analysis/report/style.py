@@ -1,6 +1,6 @@
 """The style sheet of a report: legible from 390 px on, light and dark; seven colours that colour-blind readers can tell apart."""
 
-from flame.analysis.svg import HUES, LEVELS
+from flame.analysis.report.svg import HUES, LEVELS
 
 _RULES = """
 :root {

@@ -1,0 +1,72 @@
+"""The weights of causal attention from q and k alone, a block of query rows at a time.
+
+Memory grows with the length and not with its square.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from fla.ops.attn.softpick import NORMALIZERS
+
+TILE_ELEMENTS = 1 << 24
+"""Scores that exist at a time, 64 MiB in float32."""
+
+
+class WeightBlock(NamedTuple):
+    """Some query rows of one sequence; ``[H, G, rows, keys]`` with the query heads of a key head side by side."""
+
+    start: int
+    """First query row."""
+    end: int
+    """One past the last query row."""
+    scores: torch.Tensor
+    weights: torch.Tensor
+    visible: torch.Tensor
+    """``[rows, keys]``, bool: what causality and window let a query see. Later keys than that are left out."""
+
+
+def weight_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    normalizer: str,
+    scale: float,
+    window_size: int | None = None,
+    sink_bias: torch.Tensor | None = None,
+    tile_elements: int = TILE_ELEMENTS,
+) -> Iterator[WeightBlock]:
+    """The weights of causal attention within one sequence, a block of query rows at a time.
+
+    Args:
+        q: Queries ``[T, HQ, K]``; weights are computed in their dtype, in float32 at least.
+        k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
+        tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    (T, HQ, K), (S, H, _) = q.shape, k.shape
+    rows = max(1, tile_elements // (HQ * S))
+    # query heads of a group stand side by side: [H, G, T, K] against [H, 1, K, S]
+    q = q.to(dtype).view(T, H, HQ // H, K).permute(1, 2, 0, 3)
+    k = k.to(dtype).permute(1, 2, 0)[:, None]
+    sink = None if sink_bias is None else sink_bias.to(dtype).view(H, HQ // H, 1, 1)
+    for start in range(0, T, rows):
+        end = min(start + rows, T)
+        # positions among the keys, of which those after the last query's are left out
+        i = torch.arange(S - T + start, S - T + end, device=q.device)[:, None]
+        j = torch.arange(S - T + end, device=q.device)
+        visible = j <= i
+        if window_size is not None:
+            visible &= j > i - window_size
+        x = q[:, :, start:end] @ k[..., : len(j)] * scale
+        n, d, c, m = NORMALIZERS[normalizer](
+            x, -1, visible, True, -math.inf if sink is None else sink
+        )
+        z = d.sum(-1, keepdim=True) + c
+        if sink is not None:
+            z = z + torch.exp(sink - m)
+        # n <= d, so a zero denominator stands under zeros only
+        yield WeightBlock(start, end, x, n / z.masked_fill(z == 0, 1.0), visible)

@@ -1,0 +1,108 @@
+"""What is measured on the held-out sequences while a run trains: the validation loss and attention."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from flame.base.tensors import local_tensor
+from flame.data import IGNORE_INDEX
+from flame.measure.while_training import Observer, observe
+from flame.models import normalizer_of
+from flame.titan.mesh import Layout
+from flame.titan.upstream import BaseValidator, TitanConfig
+
+if TYPE_CHECKING:
+    from flame.training.trainer import FlameTrainer
+
+
+@torch.no_grad()
+def validation_loss(trainer: "FlameTrainer") -> float:
+    """Mean loss over the held-out tokens, in nats a token; the same on every rank."""
+    model, dims = trainer.model_parts[0], trainer.parallel_dims
+    mesh = dims.get_mesh("batch") if dims.dp_enabled else None
+    batches = trainer.inputs.data.validation(
+        dp_rank=mesh.get_local_rank() if mesh else 0,
+        dp_world_size=mesh.size() if mesh else 1,
+    )
+    # [2] summed loss, number of tokens
+    total = torch.zeros(2, dtype=torch.float64, device=trainer.device)
+    model.eval()
+    with trainer.metrics_processor.pause():
+        for input_dict, labels in batches:
+            input_dict = {name: x.to(trainer.device) for name, x in input_dict.items()}
+            labels = labels.to(trainer.device)
+            with trainer.train_context(), trainer.maybe_enable_amp:
+                total[0] += local_tensor(trainer.summed_loss(input_dict, labels))
+            # processes that share a sequence count its labels each, and its loss in parts
+            total[1] += (labels != IGNORE_INDEX).sum() / dims.cp
+        dist.all_reduce(total)
+        loss, num_tokens = total.tolist()
+    model.train()
+    return loss / num_tokens
+
+
+@torch.no_grad()
+def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
+    """Statistics of every layer's attention on the first ``metrics.attention_sequences`` held-out sequences.
+
+    The same sequences whatever the number of processes, which all take part.
+    """
+    model, dims = trainer.model_parts[0], trainer.parallel_dims
+    attn_impl = trainer.inputs.model.attn_impl
+    layers = len(model.model.layers)
+    mesh = dims.get_mesh("batch") if dims.dp_enabled else None
+    rank, size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
+    observer = Observer(layers, normalizer_of(attn_impl), trainer.device)
+    batches = trainer.inputs.data.validation(dp_rank=rank, dp_world_size=size, batch_size=1)
+    model.eval()
+    with observe(model.model, attn_impl, observer), trainer.maybe_enable_amp:
+        for i, (input_dict, labels) in enumerate(batches):
+            if i * size >= trainer.config.metrics.attention_sequences:
+                break
+            # a process without a sequence left runs along, since layers are gathered together
+            is_asked = i * size + rank < trainer.config.metrics.attention_sequences
+            observer.is_counting = is_asked and bool((labels != IGNORE_INDEX).any())
+            on_device = {name: x.to(trainer.device) for name, x in input_dict.items()}
+            model(on_device.pop("input"), **on_device)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # without a backward pass the outermost weights would stay gathered
+            module.reshard()
+    observer.reduce()
+    return observer.scalars()
+
+
+class Validator(BaseValidator):
+    """Measures the validation loss within the loop; the last step's is measured when the loop has ended."""
+
+    def __init__(
+        self,
+        *,
+        trainer: "FlameTrainer",
+        # what torchtitan gives besides, of which the trainer has all that is needed
+        job_config: TitanConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: None,
+        parallel_dims: Layout,
+        loss_fn: Any,
+        validation_context: Any,
+        maybe_enable_amp: Any,
+        metrics_processor: Any,
+        pp_schedule: None,
+        pp_has_first_stage: None,
+        pp_has_last_stage: None,
+    ) -> None:
+        self.trainer = trainer
+
+    def should_validate(self, step: int) -> bool:
+        config = self.trainer.config
+        return step % config.validation.freq == 0 and step < config.training.steps
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        loss = self.trainer.validation_loss()
+        self.trainer.metrics_processor.log_validation(loss, step)

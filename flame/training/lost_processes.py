@@ -1,0 +1,74 @@
+"""The error of a run of which a process ended or hangs: what was waited for, and the trace of what led up to it."""
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from flame.base.errors import PATIENCE_S, TrainingError
+from flame.config.sections import JobConfig
+from flame.run.metrics_file import strict_json
+
+if TYPE_CHECKING:
+    from flame.training.trainer import FlameTrainer
+
+TRACE_FOLDER = "comm_traces"
+# what gloo says of a collective that the other processes did not join
+_LOST = re.compile(
+    r"[Tt]imed out|[Tt]imeout|Connection closed by peer|Connection reset|Broken pipe"
+)
+
+
+def make_trace_folder(config: JobConfig) -> None:
+    """Makes the folder in which NCCL, too, leaves its trace; rank 0 has made sure that the dump folder is this run's."""
+    if config.comm.trace_buf_size:
+        _trace_folder(config).mkdir(exist_ok=True)
+
+
+def _trace_folder(config: JobConfig) -> Path:
+    return config.dump_folder / TRACE_FOLDER
+
+
+@contextlib.contextmanager
+def explain_lost_processes(trainer: "FlameTrainer") -> Iterator[None]:
+    """Turns gloo's words for a collective that was not joined into a `TrainingError`, with what led up to it.
+
+    Where NCCL is what waits, it writes its trace and ends the process itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or not _LOST.search(str(error)):
+            raise
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            trainer.stop.exit_if_told(PATIENCE_S)
+        file = _write_trace(trainer.config)
+        where = f"; its last collectives are in {file}" if file else ""
+        raise TrainingError(
+            f"step {trainer.step}: another process ended, or did not answer within "
+            f"--comm.train_timeout_seconds {trainer.config.comm.train_timeout_seconds}{where} ({error})"
+        ) from error
+
+
+def _write_trace(config: JobConfig) -> Path | None:
+    """Writes this process's flight recorder as NCCL would, or for gloo alone, which torchfrtrace does not
+    read, as JSON."""
+    folder = _trace_folder(config)
+    if not config.comm.trace_buf_size or not folder.is_dir():
+        return None
+    file = folder / f"rank_{dist.get_rank()}"
+    c10d = torch._C._distributed_c10d
+    if torch.cuda.is_available():
+        file.write_bytes(c10d._dump_nccl_trace())
+        return file
+    # made by this very process; its own form as JSON leaves the stacks out
+    entries = pickle.loads(c10d._dump_fr_trace())["entries"]
+    file = file.with_suffix(".json")
+    file.write_text(strict_json(entries, indent=1) + "\n", encoding="utf-8")
+    return file
