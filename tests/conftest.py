@@ -5,6 +5,10 @@ import os
 import signal
 
 import pytest
+
+# workers run side by side, and threads of matrices this small wait for each other; before NumPy reads it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -65,10 +69,44 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+# files whose tests are each by themselves: any worker takes any of them
+_COMPUTING = (
+    "test_parallel",
+    "test_decoding",
+    "test_naive",
+    "test_attention_stats",
+    "test_compile",
+    "test_data",
+    "test_miniature_text",
+    "test_rooms",
+)
+# files whose tests start, stop and kill processes and say what comes of it within seconds: one worker takes all
+_KILLING = (
+    "test_checkpoints",
+    "test_endings",
+    "test_launch",
+    "test_sweep_runs",
+    "test_trainer",
+)
+
+
+def _group(name: str) -> str | None:
+    """Tests of one group run on one worker, one after another; a file's share its fixtures so."""
+    if name.startswith(_KILLING):
+        return "processes"
+    return None if name.startswith(_COMPUTING) else name
+
+
+# before xdist's own hook, which reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr
     for item in items:
+        if (group := _group(item.path.stem)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if item.get_closest_marker("slow") and "slow" not in asked:
+            item.add_marker(pytest.mark.skip(reason="slow, ask for it with -m slow"))
         if item.get_closest_marker("compile") and "compile" not in asked:
             item.add_marker(pytest.mark.skip(reason="takes minutes, ask for it with -m compile"))

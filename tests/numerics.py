@@ -6,13 +6,43 @@ plus one rounding of the terms that an output is the sum of.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
-from fla.ops.attn.softpick import naive_normalized_attn
+from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn
+
+FULL = ("softpick", "softmax")
+"""Normalisers that see every case in the default run of the tests; the others see a few, and all with ``-m slow``."""
+
+_SLOW = () if torch.cuda.is_available() else (pytest.mark.slow,)
+
+each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
+each_normalizer_others_slow = pytest.mark.parametrize(
+    "normalizer",
+    [pytest.param(name, marks=() if name in FULL else _SLOW) for name in NORMALIZERS],
+)
+"""As `each_normalizer`, with the others slow."""
+
+
+def each_case(argument: str, cases: Iterable[Any], brief: Collection[Any]) -> pytest.MarkDecorator:
+    """Parametrises ``normalizer`` and ``argument``: every case for `FULL`, for the others the ``brief`` ones, the rest slow."""
+    return pytest.mark.parametrize(
+        ("normalizer", argument),
+        [
+            pytest.param(
+                name,
+                case,
+                marks=() if name in FULL or case in brief else _SLOW,
+                id=f"{name}-{getattr(case, '__name__', case)}",
+            )
+            for name in NORMALIZERS
+            for case in cases
+        ],
+    )
 
 
 class Inputs(NamedTuple):

@@ -437,6 +437,7 @@ def curves(tmp_path_factory):
     return json.loads((folder / "curves.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_learns(curves, arm):
     losses = [loss for loss, _ in curves[arm]]
@@ -445,6 +446,7 @@ def test_arm_learns(curves, arm):
     assert sum(curves[arm] == curve for curve in curves.values()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAYOUTS, *PACKED])
 def test_additions_train_alike_in_every_layout(curves, name):
     expected = curves["one process, packed" if name in PACKED else "one process"]

@@ -208,6 +208,7 @@ def test_a_signal_saves_what_was_trained(flags, whole, tmp_path, number):
     assert_same_curve(run, whole)
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_on_sigusr1_and_lets_nohup_ignore_sighup(flags, tmp_path):
     folder = tmp_path / "run"
     words = [f"--{flag}={value}" for flag, value in flags.items()]

@@ -166,6 +166,7 @@ def one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_at_64k_tokens(tmp_path):
     whole, weights = attention_layer()
     mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import assert_no_worse_than_eager
+from numerics import assert_no_worse_than_eager, each_case, each_normalizer_others_slow
 
 from fla.ops.attn.softpick import (
     NORMALIZERS,
@@ -79,12 +79,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case("case", CASES, brief=("ragged", "several tokens"))
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decode(case, normalizer, splits, device, monkeypatch):
     monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: splits)
-    inputs = draw(**case, device=device)
+    inputs = draw(**CASES[case], device=device)
     check(inputs, normalized_attn_decode(*inputs, normalizer=normalizer), normalizer=normalizer)
 
 
@@ -224,7 +223,7 @@ def test_lse_is_the_log_of_the_denominator(splits, device, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e4, -30.0])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@each_normalizer_others_slow
 @pytest.mark.parametrize("splits", [1, 2])
 def test_decode_of_huge_scores(normalizer, splits, scale, device, monkeypatch):
     monkeypatch.setattr(decoding_kernels, "num_splits", lambda *_: splits)

@@ -155,6 +155,7 @@ def status(pid, name):
                 yield line.split()[1]
 
 
+@pytest.mark.slow
 @needs_two_cpus
 def test_two_runs_side_by_side(fake, small, tmp_path):
     ports = [free_port(), free_port()]
@@ -212,6 +213,7 @@ def test_two_runs_side_by_side(fake, small, tmp_path):
     folder_lock.wait_until_free(tmp_path / "0")
 
 
+@pytest.mark.slow
 @needs_two_cpus
 def test_two_machines_with_processes_of_both_groups(fake, tmp_path):
     env = {"HIP_VISIBLE_DEVICES": "3,4", "NGPU": "2", "NNODE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -137,6 +137,21 @@ def four(folder):
     return curves(folder, 4, {"model": FOUR, "tied": {"one process, tied": (1, 1, "")} | TIED})
 
 
+BRIEF = ("FSDP", "TP", "CP")
+
+
+@pytest.fixture(scope="module")
+def brief(folder):
+    return curves(
+        folder, 2, {"model": {"one process": ONE["one process"]} | {x: TWO[x] for x in BRIEF}}
+    )
+
+
+@pytest.mark.parametrize("name", BRIEF)
+def test_two_processes_train_as_one_does(brief, name):
+    assert_equal(brief[name], brief["one process"], 1e-5)
+
+
 def assert_equal(got, expected, digits):
     # 10 steps, then the validation loss
     assert len(got) == len(expected) == 11
@@ -144,6 +159,7 @@ def assert_equal(got, expected, digits):
         assert a == pytest.approx(b, rel=digits), f"loss and gradient norm of step {step}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ONE, *TWO])
 def test_of_one_and_two_processes(two, name):
     rel = 2**-8 if "bf16" in name else 1e-5
@@ -157,12 +173,14 @@ def test_of_one_and_two_processes(two, name):
         assert_equal(two[name], expected, rel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(two, name):
     # fused operations round otherwise: half a unit of the fifth digit
     assert_equal(two[name], two["one process, shallow"], 3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision(two, name):
     # weights and activations are rounded to 8 bits: losses and norms agree to one unit of those
@@ -170,6 +188,7 @@ def test_half_precision(two, name):
     assert two[name] != two["one process, softmax"]
 
 
+@pytest.mark.slow
 def test_several_processes_round_as_one_does(two):
     # while the norms' weights are 1; in the gradients of softpick any other rounding would show
     [name] = SPREAD
@@ -178,11 +197,13 @@ def test_several_processes_round_as_one_does(two):
     assert norm == pytest.approx(expected_norm, rel=3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
 def test_of_four_processes(two, four, name):
     assert_equal(four[name], two["one process"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_tied_embeddings(four, name):
     assert_equal(four[name], four["one process, tied"], 1e-5)
@@ -203,6 +224,7 @@ def train(folder, processes, argv):
     }
 
 
+@pytest.mark.slow
 def test_a_run_continues_in_another_layout_and_is_exported(folder, two):
     """Through ``bash train.sh``: 10 steps under TP with "op", the last 5 of them once more under CP."""
     argv = f"--training.batch_size {SEQUENCES} --checkpoint.interval 5 --sample.max_new_tokens 1"

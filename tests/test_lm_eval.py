@@ -52,6 +52,7 @@ def log_likelihood(model, context, continuation):
     return scores.gather(1, ids[0, len(context) :, None]).sum().item()
 
 
+@pytest.mark.slow
 def test_the_harness_scores_an_exported_model_as_the_model_does(tmp_path):
     pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
     torch.manual_seed(0)

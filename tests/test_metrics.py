@@ -23,6 +23,7 @@ from flame.training.spikes import SpikeDetector
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
+TOGETHER = pytest.param("together", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def summary(folder, step):
     return json.loads((folder / "spikes" / f"step-{step}" / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("runs", ["alone", "together"])
+@pytest.mark.parametrize("runs", ["alone", TOGETHER])
 def test_a_skipped_step_changes_nothing_on_any_rank(runs, request):
     run = request.getfixturevalue(runs)["skipped"]
     for rank in run.ranks:
@@ -150,7 +151,7 @@ def test_so_many_skipped_in_a_row_end_the_run(alone):
     assert str(run.folder / "spikes" / "step-6") in line
 
 
-@pytest.mark.parametrize("runs", ["alone", "together"])
+@pytest.mark.parametrize("runs", ["alone", TOGETHER])
 def test_without_the_flag_the_run_ends_at_once(runs, request):
     run = request.getfixturevalue(runs)["stopped"]
     for number, rank in enumerate(run.ranks):
@@ -163,7 +164,9 @@ def test_without_the_flag_the_run_ends_at_once(runs, request):
     assert list(curve(run.folder, "loss")) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("runs", "processes"), [("alone", 1), ("together", 2)])
+@pytest.mark.parametrize(
+    ("runs", "processes"), [("alone", 1), pytest.param("together", 2, marks=pytest.mark.slow)]
+)
 def test_a_spike_leaves_its_batch_and_norms(runs, processes, request):
     run = request.getfixturevalue(runs)["spike"]
     plain = request.getfixturevalue(runs)["plain"]
@@ -204,6 +207,7 @@ def test_no_spike_before_the_window_is_full(alone):
     assert SpikeDetector(window=3, deviations=0).threshold() == math.inf
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_with_a_trace(together):
     run = together["hang"]
     assert run.code == 1
@@ -217,6 +221,7 @@ def test_a_process_that_hangs_ends_the_run_with_a_trace(together):
     assert any("trainer.py" in frame["filename"] for frame in entries[-1]["frames"])
 
 
+@pytest.mark.slow
 def test_every_rank_writes_with_save_for_all_ranks(together, alone):
     folder = together["plain"].folder
     own = curve(folder, "tokens_per_s", "metrics.rank1.jsonl")
@@ -320,6 +325,7 @@ def lives(example):
     return SimpleNamespace(first=first.stdout, other=other, before=before, **vars(example))
 
 
+@pytest.mark.slow
 def test_example_of_upstream_runs(lives):
     assert list(curve(lives.folder, "loss")) == list(range(1, STEPS + 3))
     lr = curve(lives.folder, "lr")
@@ -330,6 +336,7 @@ def test_example_of_upstream_runs(lives):
     assert "\033[" not in lives.first, "colours in a pipe"
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_record(lives):
     first = {r["step"]: r["loss"] for r in lives.before if "loss" in r}
     assert curve(lives.other, "loss") == first
@@ -344,6 +351,7 @@ def test_a_run_is_repeated_from_its_record(lives):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_continuing_keeps_what_is_there_and_repeats_nothing(lives):
     after = records(lives.folder)
     assert after[: len(lives.before)] == lives.before
@@ -354,6 +362,7 @@ def test_continuing_keeps_what_is_there_and_repeats_nothing(lives):
     assert losses == pytest.approx(curve(lives.folder, "loss"))
 
 
+@pytest.mark.slow
 def test_record_says_what_ran(lives):
     folder = lives.folder / "record"
     assert sorted(p.name for p in folder.glob("*.json")) == ["001.json", "002.json"]
@@ -375,6 +384,7 @@ def test_record_says_what_ran(lives):
         assert flags["training"]["steps"] == STEPS + 2 * (n - 1)
 
 
+@pytest.mark.slow
 def test_traces_are_written_on_a_cpu(lives):
     folder = lives.folder / "profile_traces"
     assert {p.name for p in folder.iterdir()} == {"iteration_4", "iteration_8", "iteration_12"}
@@ -382,6 +392,7 @@ def test_traces_are_written_on_a_cpu(lives):
     assert any("softpick" in str(x.get("name")) or "aten::" in str(x) for x in trace["traceEvents"])
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_curves_under_one_id(lives):
     calls = [json.loads(line) for line in lives.calls.read_text().splitlines()]
     first, second = (call for call in calls if "project" in call)
@@ -402,6 +413,7 @@ def test_wandb_without_the_package_is_refused(monkeypatch):
         require_wandb()
 
 
+@pytest.mark.slow
 def test_attention_is_measured_and_drawn_layer_by_layer(lives):
     for name in ("zeros", "sink_rate_0.3", "at_most_1e-05", "max_score", "kurtosis"):
         for place in ("attention", "attention/layer_00", "attention/layer_01"):
@@ -412,6 +424,7 @@ def test_attention_is_measured_and_drawn_layer_by_layer(lives):
     assert 0.2 < curve(lives.folder, "attention/zeros")[4] < 0.8
 
 
+@pytest.mark.slow
 def test_attention_over_two_processes_is_that_of_one(together):
     run = together["plain"]
     assert [step for step, _, _ in run.attention] == [4, 8, 12]
@@ -427,6 +440,7 @@ def test_attention_over_two_processes_is_that_of_one(together):
     ]
 
 
+@pytest.mark.slow
 def test_measuring_attention_changes_no_loss(lives, tmp_path):
     # the rerun has the same losses to the bit, so a run without it has to have them too
     flags = ["--metrics.attention_freq", "0", "--profiling.no_enable_profiling"]
@@ -488,6 +502,7 @@ def refused(tmp_path, words, small, code=2):
     return done
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_gpu_memory_is_refused_without_a_gpu(tmp_path, small):
     line = refused(tmp_path, ["--profiling.enable_memory_snapshot"], small).stderr
     assert "--profiling.enable_memory_snapshot records a GPU's allocator" in line
@@ -495,6 +510,7 @@ def test_a_snapshot_of_gpu_memory_is_refused_without_a_gpu(tmp_path, small):
     assert not (tmp_path / "exp").exists()
 
 
+@pytest.mark.slow
 def test_memory_is_estimated_and_nothing_is_trained(tmp_path, small):
     words = ["--memory_estimation.enabled", "--training.compile"]
     sizes = {}

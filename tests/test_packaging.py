@@ -140,6 +140,7 @@ def test_every_spelling_gives_the_function_installed_as_here(outside: Path) -> N
     assert files == {inspect.getsourcefile(parallel_softpick_attn)}
 
 
+@pytest.mark.slow
 def test_every_spelling_gives_the_function_of_a_wheel_and_upstream_survives_it(
     fresh: tuple[Path, Path], wheel: Path, outside: Path
 ) -> None:

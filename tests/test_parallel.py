@@ -7,13 +7,19 @@ Without a GPU the kernels run in Triton's interpreter. Tiles are powers of two u
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import Inputs, check_attention, draw, outputs_and_gradients
+from numerics import (
+    Inputs,
+    check_attention,
+    draw,
+    each_case,
+    each_normalizer,
+    each_normalizer_others_slow,
+    outputs_and_gradients,
+)
 
 from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn, parallel_normalized_attn
 from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.tiles import row_descriptor
-
-each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
 
 
 def check(inputs, device, **kwargs):
@@ -42,8 +48,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@each_normalizer
+@each_case("shape", SHAPES, brief=("gqa-batch", "ragged-tail"))
 def test_shape(normalizer, shape, device):
     check(draw(**SHAPES[shape]), device, normalizer=normalizer)
 
@@ -64,7 +69,7 @@ def test_large_head_dimension(normalizer, dtype, shape, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("safe", [True, False], ids=["safe", "unsafe"])
-@each_normalizer
+@each_normalizer_others_slow
 def test_half_precision(normalizer, safe, dtype, device):
     inputs = draw(101, K=32, HQ=2, H=1, dtype=dtype)
     check(inputs, device, normalizer=normalizer, safe=safe)
@@ -79,9 +84,9 @@ def test_unsafe(normalizer, device):
 
 
 @pytest.mark.parametrize("shape", [{"T": 65}, {"T": 5, "S": 70}], ids=["square", "chunk"])
-@each_normalizer
+@each_normalizer_others_slow
 def test_head_first(normalizer, shape, device):
-    inputs = draw(**shape, B=2, HQ=2, H=1, V=24, head_first=True)
+    inputs = draw(**shape, B=2, HQ=2, H=1, K=8, V=24, head_first=True)
     check(inputs, device, normalizer=normalizer, head_first=True)
 
 
@@ -126,8 +131,7 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("case", WINDOWS)
-@each_normalizer
+@each_case("case", WINDOWS, brief=("tile", "chunk"))
 def test_window(normalizer, case, device):
     shape, window_size = WINDOWS[case]
     check(draw(**shape), device, normalizer=normalizer, window_size=window_size)
@@ -141,8 +145,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("case", PACKED)
-@each_normalizer
+@each_case("case", PACKED, brief=("two",))
 def test_packed_sequences(normalizer, case, device):
     dtype = torch.int32 if case == "tiles" else torch.int64
     cu_seqlens = torch.tensor(PACKED[case], dtype=dtype, device=device)
@@ -167,9 +170,9 @@ def test_packed_sequences_with_a_window(normalizer, head_first, device):
         pytest.param([5.0, 40.0, -40.0, 0.0], id="wide"),
     ],
 )
-@each_normalizer
+@each_normalizer_others_slow
 def test_sink(normalizer, sink_bias, safe, device):
-    inputs = draw(70, B=2, HQ=4, H=2)
+    inputs = draw(70, HQ=4, H=2)
     check(
         inputs,
         device,

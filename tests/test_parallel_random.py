@@ -59,7 +59,7 @@ def calls(draw_):
     return inputs, kwargs, draw_(st.booleans())
 
 
-def check_random_calls(device, seconds):
+def check_random_calls(device, seconds, examples=20):
     @given(calls())
     def check(call):
         inputs, kwargs, is_strided = call
@@ -73,7 +73,7 @@ def check_random_calls(device, seconds):
         check_attention(parallel_normalized_attn, inputs, **kwargs)
 
     check = settings(
-        max_examples=20,
+        max_examples=examples,
         deadline=None,
         database=None,
         phases=[Phase.generate],
@@ -87,6 +87,11 @@ def check_random_calls(device, seconds):
             return
 
 
+def test_a_few_random_calls(device):
+    check_random_calls(device, 0, examples=20 if HAS_GPU else 6)
+
+
+@pytest.mark.slow
 def test_random_calls(device):
     check_random_calls(device, 0)
 

@@ -5,16 +5,22 @@ import math
 
 import pytest
 import torch
-from numerics import Inputs, check_attention, draw, outputs_and_gradients, poisoned_memory
+from numerics import (
+    Inputs,
+    check_attention,
+    draw,
+    each_normalizer,
+    each_normalizer_others_slow,
+    outputs_and_gradients,
+    poisoned_memory,
+)
 
 from fla.ops.attn.softpick import (
-    NORMALIZERS,
     naive_normalized_attn,
     parallel_normalized_attn,
     parallel_softpick_attn,
 )
 
-each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
 # e^s is finite in float32 up to 88.72
 LIMIT = math.log(torch.finfo(torch.float32).max)
 
@@ -37,7 +43,7 @@ def scores(values, dtype=torch.float32):
 
 @pytest.mark.parametrize("top", [-2.0, -0.5, -0.01, 0.01, 0.5, 10.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_normalizer
+@each_normalizer_others_slow
 def test_scores_around_the_limit(normalizer, dtype, top, device):
     # rows below the limit and one at it share a tile
     inputs = scores([1.0] * 40 + [LIMIT + top] + [3.0] * 29, dtype)
@@ -54,7 +60,7 @@ def test_rows_of_softmax_that_would_vanish(dtype, top, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@each_normalizer
+@each_normalizer_others_slow
 def test_one_huge_head(normalizer, dtype, device):
     inputs = draw(90, HQ=4, H=2, dtype=dtype)
     q = inputs.q.clone()
@@ -63,7 +69,7 @@ def test_one_huge_head(normalizer, dtype, device):
 
 
 @pytest.mark.parametrize("position", [0, 63, 64, 89])
-@each_normalizer
+@each_normalizer_others_slow
 def test_one_huge_key(normalizer, position, device):
     inputs = draw(90, HQ=2)
     k = inputs.k.clone()
@@ -83,7 +89,7 @@ def test_sums_of_values_that_overflow(normalizer, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each_normalizer
+@each_normalizer_others_slow
 def test_safe_is_unsafe_where_that_holds(normalizer, dtype, device):
     inputs = draw(130, HQ=2, H=1, dtype=dtype, device=device)
     unsafe, safe = (
@@ -107,7 +113,7 @@ def test_rows_out_of_range_leave_their_neighbours_alone(normalizer, device):
 
 
 @pytest.mark.parametrize("kind", "qkv")
-@each_normalizer
+@each_normalizer_others_slow
 def test_nan_is_seen_where_it_is_visible_and_nowhere_else(normalizer, kind, device):
     T, bounds, at, head = 100, [0, 30, 100], 40, 1
     q, k, v, _ = draw(T, HQ=4, H=2, device=device)

@@ -24,6 +24,7 @@ from flame.run.identity import claim
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
+slow = pytest.mark.slow
 # what makes a run of seconds: 2 layers of width 32 on 20 KB of text
 FLAGS = {
     "training.steps": STEPS,
@@ -140,6 +141,7 @@ def test_export_is_the_trained_model(finished):
     assert abs(loss - curve(folder)[STEPS]) < 0.5
 
 
+@slow
 def test_repeating_a_finished_command_trains_nothing(finished, small):
     folder, _ = finished
     before = curve(folder)
@@ -155,7 +157,7 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=slow), signal.SIGTERM])
 def test_interrupted_and_repeated_gives_the_same_losses(finished, small, tmp_path, how):
     flags = small | {"job.dump_folder": tmp_path / "run"}
     with subprocess.Popen(
@@ -187,6 +189,7 @@ def half_done(small, tmp_path_factory):
     return folder
 
 
+@slow
 @pytest.mark.parametrize("replicas", [1, 2], ids=["fsdp", "ddp"])
 def test_two_processes_continue_a_run_of_one(half_done, small, tmp_path, replicas):
     alone = half_done / "alone"
@@ -271,6 +274,7 @@ def test_interrupt_of_the_launcher_as_it_starts_shows_no_traceback(small, tmp_pa
     assert line.endswith("looking at this machine's processors, for which torch is imported")
 
 
+@slow
 def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
     with start_launcher(flags) as process:
@@ -284,6 +288,7 @@ def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
     assert lines[-1].endswith("the same command continues the run")
 
 
+@slow
 def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run"}
     train(flags | {"training.batch_size": 2, "training.gradient_accumulation_steps": 2})
@@ -302,32 +307,56 @@ def one_line(run):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"training.stepz": 3}, ["--training.stepz", "--training.steps"]),
-        ({"model.config": "missing.json"}, ["--model.config", "missing.json", "does not exist"]),
-        ({"training.dataset": "./missing.txt"}, ["--training.dataset", "missing.txt"]),
-        ({"training.seq_len": 500, "validation.share": 0.99}, ["--training.seq_len 500", "tokens"]),
-        (
+        pytest.param(
+            {"training.stepz": 3}, ["--training.stepz", "--training.steps"], id="flag", marks=slow
+        ),
+        pytest.param(
+            {"model.config": "missing.json"},
+            ["--model.config", "missing.json", "does not exist"],
+            id="config",
+            marks=slow,
+        ),
+        pytest.param(
+            {"training.dataset": "./missing.txt"},
+            ["--training.dataset", "missing.txt"],
+            id="dataset",
+            marks=slow,
+        ),
+        pytest.param(
+            {"training.seq_len": 500, "validation.share": 0.99},
+            ["--training.seq_len 500", "tokens"],
+            id="sequence",
+        ),
+        pytest.param(
             {"model.config": "configs/softpick_transformer_340M.json"},
             ["parallel_softpick_attn", "GPU", "naive_softpick_attn"],
+            id="triton",
+            marks=slow,
         ),
-        (
+        pytest.param(
             {"training.data_parallel_shard_degree": 2},
             ["--training.data_parallel_shard_degree", "1"],
+            id="degree",
+            marks=slow,
         ),
-        ({"checkpoint.load_step": 7}, ["--checkpoint.load_step 7", "newest", "none"]),
-        ({"training.seq_len": 1000}, ["--training.seq_len 1000", "max_position_embeddings 512"]),
-        ({"job.dump_folder": "/dev/null/run"}, ["--job.dump_folder", "/dev/null/run"]),
-    ],
-    ids=[
-        "flag",
-        "config",
-        "dataset",
-        "sequence",
-        "triton",
-        "degree",
-        "step",
-        "positions",
-        "folder",
+        pytest.param(
+            {"checkpoint.load_step": 7},
+            ["--checkpoint.load_step 7", "newest", "none"],
+            id="step",
+            marks=slow,
+        ),
+        pytest.param(
+            {"training.seq_len": 1000},
+            ["--training.seq_len 1000", "max_position_embeddings 512"],
+            id="positions",
+            marks=slow,
+        ),
+        pytest.param(
+            {"job.dump_folder": "/dev/null/run"},
+            ["--job.dump_folder", "/dev/null/run"],
+            id="folder",
+            marks=slow,
+        ),
     ],
 )
 def test_a_mistake_ends_before_training(small, tmp_path, flags, words):
@@ -338,6 +367,7 @@ def test_a_mistake_ends_before_training(small, tmp_path, flags, words):
     assert not folder.exists()
 
 
+@slow
 def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -390,6 +420,7 @@ def test_claimed_folder(tmp_path):
         claim(config, {"a": 1})
 
 
+@slow
 def test_killed_launcher_takes_the_run_with_it(small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
     with subprocess.Popen(
@@ -408,6 +439,7 @@ def test_killed_launcher_takes_the_run_with_it(small, tmp_path):
                 time.sleep(0.1)
 
 
+@slow
 def test_changed_data_is_another_run(finished, small, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -430,6 +462,7 @@ def test_launcher_refuses_a_port_in_use(small, tmp_path, monkeypatch):
     assert f"MASTER_PORT must be a free port, one for each run, got {port}" in line
 
 
+@slow
 def test_launcher_passes_on_the_exit_code_and_one_line(small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run", "training.dataset": "./missing.txt"}
     line = one_line(train(flags, processes=2, code=2))

@@ -37,6 +37,7 @@ def small(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
     flags = small | {"validation.share": 0, "validation.sequences": 8}
     flags |= {"training.context_len": 24, "training.varlen": "True", "training.streaming": "True"}

@@ -150,6 +150,7 @@ def test_triton_generates_what_the_reference_does(device, monkeypatch):
     assert steps == [1] * 14
 
 
+@pytest.mark.slow
 def test_decoding_from_a_static_cache_compiles_into_one_graph(device):
     model = model_of(FAMILIES["llama"], "softpick").to(device)
     ids, mask, _ = (
@@ -254,6 +255,7 @@ def test_each_row_of_a_batch_holds_documents_of_its_own():
     torch.testing.assert_close(model(ids, position_ids=positions).logits, plain)
 
 
+@pytest.mark.slow
 def test_a_training_step_compiles_into_one_graph():
     model = model_of(FAMILIES["llama"]).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

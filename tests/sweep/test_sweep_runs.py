@@ -249,6 +249,7 @@ def test_what_ends_the_sweep_ends_its_runs(write, standins, number):
         assert "waits/lr0.002-seed1: stopped at step 0" in out
 
 
+@pytest.mark.slow
 def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
     """Two arms that are the same: the one that was interrupted goes as the one that was not, to the bit."""
     launcher, analyzer = sweep_standins.write(tmp_path)
