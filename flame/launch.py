@@ -157,7 +157,8 @@ def main() -> None:
         logger.info(line)
     if num_processes > num_cpus:
         logger.info(
-            f"NGPU={num_processes} processes share {num_cpus} CPU cores and wait for one another"
+            f"NGPU={num_processes} processes share {num_cpus} CPU core{'s' if num_cpus > 1 else ''} "
+            "and wait for one another"
         )
     # torchrun gives each of several processes one thread; a run wants its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -284,6 +284,23 @@ def test_variables_that_are_wrong(monkeypatch, capsys, env, words):
     assert words in capsys.readouterr().err
 
 
+def test_more_processes_than_cores_are_told(monkeypatch, capsys, tmp_path):
+    from flame import launch
+
+    started = []
+    for name in ("NGPU", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", launch.LAUNCHER_PID):
+        # set, so that what `main` sets is taken back
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(launch.placement, "place", lambda **_: [])
+    monkeypatch.setattr(launch, "_run", started.append)
+    monkeypatch.setattr(sys, "argv", ["train.sh", "--job.dump_folder", str(tmp_path / "run")])
+    launch.main()
+    assert "NGPU=2 processes share 1 CPU core and wait for one another" in capsys.readouterr().out
+    assert started[0][:1] == ["--nproc-per-node=2"]
+
+
 def test_machines_that_do_not_meet(monkeypatch, capsys, tmp_path):
     from flame import launch
 
