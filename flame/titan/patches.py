@@ -1,8 +1,4 @@
-"""Everything that torchtitan 0.2.2 needs to be told; import this module before torchtitan.
-
-Each entry names the error it prevents. Whatever else of ours touches torchtitan is in `titan.py`,
-`trainer.py` and `parallelize.py`.
-"""
+"""Patches of torchtitan 0.2.2, which must come before its first import; each names the error that it prevents."""
 
 import contextlib
 import os
