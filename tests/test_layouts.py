@@ -137,7 +137,7 @@ def four(folder):
     return curves(folder, 4, {"model": FOUR, "tied": {"one process, tied": (1, 1, "")} | TIED})
 
 
-BRIEF = ("FSDP", "TP", "CP")
+BRIEF = ("FSDP, never, op", "TP", "CP")
 
 
 @pytest.fixture(scope="module")
