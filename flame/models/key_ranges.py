@@ -6,6 +6,7 @@ takes the place of the mask: the columns of the key tensor that hold a row's seq
 """
 
 import contextlib
+import enum
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,10 +44,16 @@ class KeyRanges(NamedTuple):
         return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]
 
 
-MAYBE_PACKED = "packed"
-"""In place of a mask: positions restart within a row, or a graph is traced, where transformers cannot look whether they do.
+class MaskSentinel(enum.Enum):
+    """What transformers hands to the layers instead of a mask, where the operator has to find out more."""
 
-`flame.models.packing` finds the documents."""
+    MAYBE_PACKED = "packed"
+    """Positions may restart inside a row: they do, or a graph is traced and this cannot be checked here.
+
+    `flame.models.packing` finds the documents."""
+
+
+MAYBE_PACKED = MaskSentinel.MAYBE_PACKED
 
 
 class Reads:
@@ -97,7 +104,7 @@ def causal_key_ranges(
     dtype: torch.dtype | None = None,
     config: Any = None,
     device: torch.device | None = None,
-) -> KeyRanges | str | None:
+) -> KeyRanges | MaskSentinel | None:
     """What transformers calls for a causal mask; None where position alone says it, outside of generation.
 
     The arguments are all that transformers gives: ``local_size``, a window, comes to the operator too, and ``dtype``
@@ -166,7 +173,7 @@ def num_visible_keys(
     B: int,
     T: int,
     S: int,
-    ranges: KeyRanges | str | None,
+    ranges: KeyRanges | MaskSentinel | None,
     cu_seqlens: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
@@ -178,17 +185,17 @@ def num_visible_keys(
         cu_seqlens: Bounds ``[N + 1]`` of the sequences packed in ``B`` rows laid end to end, ``S == T``.
     """
     if cu_seqlens is not None:
-        places = torch.arange(B * T, device=device)
-        own = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1
-        return (places - cu_seqlens[own] + 1).view(B, T)
-    places = torch.arange(T, device=device)
+        positions = torch.arange(B * T, device=device)
+        sequences = torch.searchsorted(cu_seqlens.to(positions), positions, right=True) - 1
+        return (positions - cu_seqlens[sequences] + 1).view(B, T)
+    positions = torch.arange(T, device=device)
     if not isinstance(ranges, KeyRanges):
-        return (S - T + places + 1)[None]
+        return (S - T + positions + 1)[None]
     # a query that is padding sees none, and its output is not used
-    return (ranges.stop - T + places - ranges.starts[:, None] + 1).clamp(min=1)
+    return (ranges.stop - T + positions - ranges.starts[:, None] + 1).clamp(min=1)
 
 
-def attend(
+def attend_key_ranges(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -245,14 +252,14 @@ def attend(
     for i, ((a, b), (first, end)) in enumerate(zip(queries, ranges.bounds, strict=True)):
         o = q.new_zeros(1, T, HQ, v.shape[-1])
         if a < b:
-            own = operator(
+            attended = operator(
                 q[i : i + 1, a:b],
                 k[i : i + 1, first:end],
                 v[i : i + 1, first:end],
                 scale,
                 **options,
             )
-            o = torch.cat((o[:, :a], own, o[:, b:]), 1)
+            o = torch.cat((o[:, :a], attended, o[:, b:]), 1)
         outputs.append(o)
     return torch.cat(outputs)
 
@@ -273,12 +280,12 @@ def _decode_and_count(
     o = naive_normalized_attn_decode(q, k, v, ranges.ends, scale, **options)
     starts = options.pop("starts")
     # [B, HQ, T, S] -> [B, H, S]
-    w = weights(q, k, v, ranges, scale=scale, **options)
+    w = dense_attention_weights(q, k, v, ranges, scale=scale, **options)
     is_used = (w != 0).unflatten(1, (k.shape[2], -1)).any(3).any(2)
     return o, is_used.sum(-1) / (ranges.ends - starts).clamp(min=1)[:, None]
 
 
-def weights(
+def dense_attention_weights(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -287,7 +294,7 @@ def weights(
     normalizer: str,
     **options: Any,
 ) -> torch.Tensor:
-    """Weights ``[B, HQ, T, S]`` of `attend`, 0 where a row has no such query or key; ``options`` as in the operators."""
+    """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key; ``options`` as in the operators."""
 
     def dense(*inputs: torch.Tensor) -> torch.Tensor:
         _, w = naive_normalized_attn(*inputs, normalizer=normalizer, return_weights=True, **options)

@@ -57,7 +57,7 @@ def document_bounds(
     if seq_idx is not None:
         raise NotImplementedError(f"{name} got seq_idx without bounds: {_PASS_BOUNDS}")
     if position_ids is None:
-        if mask == MAYBE_PACKED:
+        if mask is MAYBE_PACKED:
             raise NotImplementedError(f"{name} {_RESTART}: {_PASS_BOUNDS}")
         return None
     # positions of several axes, as in models of images, do not tell documents
