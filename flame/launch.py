@@ -30,8 +30,8 @@ RENDEZVOUS_TIMEOUT_S = 900
 def _integer(name: str, default: str, least: int) -> int:
     value = os.environ.get(name, default)
     if not (value.isascii() and value.isdecimal() and int(value) >= least):
-        right = "a positive integer" if least else "an integer of at least 0"
-        raise UsageError(f"{name} must be {right}, got {value!r}")
+        expected = "a positive integer" if least else "an integer of at least 0"
+        raise UsageError(f"{name} must be {expected}, got {value!r}")
     return int(value)
 
 
@@ -131,7 +131,7 @@ def main() -> None:
         logger.info("looking at this machine's processors, for which torch is imported")
         import torch  # seconds, which a wrong flag does not wait for
 
-        places = placement.place(
+        bindings = placement.bind_processes(
             ngpu=num_processes,
             is_rocm=torch.version.hip is not None,
             allow_cross_numa=config.job.allow_cross_numa,
@@ -142,18 +142,18 @@ def main() -> None:
         # one machine of a run hosts the port and writes the folder
         if os.environ.get("NODE_RANK", "0") == "0":
             if "MASTER_PORT" in os.environ:
-                claimed = master_port.claim(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
+                reservation = master_port.reserve_port(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
             wait_until_free(config.dump_folder)
     # signals are passed on below, without torchrun's knowing: it would kill after 30 s what still saves
     args += ["--signals-to-handle=SIGQUIT"]
     num_cpus = len(os.sched_getaffinity(0))
-    if places:
-        args += ["-m", "flame.machine.bind_and_train", placement.to_json(places)]
-        threads = placement.threads(places)
+    if bindings:
+        args += ["-m", "flame.machine.bind_and_train", placement.to_json(bindings)]
+        threads = placement.threads(bindings)
     else:
         args += ["-m", "flame.train"]
         threads = max(1, num_cpus // num_processes)
-    for line in placement.describe(places):
+    for line in placement.describe(bindings):
         logger.info(line)
     if num_processes > num_cpus:
         logger.info(

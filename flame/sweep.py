@@ -8,7 +8,7 @@ import sys
 
 from flame.base.command_line import Parser, make_folder
 from flame.base.errors import UsageError, exit_on_usage_error
-from flame.base.folder_lock import hold
+from flame.base.folder_lock import lock_folder
 from flame.base.log import init_logger, logger
 from flame.base.paths import path_argument
 from flame.sweeps.cost import estimate, require_disk
@@ -73,7 +73,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     name = f"{sweep.file}: out"
     make_folder(name, sweep.out)
     try:
-        lock = hold(sweep.out, name=name, who="sweep", waits=False)
+        lock = lock_folder(sweep.out, name=name, who="sweep", waits=False)
     except OSError as error:
         raise UsageError(f"{name} {sweep.out} cannot be locked: {error}") from None
     with lock:

@@ -20,7 +20,7 @@ LOCK_FILE = "lock"
 WAIT_S = 30
 
 
-def hold(
+def lock_folder(
     folder: Path, *, name: str = "--job.dump_folder", who: str = "run", waits: bool = True
 ) -> IO[bytes]:
     """Locks ``folder`` for as long as the file that it returns stays open.

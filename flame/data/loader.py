@@ -15,7 +15,7 @@ from flame.data.source import TokenSource
 from flame.data.workers import Workers
 
 # what must be equal for a saved position to mean the same, with the flag to look at where it is not
-_FINGERPRINT = {
+_FINGERPRINT_FLAGS = {
     "seq_len": "--training.seq_len",
     "seed": "--training.seed",
     "num_sequences": "--training.dataset",
@@ -127,7 +127,7 @@ class TokenLoader(Stateful):
         Raises:
             ValueError: The state belongs to other data, another sequence length or another seed.
         """
-        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT)
+        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT_FLAGS)
         self.sequences_seen = state_dict["sequences_seen"]
 
     def close(self) -> None:
@@ -138,8 +138,8 @@ class TokenLoader(Stateful):
         """This rank's rows of the step whose places begin at ``start``."""
         first = start + self._dp_rank * self._batch_size
         pairs = []
-        for place in range(first, first + self._batch_size):
-            source, number = self._mixture.locate(place)
+        for position in range(first, first + self._batch_size):
+            source, number = self._mixture.locate(position)
             epoch, i = divmod(number, self._counts[source])
             pairs.append((self._sources[source], int(self._order(source, epoch)[i])))
         return _rows(pairs, self._seq_len)

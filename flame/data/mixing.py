@@ -35,11 +35,11 @@ class Mixture:
         self._shares = tuple(shares)
         self._seed = seed
 
-    def locate(self, place: int) -> tuple[int, int]:
-        """The source of a place, and which of that source's sequences it is, counted over all epochs."""
+    def locate(self, position: int) -> tuple[int, int]:
+        """The source at a position, and the index of its sequence in that source, counted over all epochs."""
         if len(self._shares) == 1:
-            return 0, place
-        block, i = divmod(place, sum(self._shares))
+            return 0, position
+        block, i = divmod(position, sum(self._shares))
         sources, before = _block(self._shares, self._seed, block)
         source = int(sources[i])
         return source, block * self._shares[source] + int(before[i])

@@ -24,7 +24,7 @@ class Shards:
     """Number of parts."""
     read: Callable[[int, int], Iterator[str]]
     """Documents of a part, from a document on. Raises ValueError that names a part which is empty or damaged."""
-    identity: str
+    fingerprint: str
     """Changes when parts are added, removed, renamed or resized."""
     files: tuple[tuple[str, int], ...] | None = None
     """Name and size of the file that each part is; None where parts are no files of this machine."""

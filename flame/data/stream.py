@@ -31,7 +31,7 @@ _FLAG = "--training.dataset"
 _RECORD = dict.fromkeys(("shares", "identities", "begins", "held_out"), _FLAG) | {
     "encoding": "--model.tokenizer_path, --training.bos"
 }
-_FINGERPRINT = {"seq_len": "--training.seq_len", "seed": "--training.seed"}
+_FINGERPRINT_FLAGS = {"seq_len": "--training.seq_len", "seed": "--training.seed"}
 
 
 class Cursor(NamedTuple):
@@ -127,7 +127,7 @@ class _TokenStream:
         self._last = (cursor, offset, document)
         self._has_begun = False
 
-    def place(self) -> tuple[Cursor, int, np.ndarray | int | None]:
+    def position(self) -> tuple[Cursor, int, np.ndarray | int | None]:
         """Arguments of `seek` for the next token: the last document of which one was taken."""
         if self._has_begun and self._offset:
             cursor, tokens = self._documents[0]
@@ -299,7 +299,7 @@ class StreamLoader(Stateful):
         self._dp_world_size = dp_world_size
         self._seed = seed
         self._context_len = context_len
-        data = [(own.count, own.identity, begin) for own, begin in shards]
+        data = [(own.count, own.fingerprint, begin) for own, begin in shards]
         # of checkpoints from before --training.bos, which say nothing of the tokenizer
         self._earlier_checksum = zlib.crc32(repr((data, list(shares))).encode())
         self._encoding = [encoder.fingerprint, bos, has_document_bos]
@@ -322,13 +322,13 @@ class StreamLoader(Stateful):
 
     def mark(self) -> Any:
         """The place, for `rewind`; cheap."""
-        return self.sequences_seen, [stream.place() for stream in self._streams]
+        return self.sequences_seen, [stream.position() for stream in self._streams]
 
     def rewind(self, mark: Any) -> None:
         """Goes back to a place of this loader, also in the middle of a batch that could not be read."""
-        self.sequences_seen, places = mark
-        for stream, place in zip(self._streams, places, strict=True):
-            stream.seek(*place)
+        self.sequences_seen, positions = mark
+        for stream, position in zip(self._streams, positions, strict=True):
+            stream.seek(*position)
 
     def _read(self, stream: _TokenStream, row: np.ndarray) -> np.ndarray:
         """Fills a row with the next sequence; where documents end in its inputs."""
@@ -341,17 +341,17 @@ class StreamLoader(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the global order and in each source, and a fingerprint; ints and one string."""
-        places = [stream.place() for stream in self._streams]
+        positions = [stream.position() for stream in self._streams]
         record = {
-            "places": [[*cursor, offset] for cursor, offset, _ in places],
-            "documents": [_checksum(document) for _, _, document in places],
+            "places": [[*cursor, offset] for cursor, offset, _ in positions],
+            "documents": [_checksum(document) for _, _, document in positions],
             # in the first epoch up to the place
             "files": [
                 own.files and own.files[: None if cursor.epoch else cursor.shard + 1]
-                for (own, _), (cursor, _, _) in zip(self._shards, places, strict=True)
+                for (own, _), (cursor, _, _) in zip(self._shards, positions, strict=True)
             ],
             # what may not change at all
-            "identities": [None if own.files else own.identity for own, _ in self._shards],
+            "identities": [None if own.files else own.fingerprint for own, _ in self._shards],
             "held_out": self._held_out,
             "begins": [begin for _, begin in self._shards],
             "shares": self._shares,
@@ -377,25 +377,27 @@ class StreamLoader(Stateful):
         is_old = isinstance(record, list)
         if is_old and self._is_as_earlier:
             own["checksum"] = self._earlier_checksum
-        check_fingerprint(state_dict, own, _FINGERPRINT | ({"checksum": _FLAG} if is_old else {}))
+        check_fingerprint(
+            state_dict, own, _FINGERPRINT_FLAGS | ({"checksum": _FLAG} if is_old else {})
+        )
         if is_old:
             record = {"places": record, "documents": [None] * len(record)}
         else:
             self._require_same_past(record, json.loads(own["places"]))
         self.sequences_seen = state_dict["sequences_seen"]
-        for stream, place, document in zip(
+        for stream, position, document in zip(
             self._streams, record["places"], record["documents"], strict=True
         ):
-            *cursor, offset = place
+            *cursor, offset = position
             stream.seek(Cursor(*cursor), offset, document)
 
     def _require_same_past(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raises ValueError where what was read, or held out, is not as it was."""
         check_fingerprint(saved, own, _RECORD)
-        for (shards, _), files, place in zip(
+        for (shards, _), files, position in zip(
             self._shards, saved["files"], saved["places"], strict=True
         ):
-            epoch, shard, _, offset = place
+            epoch, shard, _, offset = position
             now = shards.files and [list(file) for file in shards.files]
             if files is None or now is None:
                 continue

@@ -1,4 +1,4 @@
-"""``python -m flame.machine.bind_and_train PLACES [flags]``: binds itself to the CPUs and memory of its GPU, then is `flame.train`.
+"""``python -m flame.machine.bind_and_train BINDINGS [flags]``: binds itself to the CPUs and memory of its GPU, then is `flame.train`.
 
 `flame.launch` starts a run's processes this way on a machine of several NUMA groups. torchrun's own
 ``--numa-binding`` needs the program numactl, starts the GPU runtime in the launcher and binds no memory.
@@ -54,15 +54,15 @@ def bind_memory(nodes: frozenset[int]) -> None:
 
 def main() -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
-    place = json.loads(sys.argv.pop(1))[local_rank]
+    binding = json.loads(sys.argv.pop(1))[local_rank]
     with exit_on_usage_error():
-        bind_cpus(parse_ranges(place["cpus"]))
+        bind_cpus(parse_ranges(binding["cpus"]))
         try:
-            bind_memory(parse_ranges(place["nodes"]))
+            bind_memory(parse_ranges(binding["nodes"]))
         except OSError as error:
             if local_rank == 0:
                 sys.stderr.write(
-                    f"flame: memory is not bound to NUMA node {place['nodes']} (set_mempolicy: {error.strerror}); "
+                    f"flame: memory is not bound to NUMA node {binding['nodes']} (set_mempolicy: {error.strerror}); "
                     "the kernel places it by the CPUs, which are bound. Docker allows it with --cap-add SYS_NICE\n"
                 )
     runpy.run_module("flame.train", run_name="__main__", alter_sys=True)

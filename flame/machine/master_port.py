@@ -7,7 +7,7 @@ import struct
 from flame.base.errors import UsageError
 
 
-def claim(port: int) -> socket.socket:
+def reserve_port(port: int) -> socket.socket:
     """Makes ``port`` this process's among the runs of the machine, as long as the socket returned stays open.
 
     torchrun binds the port only later, so that two runs started at once would both find it free. The claim is a
@@ -15,19 +15,19 @@ def claim(port: int) -> socket.socket:
     all users, and separate for containers with ports of their own.
 
     Raises:
-        UsageError: The port is taken or claimed.
+        UsageError: The port is taken or reservation.
     """
     if port > 65535:
         raise UsageError(f"MASTER_PORT must be at most 65535, got {port}")
-    claimed = socket.socket(socket.AF_UNIX)
+    reservation = socket.socket(socket.AF_UNIX)
     name = f"\0flame MASTER_PORT {port}"
     try:
-        claimed.bind(name)
+        reservation.bind(name)
         # so that others can ask whose it is
-        claimed.listen()
+        reservation.listen()
         _require_free(port)
     except OSError as error:
-        claimed.close()
+        reservation.close()
         reason = error.strerror
         if error.errno == errno.EADDRINUSE:
             reason = _holder(name) or reason
@@ -35,7 +35,7 @@ def claim(port: int) -> socket.socket:
             f"MASTER_PORT must be a free port, one for each run, got {port}: {reason}; "
             f"{_free_port()} is free"
         ) from None
-    return claimed
+    return reservation
 
 
 def _require_free(port: int) -> None:

@@ -15,7 +15,7 @@ MAX_GPUS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ProcessBinding:
     """Where one process of the run belongs."""
 
     address: str
@@ -25,7 +25,7 @@ class Place:
     """CPUs of the group that the process may use."""
 
 
-def place(
+def bind_processes(
     *,
     ngpu: int,
     is_rocm: bool,
@@ -33,8 +33,8 @@ def place(
     allowed_cpus: frozenset[int],
     env: Mapping[str, str],
     argv: list[str],
-) -> list[Place]:
-    """The place of each of ``ngpu`` processes on this machine; none without a GPU, or if all is one group.
+) -> list[ProcessBinding]:
+    """The binding of each of ``ngpu`` processes on this machine; none without a GPU, or if all is one group.
 
     Args:
         ngpu: Processes, which take the first visible GPUs.
@@ -90,10 +90,10 @@ def place(
                 f"NGPU={ngpu} must be at most {MAX_GPUS}, the GPUs of one machine that a run may take, "
                 "unless --job.allow_cross_numa is given"
             )
-    return [_place(x, group_of[x], allowed_cpus) for x in used] if group_of else []
+    return [_bind_process(x, group_of[x], allowed_cpus) for x in used] if group_of else []
 
 
-def _place(address: str, group: Group, allowed_cpus: frozenset[int]) -> Place:
+def _bind_process(address: str, group: Group, allowed_cpus: frozenset[int]) -> ProcessBinding:
     cpus = group.cpus & allowed_cpus
     if not cpus:
         raise UsageError(
@@ -101,7 +101,7 @@ def _place(address: str, group: Group, allowed_cpus: frozenset[int]) -> Place:
             f"process may only use CPUs {format_ranges(allowed_cpus)} (taskset, cgroup, Slurm): start it with "
             "CPUs of the group"
         )
-    return Place(address, group, cpus)
+    return ProcessBinding(address, group, cpus)
 
 
 def _proposal(
@@ -138,29 +138,29 @@ def _ranges(numbers: list[int]) -> str:
     return format_ranges(frozenset(numbers))
 
 
-def describe(places: list[Place]) -> list[str]:
+def describe(bindings: list[ProcessBinding]) -> list[str]:
     """A line for each group that the run uses."""
     lines = []
-    for group in dict.fromkeys(place.group for place in places):
-        own = [place for place in places if place.group == group]
+    for group in dict.fromkeys(binding.group for binding in bindings):
+        own = [binding for binding in bindings if binding.group == group]
         lines.append(
-            f"group {group.name}: {' '.join(place.address for place in own)}, bound to NUMA node "
+            f"group {group.name}: {' '.join(binding.address for binding in own)}, bound to NUMA node "
             f"{format_ranges(group.nodes)}, CPUs {format_ranges(own[0].cpus)}"
         )
     return lines
 
 
-def threads(places: list[Place]) -> int:
+def threads(bindings: list[ProcessBinding]) -> int:
     """Threads for each process, so that all together fill the CPUs of their groups and no more."""
-    groups = [place.group for place in places]
-    return min(max(1, len(place.cpus) // groups.count(place.group)) for place in places)
+    groups = [binding.group for binding in bindings]
+    return min(max(1, len(binding.cpus) // groups.count(binding.group)) for binding in bindings)
 
 
-def to_json(places: list[Place]) -> str:
+def to_json(bindings: list[ProcessBinding]) -> str:
     """The argument of `flame.machine.bind_and_train`: CPUs and NUMA nodes for each local rank."""
     return json.dumps(
         [
-            {"cpus": format_ranges(place.cpus), "nodes": format_ranges(place.group.nodes)}
-            for place in places
+            {"cpus": format_ranges(binding.cpus), "nodes": format_ranges(binding.group.nodes)}
+            for binding in bindings
         ]
     )

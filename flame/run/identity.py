@@ -8,12 +8,12 @@ from typing import IO, Any
 
 from flame.base.errors import UsageError, is_full_disk
 from flame.base.files import temporary_name, write_atomically
-from flame.base.folder_lock import LOCK_FILE, hold
+from flame.base.folder_lock import LOCK_FILE, lock_folder
 from flame.base.log import logger
 from flame.checkpoints.step_folder import newest_checkpoint, remove
 from flame.config.sections import DEFAULT_BOS, JobConfig
 from flame.data.bos import BEFORE_THE_FLAG
-from flame.data.tokenizer import IDENTITY_KEY
+from flame.data.tokenizer import TOKENIZER_KEY
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
@@ -73,7 +73,7 @@ _FREE_OF_STREAMS = ("training.data_files",)
 _LEFT_TO_STREAMS = ("the files", *(f"--{flag}" for flag in _FREE_OF_STREAMS))
 
 # Keys that run.json did not always have, and what earlier runs had; None: they did not say.
-_LATER_KEYS = {BOS_KEY: BEFORE_THE_FLAG, IDENTITY_KEY: None}
+_LATER_KEYS = {BOS_KEY: BEFORE_THE_FLAG, TOKENIZER_KEY: None}
 
 # what a run writes before its first checkpoint, as patterns
 _LOGS = (
@@ -92,7 +92,7 @@ NOT_SHAPE = ("transformers_version", "architectures", "dtype")
 _SHAPE = "--model.config, "
 
 
-def identity(
+def fingerprint(
     config: JobConfig,
     *,
     model: SoftpickTransformerConfig,
@@ -114,7 +114,7 @@ def identity(
     return {**flags, BATCH_KEY: global_batch_size, **data, **shape}
 
 
-def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
+def claim_run_folder(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
     """Makes the dump folder this run's, as long as the file that it returns stays open.
 
     Raises:
@@ -125,7 +125,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
         require_same_run(folder, run)
         _check_checkpoints(config)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = hold(folder)
+        lock = lock_folder(folder)
         # while this run waited for the lock, another may have written
         require_same_run(folder, run)
         _make_way(folder, run)
