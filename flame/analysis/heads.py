@@ -13,11 +13,11 @@ import torch
 
 from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock, weight_blocks
 
-DEAD = 1e-6
+DEAD_OUTPUT_MAX = 1e-6
 """Outputs below this in absolute value count as none."""
-DORMANT = 0.9
+DORMANT_WEIGHT_MIN = 0.9
 """Weights on the first key above this count as all."""
-MOST = 0.95
+HEAD_FRACTION_MIN = 0.95
 """Share of the tokens that makes a head dead or dormant, to be exceeded."""
 
 
@@ -31,7 +31,7 @@ class Thresholds:
     """Weights up to these are counted beside the exact zeros."""
 
 
-def attend(
+def attend_observed(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -66,8 +66,8 @@ def attend(
         if see is not None:
             see(block)
         # [H, G, rows, V] -> [rows, HQ, V]
-        own = block.weights @ v[:, :, : block.weights.shape[-1]]
-        o[block.start : block.end] = own.flatten(0, 1).transpose(0, 1)
+        output = block.weights @ v[:, :, : block.weights.shape[-1]]
+        o[block.start : block.end] = output.flatten(0, 1).transpose(0, 1)
     return o
 
 
@@ -106,9 +106,9 @@ class HeadTotals:
     empty: torch.Tensor
     """Rows without any weight."""
     dormant: torch.Tensor
-    """Rows that have more than `DORMANT` on the first key."""
+    """Rows that have more than `DORMANT_WEIGHT_MIN` on the first key."""
     dead: torch.Tensor
-    """Rows whose output is below `DEAD`."""
+    """Rows whose output is below `DEAD_OUTPUT_MAX`."""
     largest_output: torch.Tensor = field(metadata={"maximum": True})
     max_score: torch.Tensor = field(metadata={"maximum": True})
 
@@ -125,7 +125,7 @@ class HeadTotals:
 
 
 class HeadObserver:
-    """Counts the weights of one sequence; give `see` to `attend`, then its output to `finish`."""
+    """Counts the weights of one sequence; give `see` to `attend_observed`, then its output to `finish`."""
 
     def __init__(
         self, length: int, num_heads: int, thresholds: Thresholds, device: torch.device
@@ -167,10 +167,10 @@ class HeadObserver:
         totals.weights += int(visible.sum())
         first = w[..., 0]
         totals.first += first.sum(-1, dtype=torch.float64)
-        totals.dormant += (first > DORMANT).sum(-1)
+        totals.dormant += (first > DORMANT_WEIGHT_MIN).sum(-1)
         totals.zeros += ((w == 0) & visible).sum((-1, -2))
-        for place, eps in enumerate(self.thresholds.small_eps):
-            totals.small[place] += ((w <= eps) & visible).sum((-1, -2))
+        for index, eps in enumerate(self.thresholds.small_eps):
+            totals.small[index] += ((w <= eps) & visible).sum((-1, -2))
         sums = w.sum(-1, dtype=torch.float64)
         totals.row_sums.index_add_(0, bucket, sums.T)
         totals.tops.index_add_(0, bucket, w.amax(-1).double().T)
@@ -188,10 +188,10 @@ class HeadObserver:
         totals = self.totals
         # a mean of the sample from here on
         totals.first /= self.length
-        for place, eps in enumerate(self.thresholds.sink_eps):
-            totals.sinks[place] = totals.first > eps
+        for index, eps in enumerate(self.thresholds.sink_eps):
+            totals.sinks[index] = totals.first > eps
         largest = output.abs().amax(-1)
-        totals.dead += (largest < DEAD).sum(0)
+        totals.dead += (largest < DEAD_OUTPUT_MAX).sum(0)
         totals.largest_output = largest.amax(0).double()
         return totals
 

@@ -126,7 +126,7 @@ class Results:
         """Records of a label by some number of theirs, in order, over the seeds."""
         groups: dict[float, list[float | None]] = {}
         for record in self.where(metric, label=label, **keys):
-            place = x(record)
-            if place is not None:
-                groups.setdefault(place, []).append(record["value"])
-        return {place: mean_of(groups[place]) for place in sorted(groups)}
+            key = x(record)
+            if key is not None:
+                groups.setdefault(key, []).append(record["value"])
+        return {key: mean_of(groups[key]) for key in sorted(groups)}

@@ -15,13 +15,13 @@ from flame.base.errors import UsageError
 from flame.base.paths import expand, split_list
 
 
-def _require(condition: bool, flag: str, value: object, right: str) -> None:
+def _require(condition: bool, flag: str, value: object, expected: str) -> None:
     if not condition:
-        raise UsageError(f"--{flag} must be {right}, got {value!r}")
+        raise UsageError(f"--{flag} must be {expected}, got {value!r}")
 
 
 # what a run writes into its folder under names that no flag gives
-_OWN_NAMES = (
+_RESERVED_NAMES = (
     "hf",
     "record",
     "spikes",
@@ -36,9 +36,11 @@ _OWN_NAMES = (
 
 
 def _require_name(flag: str, value: str) -> None:
-    is_name = Path(value).name == value and value not in ("", "..", *_OWN_NAMES)
-    right = f"the name of a folder within the dump folder, and none of {', '.join(_OWN_NAMES)}"
-    _require(is_name, flag, value, right)
+    is_name = Path(value).name == value and value not in ("", "..", *_RESERVED_NAMES)
+    expected = (
+        f"the name of a folder within the dump folder, and none of {', '.join(_RESERVED_NAMES)}"
+    )
+    _require(is_name, flag, value, expected)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +65,7 @@ class Job:
 
 
 @dataclass(kw_only=True, slots=True)
-class Model:
+class ModelConfig:
     config: str = "configs/softpick_transformer_tiny.json"
     """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
     tokenizer_path: str = "byte"
@@ -252,8 +254,8 @@ class Training:
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
         if self.bos == "sequence":
-            right = "at least 2 with --training.bos sequence, whose sequences start with bos"
-            _require(self.seq_len >= 2, "training.seq_len", self.seq_len, right)
+            expected = "at least 2 with --training.bos sequence, whose sequences start with bos"
+            _require(self.seq_len >= 2, "training.seq_len", self.seq_len, expected)
         _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")
         name = "training.max_skipped_steps"
@@ -279,10 +281,10 @@ class Training:
                 continue
             # with one source a comma is part of the value
             values = [value] if len(datasets) == 1 else value.split(",")
-            right = (
+            expected = (
                 f"{len(datasets)} values separated by commas, one for each of --training.dataset"
             )
-            _require(len(values) == len(datasets), f"training.{name}", value, right)
+            _require(len(values) == len(datasets), f"training.{name}", value, expected)
             default = "train" if name == "dataset_split" else None
             columns[name] = [entry or default for entry in values]
         shares = self._shares(len(datasets))
@@ -294,7 +296,7 @@ class Training:
     def _shares(self, count: int) -> list[int]:
         if self.data_probs is None and count == 1:
             return [SHARE_UNITS]
-        right = (
+        expected = (
             f"{count} numbers, one for each of --training.dataset, separated by commas, each a positive "
             "multiple of 0.0001, that sum to 1"
         )
@@ -310,7 +312,7 @@ class Training:
             and all(abs(x - share) < 1e-6 for x, share in zip(exact, shares, strict=True)),
             "training.data_probs",
             self.data_probs,
-            right,
+            expected,
         )
         return shares
 
@@ -492,7 +494,7 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True, slots=True)
-class Metrics:
+class MetricsConfig:
     log_freq: int = 10
     """Steps between two lines of the log, of metrics.jsonl and of TensorBoard; the first step is always
     logged."""
@@ -566,11 +568,11 @@ class Comm:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):
             value = getattr(self, name)
             # sockets count milliseconds in 32 bits
-            right = "between 1 and 2000000"
-            _require(1 <= value <= 2_000_000, f"comm.{name}", value, right)
+            expected = "between 1 and 2000000"
+            _require(1 <= value <= 2_000_000, f"comm.{name}", value, expected)
         # torch takes the memory for all of them at once
-        is_right = 0 <= self.trace_buf_size <= 1_000_000
-        _require(is_right, "comm.trace_buf_size", self.trace_buf_size, "between 0 and 1000000")
+        is_valid = 0 <= self.trace_buf_size <= 1_000_000
+        _require(is_valid, "comm.trace_buf_size", self.trace_buf_size, "between 0 and 1000000")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -614,7 +616,7 @@ class Sample:
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
     job: Job = field(default_factory=Job)
-    model: Model = field(default_factory=Model)
+    model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
@@ -622,7 +624,7 @@ class JobConfig:
     experimental: Experimental = field(default_factory=Experimental)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
     memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
@@ -637,8 +639,8 @@ class JobConfig:
         }
         for flag, name in names.items():
             others = [other for other, taken in names.items() if taken == name and other != flag]
-            right = f"a folder of its own, not that of --{others[0] if others else flag}"
-            _require(not others, flag, name, right)
+            expected = f"a folder of its own, not that of --{others[0] if others else flag}"
+            _require(not others, flag, name, expected)
         streaming, share = self.training.streaming, self.validation.share
         _require(
             not streaming or share == 0,

@@ -137,8 +137,8 @@ def _count_sequence(
         top = block.scores.masked_fill(~visible, -math.inf).amax()
         counts.max_score = torch.maximum(counts.max_score, top.double())
     counts.sums[3] = HQ
-    for place, eps in enumerate(SINK_EPS, start=4):
-        counts.sums[place] = (first_weight / T > eps).sum()
+    for index, eps in enumerate(SINK_EPS, start=4):
+        counts.sums[index] = (first_weight / T > eps).sum()
     return counts
 
 

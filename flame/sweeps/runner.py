@@ -151,12 +151,12 @@ class Runner:
             if job.is_new:
                 self._durations.append(time.time() - job.start)
             logger.info(
-                f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {_span(time.time() - job.start)}"
+                f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {format_duration(time.time() - job.start)}"
             )
         elif self.stopped is not None and _is_stop(code):
             logger.info(f"{run.name}: stopped at step {state.step}")
         else:
-            why = f"exit code {code}: {last_words(run.log, job.log_start)}"
+            why = f"exit code {code}: {last_error_line(run.log, job.log_start)}"
             if code == 0:
                 why = f"its folder has no export, or no finite validation loss of the last step: {state}"
             self.failed[run.name] = f"{why}; log {run.log}"
@@ -168,7 +168,7 @@ class Runner:
         if self.failed:
             counts += f", {len(self.failed)} failed"
         if self._durations:
-            counts += f", about {_span(self._seconds_left(states))} left"
+            counts += f", about {format_duration(self._seconds_left(states))} left"
         return " | ".join([counts, *(f"{job.run.name} {_progress(job, s)}" for job, s in states)])
 
     def _seconds_left(self, states: list[tuple[_Job, State]]) -> float:
@@ -184,7 +184,7 @@ def _progress(job: _Job, state: State) -> str:
     if state.loss is not None:
         words.append(f"loss {state.loss:.4f}")
     if state.seconds_per_step is not None:
-        words.append(f"{_span(state.seconds_per_step * (steps - state.step))} left")
+        words.append(f"{format_duration(state.seconds_per_step * (steps - state.step))} left")
     return ", ".join(words)
 
 
@@ -193,7 +193,7 @@ def _is_stop(code: int) -> bool:
     return code in {128 + s for s in STOP_SIGNALS} | {-s for s in STOP_SIGNALS}
 
 
-def last_words(log: Path, start: int = 0) -> str:
+def last_error_line(log: Path, start: int = 0) -> str:
     """The error that a program ended with, as far as its log says it on one line behind byte ``start``."""
     with open(log, "rb") as stream:
         stream.seek(start)
@@ -202,6 +202,6 @@ def last_words(log: Path, start: int = 0) -> str:
     return (errors or lines or ["it printed nothing"])[-1].removeprefix("flame: error: ").strip()
 
 
-def _span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
