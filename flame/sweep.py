@@ -140,7 +140,7 @@ def _print_commands(sweep: Sweep, states: dict[str, State]) -> None:
         # which rate is best, losses will tell
         runs = [run for run in sweep.runs if run.learning_rate == _first_rate(sweep, run.arm)]
         words = shlex.join(["python", "-m", "flame.analyze", *analysis_flags(sweep, runs)])
-        note = "# of several learning rates the best will stand in this command\n"
+        note = "# this command will name the best of several learning rates\n"
         sys.stdout.write((note if len(runs) < len(sweep.runs) else "") + words + "\n")
 
 

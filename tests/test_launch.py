@@ -261,7 +261,7 @@ def test_a_mixture_is_refused_before_anything_starts(fake, tmp_path):
         ({"NODE_RANK": "1"}, "NODE_RANK must be below NNODE=1, got 1"),
         (
             {"PET_NNODES": "2"},
-            "PET_NNODES=2: torchrun would read this in the place of what train.sh",
+            "PET_NNODES=2: torchrun would read this instead of what train.sh",
         ),
         ({"NNODE": "2"}, "MASTER_ADDR must be set for NNODE=2, the same on every machine"),
         ({"NNODE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT must be set for NNODE=2"),

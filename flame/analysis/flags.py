@@ -16,7 +16,7 @@ from flame.models.attention import IMPLEMENTATIONS
 
 
 def parser() -> Parser:
-    """Of the command line."""
+    """The parser of the command line."""
     flags = Parser(
         prog="python -m flame.analyze",
         description="Measures attention in trained models and writes a report that compares them.",
@@ -82,7 +82,7 @@ def parser() -> Parser:
         type=float,
         nargs="+",
         default=[1e-5],
-        help="weights up to these are counted beside the exact zeros (default: 1e-5)",
+        help="weights up to these are counted in addition to the exact zeros (default: 1e-5)",
     )
     add(
         "--heatmap_heads",
@@ -117,7 +117,7 @@ def parser() -> Parser:
         type=float,
         nargs="+",
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where the key stands, from 0 (the start) to 1 (default: 0 0.25 0.5 0.75 1)",
+        help="position of the key, from 0 (the start) to 1 (default: 0 0.25 0.5 0.75 1)",
     )
     add("--passkey_samples", type=int, default=20, help="keys at a depth (default: %(default)s)")
     add(
@@ -132,13 +132,13 @@ def parser() -> Parser:
 
 
 def own_flags(args: argparse.Namespace) -> bool:
-    """Whether there is any flag beside --report_only and --out."""
+    """Whether any flag other than --report_only and --out is given."""
     bare = parser().parse_args(["--report_only", "--out", str(args.out)])
     return bare != args
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UsageError where a value is wrong by itself or beside another."""
+    """Raises UsageError for a wrong value, or for two that exclude each other."""
     if not args.model:
         raise UsageError("--model is needed, or --report_only")
     if args.data is None:
@@ -251,7 +251,7 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
 
 
 def _text_fingerprint(model: ModelSource) -> dict[str, object]:
-    """What makes two models see the same tokens in a text, beside those before it."""
+    """Values that are equal if two models see the same tokens in a text, apart from tokens before it."""
     fingerprint = tokenizer_fingerprint(model.tokenizer)
     del fingerprint["tokenizer_sha256"]
     return fingerprint

@@ -1,8 +1,8 @@
 """What each attention head does with one sequence, from a block of query rows at a time.
 
-Definitions are those of arXiv:2504.20966, as `docs/softpick/ANALYSIS.md` writes them out. Weights are computed by the
-formula of the model's normaliser, in float32 at least, and so is the output; no operator is called, so that nothing is
-held but a block, on any device.
+Definitions are those of arXiv:2504.20966, as `docs/softpick/ANALYSIS.md` writes them out. Weights and
+output are computed by the formula of the model's normaliser, in float32 at least. No operator is called, so memory
+holds one block at a time, on any device.
 """
 
 import math
@@ -14,11 +14,11 @@ import torch
 from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock, weight_blocks
 
 DEAD_OUTPUT_MAX = 1e-6
-"""Outputs below this in absolute value count as none."""
+"""A token's output is dead if all its elements are below this in absolute value."""
 DORMANT_WEIGHT_MIN = 0.9
-"""Weights on the first key above this count as all."""
+"""A token is dormant if its weight on the first key is above this."""
 HEAD_FRACTION_MIN = 0.95
-"""Share of the tokens that makes a head dead or dormant, to be exceeded."""
+"""A head is dead/dormant if more than this fraction of its tokens is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Thresholds:
     sink_eps: tuple[float, ...] = (0.2, 0.3)
     """Mean weights on the first key above which a head of a sample counts as a sink."""
     small_eps: tuple[float, ...] = (1e-5,)
-    """Weights up to these are counted beside the exact zeros."""
+    """Weights up to these are counted in addition to the exact zeros."""
 
 
 def attend_observed(
@@ -43,7 +43,7 @@ def attend_observed(
     sink_bias: torch.Tensor | None = None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> torch.Tensor:
-    """Causal attention within one sequence, which shows its weights to ``see`` on the way.
+    """Causal attention within one sequence; calls ``see`` with each block of its weights.
 
     Args:
         q: ``[T, HQ, K]``; ``k [S, H, K]`` and ``v [S, H, V]``, ``S >= T``. Other arguments as in `weight_blocks`.
@@ -81,7 +81,7 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
 class HeadTotals:
     """Sums over samples of one length in one layer, float64 on the device; `of` makes those of one sample.
 
-    The attributes are ``[HQ]`` where nothing else is said, ``[P, HQ]`` by position (`position_buckets`).
+    Tensors are ``[HQ]`` unless stated otherwise; ``P`` is the number of `position_buckets`.
     """
 
     samples: int
@@ -186,7 +186,7 @@ class HeadObserver:
     def finish(self, output: torch.Tensor) -> HeadTotals:
         """The totals of the sequence, whose output ``[T, HQ, V]`` is what the output projection sees."""
         totals = self.totals
-        # a mean of the sample from here on
+        # the sum over queries becomes their mean
         totals.first /= self.length
         for index, eps in enumerate(self.thresholds.sink_eps):
             totals.sinks[index] = totals.first > eps

@@ -1,7 +1,7 @@
 """Runs a decoder over sequences and turns what its heads and layers do into records.
 
-The model's attention is computed by `flame.analysis.heads.attend_observed` in the place of its operator: the same function, a
-block of query rows at a time, so that no map of all weights ever exists, and the same code for every arm.
+The model's attention is computed by `flame.analysis.heads.attend_observed` instead of its operator. It is the same function, computed for
+a block of query rows at a time, so that the weights never exist all at once, by the same code for every arm.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from flame.models.operator_override import replaced_operator
 EMBEDDING = -1
 """The "layer" of the embedding's output, in records of activations."""
 
-# sequence, its attention: q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed` -> [T, HQ, V]
+# attention of a layer on one sequence: (layer, q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed`) -> [T, HQ, V]
 _Attend = Callable[..., torch.Tensor]
 
 
@@ -60,7 +60,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterator[None]:
-    """Calls ``attend_layer(layer, q, k, v, **options)`` for each sequence in the place of the model's operator.
+    """Calls ``attend_layer(layer, q, k, v, **options)`` for each sequence instead of the model's operator.
 
     Raises:
         ValueError: The model runs none of `flame.models.attention.IMPLEMENTATIONS`.
@@ -85,7 +85,7 @@ def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterato
         s_aux: torch.Tensor | None = None,
         softcap: float | None = None,
         is_causal: bool | None = None,
-        # the samples have none but 0 to length - 1
+        # always 0 to length - 1 in samples
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -163,7 +163,7 @@ class Extreme:
 
 
 class Activations:
-    """Moments and extremes of what the embedding and each layer put out; index 0 is the embedding."""
+    """Moments and extremes of the outputs of the embedding (index 0) and of each layer."""
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self.powers = torch.zeros(1 + num_layers, 5, dtype=torch.float64, device=device)
@@ -233,7 +233,7 @@ def measure(
     activations = Activations(len(layers), model.device)
 
     projections = [getattr(getattr(x, "self_attn", None), "o_proj", None) for x in layers]
-    # of the layers that have not come to their projection
+    # layers whose output has not reached the output projection yet
     observers: dict[int, HeadObserver] = {}
 
     def add(layer: int, totals: HeadTotals) -> None:
@@ -253,7 +253,7 @@ def measure(
         return output
 
     def see_projected(layer: int, module: nn.Module, args: tuple) -> None:
-        # what a gate has left of the output, [1, T, HQ * V]
+        # the output after a gate, [1, T, HQ * V]
         observer = observers.pop(layer)
         add(layer, observer.finish(args[0][0].unflatten(-1, (observer.num_heads, -1))))
 
@@ -302,7 +302,7 @@ def _record_heads(
 
 
 def _summary(metric: str, numbers: list[float]) -> float:
-    """Of several heads: the largest score or output is a maximum, everything else a mean over those that have it."""
+    """A metric over several heads: a maximum for the largest score or output, else the mean over heads that have it."""
     if metric in ("max_score", "largest_output"):
         return max(numbers)
     numbers = [x for x in numbers if not math.isnan(x)]
@@ -319,7 +319,7 @@ def _values(
         ("zeros", ()): totals.zeros / totals.weights,
         ("row_sum", ()): totals.row_sums.sum(0) / rows,
         ("top_weight", ()): totals.tops.sum(0) / rows,
-        # NaN for a head that no row has weight in
+        # NaN for a head without any weight
         ("entropy", ()): totals.entropy / (rows - totals.empty),
         ("empty_rows", ()): totals.empty / rows,
         ("dead_head", ()): (totals.dead / rows > HEAD_FRACTION_MIN).double(),

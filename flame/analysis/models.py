@@ -29,7 +29,7 @@ _FIELDS = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that has not been loaded yet."""
+    """Where to load a model from, with its configuration and tokenizer; the weights are not loaded yet."""
 
     path: Path
     config: Config
@@ -44,7 +44,7 @@ class ModelSource:
         return normalizer_of(self.operator)
 
     def fields(self) -> dict[str, Any]:
-        """What tells one arm from another."""
+        """Fields of the configuration in which arms differ."""
         names = ("attn_sink", "attn_gate", "attn_log_scale")
         extra = {name: True for name in names if getattr(self.config, name, False)}
         return (
@@ -57,7 +57,7 @@ class ModelSource:
         """The model in float32, ready to be measured.
 
         Raises:
-            UsageError: Its files are missing or damaged, or a weight is missing, has no place or is not finite.
+            UsageError: Its files are missing or damaged, or a weight is missing, unknown or not finite.
         """
         try:
             if not self.is_checkpoint:

@@ -16,11 +16,12 @@ from flame.base.paths import expand, split_list
 
 
 def _require(condition: bool, flag: str, value: object, expected: str) -> None:
+    """Raises UsageError unless ``condition`` holds; ``expected`` completes "must be"."""
     if not condition:
         raise UsageError(f"--{flag} must be {expected}, got {value!r}")
 
 
-# what a run writes into its folder under names that no flag gives
+# fixed names inside a dump folder; folder flags may not use them
 _RESERVED_NAMES = (
     "hf",
     "record",
@@ -126,7 +127,7 @@ class LRScheduler:
         _require(0 <= self.lr_min <= 1, "lr_scheduler.lr_min", self.lr_min, "between 0 and 1")
 
 
-# data_probs counts in these, so that a share is exact in every run of this many sequences
+# data_probs is a multiple of 1 / SHARE_UNITS, so that a share is exact in every block of this many sequences
 SHARE_UNITS = 10_000
 
 
@@ -140,7 +141,7 @@ class DataSource:
     data_dir: str | None
     data_files: str | None
     share: int
-    """Of `SHARE_UNITS` sequences, how many are this source's."""
+    """Sequences of this source in every `SHARE_UNITS` of the run."""
 
 
 DEFAULT_BOS = "tokenizer"
@@ -170,7 +171,7 @@ class Training:
     """Read documents in their order while training, without reading all of the data first and without
     shuffling; needs --validation.share 0."""
     num_workers: int = 0
-    """Processes, beside each training process, that tokenize (streaming) or read sequences; 0: none."""
+    """Extra processes for each training process that tokenize (streaming) or read sequences; 0: none."""
     prefetch_factor: int | None = None
     """What each worker prepares ahead: batches, or with streaming pieces of 65,536 characters. Default: 2."""
     bos: Literal["tokenizer", "sequence", "none"] | None = None
@@ -178,7 +179,7 @@ class Training:
     every sequence, and with varlen of every document; or with nothing. Default: tokenizer, or what the run in the
     dump folder began with."""
     varlen: bool = False
-    """Attention sees the own document alone: sequences are packed from documents whose positions start at
+    """A token attends to its own document only: sequences are packed from documents whose positions start at
     0, and their bounds reach the attention operator as cu_seqlens."""
     context_len: int | None = None
     """With varlen, the longest piece of a document that attends to itself. Default: seq_len."""
@@ -212,7 +213,7 @@ class Training:
     data_parallel_replicate_degree: int = 1
     """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Processes that one copy of the model is sharded over (FSDP2); -1: those that are left."""
+    """Processes that one copy of the model is sharded over (FSDP2); -1: all that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered weights are freed between forward and backward. Default: those of the layers are,
     those of embedding, last norm and head are not."""
@@ -267,10 +268,10 @@ class Training:
         _require(shard == -1 or shard >= 1, name, shard, "-1 or at least 1")
 
     def sources(self) -> list[DataSource]:
-        """The sources of ``dataset``, each with its own of the other flags.
+        """The sources of ``dataset``, each with its values of the other flags.
 
         Raises:
-            UsageError: A flag has another number of values than there are sources, or the shares are none.
+            UsageError: A flag has not one value for each source, or ``data_probs`` are not valid shares.
         """
         datasets = split_list(self.dataset)
         columns = {}
@@ -388,8 +389,8 @@ class Validation:
     share: float = 0.05
     """Share of the tokens, the last ones, that is held out; 0: no validation."""
     sequences: int = 0
-    """With training.streaming, in the place of share: sequences held out, as many of each source, whose
-    first documents they are."""
+    """With training.streaming, instead of share: number of sequences held out of each source, from its
+    first documents."""
     freq: int = 100
     """Steps between two measurements of the validation loss; the last step is always measured."""
 
@@ -424,8 +425,8 @@ class Checkpoint:
     """Checkpoint to start from, a folder step-N of any run or what flame.convert hf-to-dcp wrote. A run
     that has a checkpoint of its own continues from that."""
     initial_load_model_weights_only: bool = True
-    """Take the weights of initial_load_path alone; otherwise optimizer, schedule, step, place in the data
-    and random state too."""
+    """Take the weights of initial_load_path alone; otherwise also optimizer, schedule, step, position in
+    the data and random state."""
     exclude_from_loading: str = ""
     """What not to take from initial_load_path, with no_initial_load_model_weights_only: some of
     optimizer, lr_scheduler, dataloader, train_state, rng, separated by commas."""

@@ -1,4 +1,4 @@
-"""The data of a run as its flags describe it: what to train on, what is held out, what identifies it."""
+"""The data of a run, opened from its flags: what to train on, what to hold out, and its fingerprint."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -23,11 +23,11 @@ class RunData(Protocol):
     """What the trainer asks of the data."""
 
     fingerprint: dict[str, Any]
-    """What must stay the same for a run to be continued; cheap, nothing is read for it."""
+    """Values that must not change on resume. No data is read for them."""
     summary: str
-    """Sizes, for people."""
+    """Sizes of the data, for the log."""
     begins: str
-    """What begins with which token, for people."""
+    """Which token begins documents and sequences, for the log."""
 
     def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader | StreamLoader:
         """Endless training batches of one data-parallel rank."""
@@ -39,7 +39,7 @@ class RunData(Protocol):
 
 
 class _RunDataBase:
-    """What both kinds have alike."""
+    """Flags and held-out sequences, common to data in memory and streamed data."""
 
     def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         t = config.training
@@ -123,7 +123,7 @@ class _StreamData(_RunDataBase):
             )
             self._held_out.append(held_out)
             self._train.append((shards, begin))
-        # of files on this machine the loader's state knows which may change
+        # local files are left to the loader's state, which knows which of them may change
         self.fingerprint = self._tokenizer_fingerprint | {
             f"the files{_source_suffix(sources, shards)}": shards.fingerprint
             for shards in sources
@@ -161,6 +161,7 @@ def open_data(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
 
 
 def _source_suffix(sources: list[Any], source: Any) -> str:
+    """End of a fingerprint's key: which source it is of, if there are several, and its flag."""
     number = f" of source {sources.index(source) + 1}" if len(sources) > 1 else ""
     return f"{number} (--training.dataset)"
 

@@ -16,7 +16,7 @@ MAX_GPUS = 4
 
 @dataclass(frozen=True, slots=True)
 class ProcessBinding:
-    """Where one process of the run belongs."""
+    """GPU and CPUs of one process of the run."""
 
     address: str
     """PCI address of its GPU."""
@@ -34,12 +34,12 @@ def bind_processes(
     env: Mapping[str, str],
     argv: list[str],
 ) -> list[ProcessBinding]:
-    """The binding of each of ``ngpu`` processes on this machine; none without a GPU, or if all is one group.
+    """The bindings of ``ngpu`` processes on this machine; empty without a GPU, or if the machine is one group.
 
     Args:
         ngpu: Processes, which take the first visible GPUs.
         is_rocm: Whether HIP counts the GPUs.
-        allow_cross_numa: Lift the rules, and where the topology cannot be read, do without.
+        allow_cross_numa: Skip the rules; if the topology cannot be read, do not bind.
         allowed_cpus: CPUs that the processes may use.
         env: Environment of the processes.
         argv: Flags of the run, for the command that an error proposes.
@@ -53,7 +53,7 @@ def bind_processes(
     masks = {name: env[name] for name in (names if is_rocm else names[2:]) if name in env}
     given = ", ".join(f"{name}={mask}" for name, mask in masks.items()) or f"no {variable}"
     if not visible:
-        # what hides all GPUs from a run that is meant for the CPU; Slurm says NoDevFiles
+        # these values hide all GPUs from a run that is meant for the CPU; NoDevFiles is Slurm's
         if masks and not {"", "-1", "NoDevFiles"} & set(masks.values()):
             counted = (
                 "; HIP counts from 0 what ROCR_VISIBLE_DEVICES leaves" if len(masks) > 1 else ""
@@ -111,7 +111,7 @@ def _proposal(
     env: Mapping[str, str],
     argv: list[str],
 ) -> str:
-    """Which of the GPUs is where, and the commands that would be right, in the numbers of ``variable``."""
+    """The group of each GPU, and the commands that obey the rules, with GPUs numbered as in ``variable``."""
     masks = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
     every = list_gpus.addresses({name: value for name, value in env.items() if name not in masks})
     found, commands = [], []

@@ -85,7 +85,7 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
 
 
 def _check_analysis(sweep: Sweep, tokenizer: Tokenizer, bos: str) -> None:
-    """Finds what the analysis will need beside the models: its text, and a package."""
+    """Checks that the analysis will find its text and an optional package."""
     if (args := _analysis(sweep)) is None:
         return
     tokenizer = for_inference(tokenizer, bos)

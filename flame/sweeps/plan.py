@@ -1,4 +1,4 @@
-"""The file of a sweep, and the runs that it stands for."""
+"""The file of a sweep, and the runs that it defines."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Analyze:
-    """What `flame.analyze` is given; None and () stand for its own defaults."""
+    """What `flame.analyze` is given; None and () mean its defaults."""
 
     data: str
     held_out: bool = False

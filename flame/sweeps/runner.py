@@ -1,4 +1,4 @@
-"""The processes of a sweep: starts runs in slots, passes signals on to them, says what they do."""
+"""The processes of a sweep: starts runs in slots, passes signals on to them, and logs their progress."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State, read_state
 
-# what `bash train.sh` is
+# same as `bash train.sh`
 LAUNCHER = [sys.executable, "-m", "flame.launch"]
 _POLL_S = 0.2
 
 
 def environment(sweep: Sweep, run: Run, slot: Slot) -> dict[str, str]:
-    """What a run's processes get beside the sweep's own environment."""
+    """Variables that the processes of a run get in addition to the environment of the sweep."""
     env = slot.env | {"NGPU": str(sweep.ngpu)}
     if run.config.metrics.enable_wandb:
         # the folder's name, which is wandb's default, lacks the arm
@@ -172,7 +172,7 @@ class Runner:
         return " | ".join([counts, *(f"{job.run.name} {_progress(job, s)}" for job, s in states)])
 
     def _seconds_left(self, states: list[tuple[_Job, State]]) -> float:
-        """Until all runs have ended, if those to come take as long as those that were run whole."""
+        """Seconds until all runs have ended, from the mean duration of the runs that ran from start to end."""
         mean = sum(self._durations) / len(self._durations)
         shares = (1 - state.step / job.run.config.training.steps for job, state in states)
         return mean * (sum(shares) + len(self.waiting)) / self._num_slots
@@ -194,7 +194,7 @@ def _is_stop(code: int) -> bool:
 
 
 def last_error_line(log: Path, start: int = 0) -> str:
-    """The error that a program ended with, as far as its log says it on one line behind byte ``start``."""
+    """The last error line of a log after byte ``start``, else its last line."""
     with open(log, "rb") as stream:
         stream.seek(start)
         lines = [x for x in stream.read().decode(errors="replace").splitlines() if x.strip()]

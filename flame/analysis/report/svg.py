@@ -10,7 +10,7 @@ from flame.analysis.records import Mean
 WIDTH, HEIGHT = 380, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
 HUES = 7
-"""Colours and markers before dashes tell lines apart too."""
+"""Number of colour/marker pairs; further lines reuse them with dashes."""
 _DASHES = ("", "6 3", "2 2")
 LEVELS = 20
 """Shades of a heat map."""
@@ -22,7 +22,7 @@ class Line:
     """One arm in a chart."""
 
     index: int
-    """Decides colour, marker and dash, the same in every chart."""
+    """Selects colour, marker and dash, the same in every chart."""
     label: str
     points: dict[float, Mean]
 
@@ -34,11 +34,11 @@ class Axis:
     label: str
     log: bool = False
     ticks: tuple[float, ...] = ()
-    """Where they are wanted; otherwise round numbers."""
+    """Positions of the ticks; empty: round numbers."""
     low: float | None = None
-    """Where it is to begin; otherwise what fits."""
+    """Lower end of the axis; None: fitted to the data."""
     high: float | None = None
-    """Where it is to end, though rounding may have carried a number past it; otherwise what fits."""
+    """Upper end of the axis; None: fitted to the data. Values slightly above are clipped."""
 
 
 def tick_text(x: float) -> str:
@@ -66,7 +66,7 @@ class _Scale:
         if axis.log:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12:
-            # shares that are all 0 have nothing below
+            # an axis of zeros starts at 0
             below, above = (0.5, 0.5) if low or axis.log else (0.0, 1.0)
             low, high = low - (below if axis.low is None else 0.0), high + above
         if axis.ticks:
@@ -77,7 +77,7 @@ class _Scale:
             step = round_up((high - low) / count)
             low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
             self.ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
-            # what is 0 but for rounding is 0
+            # rounding errors around 0 become 0
             self.ticks = [0.0 if abs(x) < step / 1e6 else float(f"{x:.10g}") for x in self.ticks]
         self.low, self.high = low, high
 
@@ -110,7 +110,7 @@ def _log_ticks(low: float, high: float, count: int) -> tuple[list[float], float,
 
 
 def _usable(lines: Iterable[Line], x: Axis, y: Axis) -> list[Line]:
-    """Without the points that are not finite, or have no logarithm."""
+    """The lines without points that are not finite, or that have no logarithm on a log axis."""
 
     def fits(x_value: float, value: Mean) -> bool:
         is_finite = math.isfinite(x_value) and math.isfinite(value.mean)
