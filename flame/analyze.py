@@ -36,7 +36,7 @@ from flame.analysis.flags import (
 )
 from flame.analysis.heads import Thresholds
 from flame.analysis.measure import loss_of, measure, perplexity, record_maps
-from flame.analysis.models import Model
+from flame.analysis.models import ModelSource
 from flame.analysis.records import (
     RECORDS_FILE,
     Recorder,
@@ -64,7 +64,7 @@ def _choose_heads(recorder: Recorder, length: int) -> dict[tuple[int, int], str]
             if r["metric"] == metric and r["length"] == length and r["head"] is not None
         }
         # NaN, of a head without any weight, is unlike itself
-        found = {place: value for place, value in found.items() if value == value}
+        found = {key: value for key, value in found.items() if value == value}
         return max(found, key=found.get) if found else None
 
     chosen = {}
@@ -72,14 +72,14 @@ def _choose_heads(recorder: Recorder, length: int) -> dict[tuple[int, int], str]
         ("entropy", f"largest entropy in {recorder.label}"),
         ("first_weight", f"largest mean weight on key 0 in {recorder.label}"),
     ):
-        if (place := best(metric)) is not None:
-            chosen[place] = f"{chosen[place]}, and {text}" if place in chosen else text
+        if (head := best(metric)) is not None:
+            chosen[head] = f"{chosen[head]}, and {text}" if head in chosen else text
     return dict(reversed(chosen.items()))
 
 
 def _measure_all(
     args: argparse.Namespace,
-    models: list[Model],
+    models: list[ModelSource],
     labels: list[str],
     samples: Samples,
     curves: list[Curves],
@@ -109,9 +109,9 @@ def _measure_all(
                 if label not in labels[:number]:
                     heads = heads or _choose_heads(recorder, lengths[-1])
                     layers, width = model.config.num_hidden_layers, model.config.num_attention_heads
-                    own = [place for place in heads if place[0] < layers and place[1] < width]
+                    existing = [(i, j) for i, j in heads if i < layers and j < width]
                     sequence = samples.tokens[0, : lengths[0]]
-                    record_maps(model, sequence, own, recorder, cells=MAP_CELLS, why=heads)
+                    record_maps(model, sequence, existing, recorder, cells=MAP_CELLS, why=heads)
             except NotImplementedError as error:
                 raise UsageError(f"--model {source.path}: {error}") from None
             parameters = sum(p.numel() for p in model.parameters())
@@ -129,7 +129,7 @@ def _measure_all(
 
 def _measure_robustness(
     args: argparse.Namespace,
-    source: Model,
+    source: ModelSource,
     model: torch.nn.Module,
     samples: Samples,
     recorder: Recorder,

@@ -23,7 +23,7 @@ from flame.checkpoints.step_folder import (
 from flame.config.sections import DEFAULT_BOS
 from flame.data import load_tokenizer
 from flame.data.bos import MODES
-from flame.data.tokenizer import BYTE, IDENTITY_KEY, tokenizer_sha256
+from flame.data.tokenizer import BYTE, TOKENIZER_KEY, tokenizer_sha256
 from flame.models import SoftpickTransformerConfig, read_config
 from flame.run.export import export_model
 from flame.run.identity import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
@@ -231,7 +231,7 @@ def _tokenizer_for(args: argparse.Namespace, run: dict[str, Any] | None) -> PreT
     try:
         tokenizer = load_tokenizer(name)
         if run is not None:
-            trained = run.get(IDENTITY_KEY)
+            trained = run.get(TOKENIZER_KEY)
             if trained is None and args.tokenizer is not None:
                 # of before the fingerprint
                 trained = tokenizer_sha256(load_tokenizer(run["--model.tokenizer_path"]))

@@ -89,7 +89,7 @@ def main() -> None:
         for flag in ("top_k", "top_p"):
             if getattr(args, flag) is not None and not args.temperature:
                 raise UsageError(f"--{flag} is of sampling: leave it out with --temperature 0")
-        for flag, value, is_right, right in (
+        for flag, value, is_valid, expected in (
             ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
             (
                 "temperature",
@@ -106,8 +106,8 @@ def main() -> None:
             ),
             ("seed", args.seed, 0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         ):
-            if not is_right:
-                raise UsageError(f"--{flag} must be {right}, got {value}")
+            if not is_valid:
+                raise UsageError(f"--{flag} must be {expected}, got {value}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         flame.models.require_device(config.attn_impl, device)
         try:

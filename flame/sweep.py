@@ -8,7 +8,7 @@ import sys
 
 from flame.base.command_line import Parser, make_folder
 from flame.base.errors import UsageError, exit_on_usage_error
-from flame.base.folder_lock import hold
+from flame.base.folder_lock import lock_folder
 from flame.base.log import init_logger, logger
 from flame.base.paths import path_argument
 from flame.sweeps.cost import estimate, require_disk
@@ -73,7 +73,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     name = f"{sweep.file}: out"
     make_folder(name, sweep.out)
     try:
-        lock = hold(sweep.out, name=name, who="sweep", waits=False)
+        lock = lock_folder(sweep.out, name=name, who="sweep", waits=False)
     except OSError as error:
         raise UsageError(f"{name} {sweep.out} cannot be locked: {error}") from None
     with lock:
@@ -140,7 +140,7 @@ def _print_commands(sweep: Sweep, states: dict[str, State]) -> None:
         # which rate is best, losses will tell
         runs = [run for run in sweep.runs if run.learning_rate == _first_rate(sweep, run.arm)]
         words = shlex.join(["python", "-m", "flame.analyze", *analysis_flags(sweep, runs)])
-        note = "# of several learning rates the best will stand in this command\n"
+        note = "# this command will name the best of several learning rates\n"
         sys.stdout.write((note if len(runs) < len(sweep.runs) else "") + words + "\n")
 
 

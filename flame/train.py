@@ -35,7 +35,7 @@ from flame.checkpoints.step_folder import newest_checkpoint
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig
 from flame.run.finish import finish
-from flame.run.identity import claim, explain_full_disk, identity, set_bos
+from flame.run.identity import claim_run_folder, explain_full_disk, fingerprint, set_bos
 from flame.run.inputs import read_inputs, set_precision
 from flame.run.record import write_record
 from flame.titan.config import global_batch_size
@@ -108,15 +108,15 @@ def _run(config: JobConfig, asked: dict[str, Any]) -> signal.Signals | None:
         estimate_memory(config, inputs)
         return None
     check_start(config, inputs.model, DEVICE_TYPE)
-    run = identity(
+    run = fingerprint(
         config,
         model=inputs.model,
-        data=inputs.data.identity,
+        data=inputs.data.fingerprint,
         global_batch_size=global_batch_size(config),
     )
     # one process alone, which the others then wait for: they would find a folder half written
     if os.environ["RANK"] == "0":
-        lock = claim(config, run)  # noqa: F841  # held to the end of the process
+        lock = claim_run_folder(config, run)  # noqa: F841  # held to the end of the process
         write_record(config, sys.argv[1:])
     logger.info("building the model")
     trainer = FlameTrainer(config, inputs)

@@ -69,21 +69,25 @@ def read_samples(
     # tokens of text in a sequence; the label of one may be the first input of the next
     need = length + 1 - len(prefix)
     # document, first token, as many as are wanted from the end, or all
-    places: list[tuple[int, int]] = []
+    positions: list[tuple[int, int]] = []
     longest = 0
     for i in reversed(range(count)):
         tokens = len(document(i))
         longest = max(longest, tokens)
         starts = range(0, tokens - need + 1, length)
-        places += [(i, start) for start in reversed(starts)]
-        if len(places) >= number and not is_held_out:
+        positions += [(i, start) for start in reversed(starts)]
+        if len(positions) >= number and not is_held_out:
             break
-    if len(places) < number:
+    if len(positions) < number:
         raise UsageError(
-            f"--samples {number}: --data {data} has {len(places)} sequences of {length} tokens that lie within one "
+            f"--samples {number}: --data {data} has {len(positions)} sequences of {length} tokens that lie within one "
             f"document (its longest has {longest}); give shorter --lengths, fewer --samples or more text"
         )
-    chosen = [places[n * len(places) // number] for n in range(number)] if is_held_out else places
+    chosen = (
+        [positions[n * len(positions) // number] for n in range(number)]
+        if is_held_out
+        else positions
+    )
     chosen = chosen[:number]
     rows = [[*prefix, *document(i)[start : start + need].tolist()] for i, start in chosen]
     first = min(chosen)

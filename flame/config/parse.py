@@ -89,12 +89,12 @@ def flags_of_sections(sections: dict[str, Any]) -> list[str]:
     """The tables of a recipe, section -> option -> value, as flags.
 
     Raises:
-        UsageError: A key stands outside a section.
+        UsageError: A key is outside a section.
     """
     flags: list[str] = []
     for section, options in sections.items():
         if not isinstance(options, dict):
-            raise UsageError(f"key {section!r} stands outside a [section]")
+            raise UsageError(f"key {section!r} is outside a [section]")
         for name, value in options.items():
             if isinstance(value, bool):
                 flags.append(f"--{section}.{name}" if value else f"--{section}.no_{name}")

@@ -33,7 +33,7 @@ from flame.data.prepared import (
     INDEX,
     TOKENS,
     sample_crc32,
-    tokenizer_identity,
+    tokenizer_fingerprint,
     verify,
 )
 from flame.data.shards import Shards, open_shards
@@ -95,7 +95,7 @@ def prepare(
         index |= {
             "bos": bos,
             "before_document": around_document(tokenizer, bos)[0],
-            "tokenizer": {"path": tokenizer_path, **tokenizer_identity(tokenizer)},
+            "tokenizer": {"path": tokenizer_path, **tokenizer_fingerprint(tokenizer)},
             "source": {
                 flag: value
                 for flag, value in (

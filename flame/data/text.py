@@ -1,7 +1,7 @@
 """Documents from the built-in text, local files and folders, or a Hugging Face dataset.
 
 Every source gives whole documents, a list-like of str, in an order that depends on the data alone.
-Nothing is skipped in silence: what cannot be read is an error that names the file and the place.
+Nothing is skipped in silence: what cannot be read is an error that names the file and the position in it.
 """
 
 import logging

@@ -12,8 +12,8 @@ from flame.data.locate import first_line, local_path
 
 BYTE = "byte"
 
-IDENTITY_KEY = "the sha256 of the tokenizer (--model.tokenizer_path)"
-"""What `tokenizer_sha256` is called in a run's identity."""
+TOKENIZER_KEY = "the sha256 of the tokenizer (--model.tokenizer_path)"
+"""What `tokenizer_sha256` is called in the fingerprint of a run."""
 
 _FLAG = "--model.tokenizer_path"
 _EXPECTED = f"{BYTE!r}, a folder written by save_pretrained, or a Hugging Face tokenizer name"

@@ -23,7 +23,7 @@ from flame.measure.weight_blocks import TILE_ELEMENTS, weight_blocks
 SINK_EPS = (0.2, 0.3)
 """Mean weights on the first key above which a head counts as a sink."""
 SMALL = 1e-5
-"""Weights up to this are counted beside the exact zeros."""
+"""Weights up to this are counted in addition to the exact zeros."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ def attention_counts(
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
         cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``; each non-empty one counts as a sequence.
-        sink_bias: A score of each query head ``[HQ]`` that stands in the denominator alone.
+        sink_bias: A score of each query head ``[HQ]`` that is added to the denominator only.
         tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
 
     Raises:
@@ -137,8 +137,8 @@ def _count_sequence(
         top = block.scores.masked_fill(~visible, -math.inf).amax()
         counts.max_score = torch.maximum(counts.max_score, top.double())
     counts.sums[3] = HQ
-    for place, eps in enumerate(SINK_EPS, start=4):
-        counts.sums[place] = (first_weight / T > eps).sum()
+    for index, eps in enumerate(SINK_EPS, start=4):
+        counts.sums[index] = (first_weight / T > eps).sum()
     return counts
 
 

@@ -15,7 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import fla.ops.attn.softpick as softpick_ops
 from fla.ops.attn.softpick import NORMALIZERS
 from flame.base.errors import UsageError
-from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
+from flame.models.key_ranges import (
+    KeyRanges,
+    MaskSentinel,
+    attend_key_ranges,
+    causal_key_ranges,
+    dense_attention_weights,
+)
 from flame.models.keywords import refuse_unknown
 from flame.models.packing import document_bounds
 
@@ -78,7 +84,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
         query: torch.Tensor,  # [B, HQ, T, K]
         key: torch.Tensor,  # [B, H, S, K]
         value: torch.Tensor,  # [B, H, S, V]
-        attention_mask: KeyRanges | torch.Tensor | str | None,
+        attention_mask: KeyRanges | torch.Tensor | MaskSentinel | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
@@ -129,7 +135,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
         w = None
         if output_attentions:
             # dense, by the reference, whatever the operator
-            w = weights(
+            w = dense_attention_weights(
                 q,
                 k,
                 v,
@@ -146,7 +152,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
         if ranges is None:
             o = operator(q, k, v, scaling, cu_seqlens, **options)
             return o.reshape(B, T, *o.shape[2:]), w
-        o = attend(
+        o = attend_key_ranges(
             q,
             k,
             v,

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from flame.base.tensors import local_tensor
-from flame.models.key_ranges import KeyRanges, num_visible_keys
+from flame.models.key_ranges import KeyRanges, MaskSentinel, num_visible_keys
 from flame.models.keywords import refuse_unknown
 from flame.models.packing import document_bounds
 
@@ -24,7 +24,7 @@ LOG_SCALE_START = 0.3
 """Initial value of ``log_scale``. Source: arXiv:2504.20966, the ablation called scaled."""
 
 
-class SoftpickAttention(LlamaAttention):
+class NormalizedAttention(LlamaAttention):
     """Attention of one layer; plain Llama where the configuration asks for none of the three.
 
     With ``q``, ``k``, ``v`` after RoPE and ``x`` the normalised input of the layer::
@@ -56,7 +56,7 @@ class SoftpickAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: KeyRanges | torch.Tensor | str | None = None,
+        attention_mask: KeyRanges | torch.Tensor | MaskSentinel | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         num_keys: torch.Tensor | None = None,

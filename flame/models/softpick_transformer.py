@@ -19,7 +19,7 @@ from transformers import initialization as init
 
 from flame.base.command_line import closest
 from flame.models.attention import IMPLEMENTATIONS, OPERATORS, normalizer_of
-from flame.models.attention_layer import LOG_SCALE_START, SoftpickAttention
+from flame.models.attention_layer import LOG_SCALE_START, NormalizedAttention
 
 ADDITIONS = ("attn_sink", "attn_gate", "attn_log_scale")
 """Fields of the configuration that add something to the attention of every arm."""
@@ -27,7 +27,7 @@ ADDITIONS = ("attn_sink", "attn_gate", "attn_log_scale")
 
 @strict
 class SoftpickTransformerConfig(LlamaConfig):
-    """Llama's configuration with the fields in which the arms of an ablation differ; `SoftpickAttention` has the formulas.
+    """Llama's configuration with the fields in which the arms of an ablation differ; `NormalizedAttention` has the formulas.
 
     Args:
         attn_impl: Attention operator by name, see `flame.models.attention.OPERATORS`. Saved with the
@@ -74,12 +74,12 @@ class SoftpickTransformerConfig(LlamaConfig):
 
 
 class _Initialized:
-    """Initial values of what `SoftpickAttention` adds to Llama's; a decoder initialises its own modules in transformers."""
+    """Initial values of what `NormalizedAttention` adds to Llama's; a decoder initialises its own modules in transformers."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SoftpickAttention):
+        if isinstance(module, NormalizedAttention):
             if self.config.attn_sink:
                 # as in transformers' gpt-oss
                 init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
@@ -88,7 +88,7 @@ class _Initialized:
 
 
 class SoftpickTransformerModel(_Initialized, LlamaModel):
-    """Llama's decoder with `SoftpickAttention` in its layers."""
+    """Llama's decoder with `NormalizedAttention` in its layers."""
 
     config_class = SoftpickTransformerConfig
     config: SoftpickTransformerConfig
@@ -96,7 +96,7 @@ class SoftpickTransformerModel(_Initialized, LlamaModel):
     def __init__(self, config: SoftpickTransformerConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            layer.self_attn = SoftpickAttention(config, index)
+            layer.self_attn = NormalizedAttention(config, index)
         # once more, for the new modules
         self.post_init()
 

@@ -22,7 +22,7 @@ from flame.config.sections import JobConfig
 from flame.data import open_data
 from flame.data.bos import for_inference
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
-from flame.run.identity import CONFIG_FILE, RUN_FILE, identity, require_same_run, set_bos
+from flame.run.identity import CONFIG_FILE, RUN_FILE, fingerprint, require_same_run, set_bos
 from flame.run.inputs import read_model, read_tokenizer, set_precision
 from flame.sweeps.plan import Arm, Run, Sweep
 from flame.sweeps.report import analysis_flags
@@ -50,7 +50,7 @@ def measure_arms(sweep: Sweep) -> dict[str, Size]:
 
 
 def _measure(sweep: Sweep, arm: Arm, folder: Path) -> Size:
-    with _named(sweep, arm.name, folder):
+    with _name_arm_in_errors(sweep, arm.name, folder):
         try:
             config = read_config(folder / f"{arm.name}.json")
         except ValueError as error:
@@ -85,7 +85,7 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
 
 
 def _check_analysis(sweep: Sweep, tokenizer: Tokenizer, bos: str) -> None:
-    """Finds what the analysis will need beside the models: its text, and a package."""
+    """Checks that the analysis will find its text and an optional package."""
     if (args := _analysis(sweep)) is None:
         return
     tokenizer = for_inference(tokenizer, bos)
@@ -120,13 +120,13 @@ def check_runs(sweep: Sweep) -> None:
         _require_one_bos(sweep, [_resolved(run, folder) for run in sweep.runs])
         for run in sweep.runs:
             config = _resolved(run, folder)
-            with _named(sweep, run.arm, folder):
+            with _name_arm_in_errors(sweep, run.arm, folder):
                 # the runs differ in arm, seed and rate, none of which the data depend on
                 model = read_model(config, sweep.ngpu)
                 tokenizer = read_tokenizer(config, model)
                 if data is None:
                     try:
-                        data = open_data(config, tokenizer).identity
+                        data = open_data(config, tokenizer).fingerprint
                     except ValueError as error:
                         raise UsageError(str(error)) from None
                     first, bos = tokenizer, config.training.bos
@@ -157,7 +157,9 @@ def _check_folder(
     data: dict[str, object],
 ) -> None:
     batch = global_batch_size(config, sweep.ngpu)
-    require_same_run(run.folder, identity(config, model=model, data=data, global_batch_size=batch))
+    require_same_run(
+        run.folder, fingerprint(config, model=model, data=data, global_batch_size=batch)
+    )
     _require_same_steps(run)
     if not read_state(run).is_finished:
         check_start(config, model, DEVICE_TYPE)
@@ -216,7 +218,7 @@ def model_json(sweep: Sweep, arm: Arm) -> str:
 
 
 @contextmanager
-def _named(sweep: Sweep, arm: str, folder: Path) -> Iterator[None]:
+def _name_arm_in_errors(sweep: Sweep, arm: str, folder: Path) -> Iterator[None]:
     """Errors of an arm name the sweep's file, the arm, and where its model file will be."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a sweep takes: tokens, FLOPs, hours and disk."""
+"""Cost of a sweep: tokens, FLOPs, hours and disk."""
 
 import heapq
 import math
@@ -18,7 +18,7 @@ _EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 @dataclass(frozen=True, slots=True)
 class Cost:
     lines: list[str]
-    """For the reader."""
+    """The estimate as lines of text for the log."""
     missing_bytes: int
     """Disk that the unfinished runs need beyond what is free; 0 if it is enough."""
 
@@ -38,11 +38,11 @@ def estimate(
     Args:
         sweep: What to run.
         states: State of each run, by its name.
-        parameters: Of each arm's model.
-        flops_per_token: Of training each arm.
-        sequences: In an optimizer step.
-        slots: Runs at a time.
-        tokens_per_second: Of one run; None: measured from the runs that are there.
+        parameters: Number of parameters of each arm's model.
+        flops_per_token: Training FLOPs per token of each arm.
+        sequences: Sequences in an optimizer step.
+        slots: Number of runs at a time.
+        tokens_per_second: Speed of one run; None: measured from the runs that exist.
     """
     left = [run for run in sweep.runs if not states[run.name].is_finished]
     tokens = {run.name: _tokens(run, sequences) for run in sweep.runs}

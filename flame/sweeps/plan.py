@@ -1,4 +1,4 @@
-"""The file of a sweep, and the runs that it stands for."""
+"""The file of a sweep, and the runs that it defines."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Analyze:
-    """What `flame.analyze` is given; None and () stand for its own defaults."""
+    """What `flame.analyze` is given; None and () mean its defaults."""
 
     data: str
     held_out: bool = False
@@ -106,30 +106,34 @@ class _Table:
         self.rest = dict(table)
         self.known: list[str] = []
 
-    def fail(self, key: str, value: object, right: str) -> UsageError:
-        return UsageError(f"{self.file}, {self.where}: {key} must be {right}, got {value!r}")
+    def fail(self, key: str, value: object, expected: str) -> UsageError:
+        return UsageError(f"{self.file}, {self.where}: {key} must be {expected}, got {value!r}")
 
-    def take(self, key: str, right: str, is_right: Any, default: Any = ...) -> Any:
+    def take(self, key: str, expected: str, is_valid: Any, default: Any = ...) -> Any:
         """The value of ``key``; without one the default, or with ``...`` an error."""
         self.known.append(key)
         if key not in self.rest:
             if default is ...:
-                raise UsageError(f"{self.file}, {self.where}: {key} is missing; it must be {right}")
+                raise UsageError(
+                    f"{self.file}, {self.where}: {key} is missing; it must be {expected}"
+                )
             return default
         value = self.rest.pop(key)
-        if not is_right(value):
-            raise self.fail(key, value, right)
+        if not is_valid(value):
+            raise self.fail(key, value, expected)
         return value
 
-    def numbers(self, key: str, right: str, is_right: Any, default: Any = ...) -> tuple[Any, ...]:
+    def numbers(
+        self, key: str, expected: str, is_valid: Any, default: Any = ...
+    ) -> tuple[Any, ...]:
         """A list without repetition whose entries are all right."""
         value = self.take(
             key,
-            f"a list, without repetition, of {right}",
+            f"a list, without repetition, of {expected}",
             lambda x: (
                 isinstance(x, list)
                 and len(x) > 0
-                and all(is_right(entry) for entry in x)
+                and all(is_valid(entry) for entry in x)
                 and len(set(x)) == len(x)
             ),
             default,
@@ -281,10 +285,10 @@ def _run(
 
 def _check_base(sweep: Sweep, config: JobConfig) -> None:
     values = config.flags()
-    for flag, right in _FIXED_FLAGS.items():
-        if values[flag] != right:
+    for flag, expected in _FIXED_FLAGS.items():
+        if values[flag] != expected:
             raise UsageError(
-                f"{sweep.file}, [base]: {flag} must be {json.dumps(right)}, its default, in a sweep, got "
+                f"{sweep.file}, [base]: {flag} must be {json.dumps(expected)}, its default, in a sweep, got "
                 f"{json.dumps(values[flag])}"
             )
     if not config.validates:

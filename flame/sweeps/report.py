@@ -11,7 +11,7 @@ from pathlib import Path
 from flame.base.log import logger
 from flame.base.stop_signals import end_with_parent
 from flame.sweeps.plan import REFERENCE_ARM, Arm, Run, Sweep
-from flame.sweeps.runner import last_words
+from flame.sweeps.runner import last_error_line
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State
 
@@ -29,14 +29,14 @@ def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
     """
     best = {}
     for arm in sweep.arms:
-        rates = [_at(sweep, arm, rate) for rate in arm.learning_rates]
+        rates = [_runs_at_rate(sweep, arm, rate) for rate in arm.learning_rates]
         whole = [runs for runs in rates if all(states[run.name].is_finished for run in runs)]
         if whole:
             best[arm.name] = min(whole, key=lambda runs: statistics.fmean(_losses(runs, states)))
     return best
 
 
-def _at(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
+def _runs_at_rate(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
     return [run for run in sweep.runs if run.arm == arm.name and run.learning_rate == rate]
 
 
@@ -80,7 +80,7 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
     lines.append("|---|---|---|---|---|")
     for arm in sweep.arms:
         for rate in arm.learning_rates:
-            runs = _at(sweep, arm, rate)
+            runs = _runs_at_rate(sweep, arm, rate)
             done = [run for run in runs if states[run.name].is_finished]
             cells = [arm.name, f"{rate}", f"{len(done)} of {len(runs)}"]
             cells += _mean_and_spread(_losses(done, states))
@@ -169,6 +169,6 @@ def analyze(sweep: Sweep, runs: list[Run], slot: Slot) -> str | None:
             preexec_fn=partial(end_with_parent, os.getpid()),
         ).returncode
     if code:
-        return f"exit code {code}: {last_words(log)}; log {log}"
+        return f"exit code {code}: {last_error_line(log)}; log {log}"
     done.write_text(command + "\n", encoding="utf-8")
     return None

@@ -1,4 +1,4 @@
-"""The processes of a sweep: starts runs in slots, passes signals on to them, says what they do."""
+"""The processes of a sweep: starts runs in slots, passes signals on to them, and logs their progress."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State, read_state
 
-# what `bash train.sh` is
+# same as `bash train.sh`
 LAUNCHER = [sys.executable, "-m", "flame.launch"]
 _POLL_S = 0.2
 
 
 def environment(sweep: Sweep, run: Run, slot: Slot) -> dict[str, str]:
-    """What a run's processes get beside the sweep's own environment."""
+    """Variables that the processes of a run get in addition to the environment of the sweep."""
     env = slot.env | {"NGPU": str(sweep.ngpu)}
     if run.config.metrics.enable_wandb:
         # the folder's name, which is wandb's default, lacks the arm
@@ -151,12 +151,12 @@ class Runner:
             if job.is_new:
                 self._durations.append(time.time() - job.start)
             logger.info(
-                f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {_span(time.time() - job.start)}"
+                f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {format_duration(time.time() - job.start)}"
             )
         elif self.stopped is not None and _is_stop(code):
             logger.info(f"{run.name}: stopped at step {state.step}")
         else:
-            why = f"exit code {code}: {last_words(run.log, job.log_start)}"
+            why = f"exit code {code}: {last_error_line(run.log, job.log_start)}"
             if code == 0:
                 why = f"its folder has no export, or no finite validation loss of the last step: {state}"
             self.failed[run.name] = f"{why}; log {run.log}"
@@ -168,11 +168,11 @@ class Runner:
         if self.failed:
             counts += f", {len(self.failed)} failed"
         if self._durations:
-            counts += f", about {_span(self._seconds_left(states))} left"
+            counts += f", about {format_duration(self._seconds_left(states))} left"
         return " | ".join([counts, *(f"{job.run.name} {_progress(job, s)}" for job, s in states)])
 
     def _seconds_left(self, states: list[tuple[_Job, State]]) -> float:
-        """Until all runs have ended, if those to come take as long as those that were run whole."""
+        """Seconds until all runs have ended, from the mean duration of the runs that ran from start to end."""
         mean = sum(self._durations) / len(self._durations)
         shares = (1 - state.step / job.run.config.training.steps for job, state in states)
         return mean * (sum(shares) + len(self.waiting)) / self._num_slots
@@ -184,7 +184,7 @@ def _progress(job: _Job, state: State) -> str:
     if state.loss is not None:
         words.append(f"loss {state.loss:.4f}")
     if state.seconds_per_step is not None:
-        words.append(f"{_span(state.seconds_per_step * (steps - state.step))} left")
+        words.append(f"{format_duration(state.seconds_per_step * (steps - state.step))} left")
     return ", ".join(words)
 
 
@@ -193,8 +193,8 @@ def _is_stop(code: int) -> bool:
     return code in {128 + s for s in STOP_SIGNALS} | {-s for s in STOP_SIGNALS}
 
 
-def last_words(log: Path, start: int = 0) -> str:
-    """The error that a program ended with, as far as its log says it on one line behind byte ``start``."""
+def last_error_line(log: Path, start: int = 0) -> str:
+    """The last error line of a log after byte ``start``, else its last line."""
     with open(log, "rb") as stream:
         stream.seek(start)
         lines = [x for x in stream.read().decode(errors="replace").splitlines() if x.strip()]
@@ -202,6 +202,6 @@ def last_words(log: Path, start: int = 0) -> str:
     return (errors or lines or ["it printed nothing"])[-1].removeprefix("flame: error: ").strip()
 
 
-def _span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

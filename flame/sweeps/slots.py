@@ -102,7 +102,7 @@ def _names(count: int, env: Mapping[str, str]) -> tuple[str, list[str]]:
 def _groups(
     visible: list[str], allow_cross_numa: bool
 ) -> list[tuple[str, list[int], frozenset[int]]]:
-    """Name, GPUs by their place among the visible ones, and usable CPUs of each group that has visible GPUs."""
+    """Name, GPUs by their index among the visible ones, and usable CPUs of each group that has visible GPUs."""
     usable = frozenset(os.sched_getaffinity(0))
     every = list(range(len(visible)))
     try:

@@ -63,9 +63,9 @@ def _seconds_per_step(
 ) -> float | None:
     seconds = steps = 0
     for before, after in zip(trained, trained[1:], strict=False):
-        # between two lines that lie around a start the run stood still
-        stood = any(before["time"] < start <= after["time"] for start in starts)
-        if before["time"] >= since and not stood:
+        # skip intervals that contain a restart
+        has_restart = any(before["time"] < start <= after["time"] for start in starts)
+        if before["time"] >= since and not has_restart:
             seconds += after["time"] - before["time"]
             steps += after["step"] - before["step"]
     return seconds / steps if steps else None

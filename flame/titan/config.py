@@ -50,7 +50,7 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.activation_checkpoint.selective_ac_option = config.activation_checkpoint.selective_ac_option
     # nothing in the model draws random numbers
     c.activation_checkpoint.preserve_rng_state = False
-    # `Checkpointer` takes the place of torchtitan's, which is built before it
+    # `Checkpointer` replaces torchtitan's, which is built before it
     c.checkpoint.enable = False
     # what torchtitan's loop passes to it
     c.checkpoint.load_step = config.checkpoint.load_step

@@ -74,7 +74,7 @@ def gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     return torch.cat((*first, *second), dim=-2)
 
 
-def attend(
+def attend_local_queries(
     attention: Callable[..., tuple[torch.Tensor, None]],
     module: nn.Module,
     query: torch.Tensor,
@@ -123,7 +123,9 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     ) -> tuple[torch.Tensor, None]:
         # one collective for both, which have one shape in every model here
         key, value = gather(torch.stack((key, value)), size, group)
-        o = attend(attention, module, query, key, value, *args, rank=rank, size=size, **kwargs)
+        o = attend_local_queries(
+            attention, module, query, key, value, *args, rank=rank, size=size, **kwargs
+        )
         return o, None
 
     AttentionInterface.register(_NAME, forward)

@@ -70,11 +70,11 @@ class TitanModel(ModelProtocol):
     ) -> torch.Tensor:
         """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]``, or with ``labels`` ``[B, T]`` their ``linear_loss``.
 
-        With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the
-        rows are one packed row for the layers, and attention sees the own sequence alone. ``positions`` ``[1, T]``
-        without are the places of the tokens in their sequence, 0 to ``T - 1`` by default.
+        With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the layers
+        get one packed row, and a token attends to its own sequence only. Without ``cu_seqlens``, ``positions``
+        ``[1, T]`` are those of the tokens in their sequence, by default 0 to ``T - 1``.
 
-        The decoder's loop stands here because Llama's own forward derives a mask from the positions,
+        The decoder's loop is repeated here because Llama's own forward derives a mask from the positions,
         which makes the host wait for the GPU in every micro-batch.
         """
         decoder = self.model

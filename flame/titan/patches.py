@@ -1,4 +1,7 @@
-"""Patches of torchtitan 0.2.2, which must come before its first import; each names the error that it prevents."""
+"""Patches of torchtitan 0.2.2; `flame.titan` imports this module before torchtitan.
+
+Each entry quotes the error that it prevents.
+"""
 
 import contextlib
 import os
@@ -35,7 +38,7 @@ DEVICE_TYPE: str = titan_utils.device_type
 
 
 class _HostMemoryMonitor:
-    """Peak memory of this process, in the place of the GPU's."""
+    """Peak memory of this process, instead of the GPU's."""
 
     device_name = "cpu"
     device_capacity_gib = float("nan")
@@ -105,7 +108,7 @@ def _init_distributed(
 
 
 # it makes comm_traces/ in the dump folder before rank 0 has checked whose folder that is; here
-# `flame.training.step` makes it, at the first step
+# `flame.training.lost_processes` makes it, at the first step
 titan_distributed.init_distributed = _init_distributed
 
 

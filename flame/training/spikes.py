@@ -72,28 +72,28 @@ class StepCheck:
             threshold = self.detector.threshold()
             if loss > threshold:
                 seen["threshold"] = threshold
-                dumped = self._write_dump(step, seen, "spike", microbatches)
+                dump_note = self._write_spike_dump(step, seen, "spike", microbatches)
                 logger.info(
-                    f"step {step}: loss {loss:.4f} is a spike, above {threshold:.4f}{dumped}"
+                    f"step {step}: loss {loss:.4f} is a spike, above {threshold:.4f}{dump_note}"
                 )
             self.detector.losses.append(loss)
             return
-        dumped = self._write_dump(step, seen, "not finite", microbatches)
+        dump_note = self._write_spike_dump(step, seen, "not finite", microbatches)
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if not training.skip_nan_inf:
             raise TrainingError(
-                f"{what}{dumped}; --training.skip_nan_inf would leave such steps out"
+                f"{what}{dump_note}; --training.skip_nan_inf would leave such steps out"
             )
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= training.max_skipped_steps:
             raise TrainingError(
-                f"{what}{dumped}; {self.skipped_in_a_row} steps in a row were skipped "
+                f"{what}{dump_note}; {self.skipped_in_a_row} steps in a row were skipped "
                 f"(--training.max_skipped_steps {training.max_skipped_steps})"
             )
-        logger.info(f"{what}: no update{dumped}")
+        logger.info(f"{what}: no update{dump_note}")
 
-    def _write_dump(
+    def _write_spike_dump(
         self, step: int, seen: dict[str, float], reason: str, microbatches: list[Microbatch]
     ) -> str:
         """Writes what the step saw to ``spikes/step-N``; returns the end of a message, which says where."""

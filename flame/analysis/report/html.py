@@ -99,8 +99,8 @@ def _lines(
 
 def _scaled(points: dict[float, Mean], factor: float) -> dict[float, Mean]:
     return {
-        place: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
-        for place, m in points.items()
+        x: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
+        for x, m in points.items()
     }
 
 

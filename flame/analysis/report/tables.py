@@ -35,7 +35,7 @@ class _Column:
 
 
 def number(x: float, digits: int = 4) -> str:
-    """With so many digits."""
+    """The number with ``digits`` significant digits."""
     if not math.isfinite(x):
         return "not finite"
     if x == 0:
@@ -155,7 +155,7 @@ def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[
 
 
 PLANTED = ("with_key", "other_key", "without_key")
-"""What stands in the text when the key is asked for."""
+"""What the text holds when the key is asked for."""
 
 
 def passkey_losses(results: Results) -> Table | None:
@@ -174,7 +174,7 @@ def passkey_losses(results: Results) -> Table | None:
 
 
 def all_tables(results: Results) -> list[Table]:
-    """Longest length first: what a reader looks for stands on top."""
+    """Longest length first, since readers look for it first."""
     lengths = sorted(results.lengths, reverse=True)
     found = [summary(results, n) for n in lengths] + [attention(results, n) for n in lengths]
     more = (quantized(results), passkey(results), passkey_losses(results))
