@@ -172,8 +172,7 @@ def parallel_normalized_attn(
     `parallel_softpick_attn` for the arguments.
 
     Args:
-        normalizer: "softpick", "relu_softpick", "abs_softpick", "softmax", "softmax_plus_one" or
-            "rectified".
+        normalizer: A key of `naive.NORMALIZERS`.
 
     Raises:
         ValueError: An argument breaks a condition; the message names it and shows the value received.
