@@ -155,6 +155,8 @@ def test_what_makes_another_run(small, tmp_path):
     earlier = own | {
         "--training.data_files": None,
         "the files of source 1 (--training.dataset)": "x",
+        # a flag of earlier versions that took this value alone
+        "--training.mixed_precision_reduce": "float32",
     }
     (tmp_path / "exp" / "run.json").write_text(json.dumps(earlier))
     require_same_run(tmp_path / "exp", own)

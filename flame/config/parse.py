@@ -55,9 +55,10 @@ def _known_words() -> dict[str, bool]:
     return words
 
 
-def _check_words(argv: list[str]) -> None:
+def _checked_words(argv: list[str]) -> list[str]:
+    """``argv`` without what is done anyway; raises UsageError for a flag that is refused or not known."""
     require_text(argv)
-    refuse(argv)
+    argv = refuse(argv)
     # both spellings are taken
     words = [
         "=".join([flag.replace("-", "_").replace("__", "--", 1), *rest])
@@ -69,6 +70,7 @@ def _check_words(argv: list[str]) -> None:
     require_flags(
         words, _known_words() | {"help": False}, aliases=_ALIASES, help_command="bash train.sh -h"
     )
+    return argv
 
 
 def _flags_of_toml(path: Path) -> list[str]:
@@ -122,7 +124,7 @@ def parse_args(argv: list[str]) -> JobConfig:
         # before the file is read
         require_text(["--job.config_file", config_file])
         argv = _flags_of_toml(Path(expand("--job.config_file", config_file))) + argv
-    _check_words(argv)
+    argv = _checked_words(argv)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

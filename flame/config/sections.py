@@ -208,8 +208,6 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and activations in forward and backward; masters, gradients' reduction and the
     optimizer stay in float32. Default: bfloat16 on a GPU, float32 on a CPU."""
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Dtype in which gradients are summed over processes."""
     data_parallel_replicate_degree: int = 1
     """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
     data_parallel_shard_degree: int = -1
@@ -345,43 +343,10 @@ class ActivationCheckpoint:
 class Experimental:
     context_parallel_degree: int = 1
     """Processes that share each sequence; every one needs the keys and values of all of it."""
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values reach the other processes; only allgather exists for softpick."""
-    pipeline_parallel_degree: int = 1
-    """Only 1: there is no pipeline parallelism."""
-    enable_async_tensor_parallel: bool = False
-    """Refused: tensor parallelism does not overlap its communication."""
-    enable_compiled_autograd: bool = False
-    """Refused: torchtitan 0.2.2 has dropped it."""
 
     def __post_init__(self) -> None:
         degree = self.context_parallel_degree
         _require(degree >= 1, "experimental.context_parallel_degree", degree, "at least 1")
-        _require(
-            self.context_parallel_rotate_method == "allgather",
-            "experimental.context_parallel_rotate_method",
-            self.context_parallel_rotate_method,
-            "allgather, the only way that softpick attention takes its keys",
-        )
-        _require(
-            self.pipeline_parallel_degree == 1,
-            "experimental.pipeline_parallel_degree",
-            self.pipeline_parallel_degree,
-            "1: there is no pipeline parallelism; shard with --training.data_parallel_shard_degree or "
-            "--training.tensor_parallel_degree instead",
-        )
-        _require(
-            not self.enable_async_tensor_parallel,
-            "experimental.enable_async_tensor_parallel",
-            self.enable_async_tensor_parallel,
-            "left out: --training.tensor_parallel_degree works without it",
-        )
-        _require(
-            not self.enable_compiled_autograd,
-            "experimental.enable_compiled_autograd",
-            self.enable_compiled_autograd,
-            "left out: --training.compile compiles forward and backward of each layer without it",
-        )
 
 
 @dataclass(kw_only=True, slots=True)

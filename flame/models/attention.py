@@ -114,6 +114,8 @@ def attention_forward(name: str) -> Callable[..., Any]:
             raise NotImplementedError(f"{name} does not cap scores, got softcap {softcap}")
         if position_bias is not None:
             raise NotImplementedError(f"{name} adds nothing to scores, got a position_bias")
+        # views: the operators take any strides. With head_first=True the output would lie in memory as
+        # [B, HQ, T, V], and the model, which joins the heads of each token, would copy it
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         B, T = q.shape[:2]
         cu_seqlens = document_bounds(

@@ -12,6 +12,7 @@ from flame.base.folder_lock import LOCK_FILE, lock_folder
 from flame.base.log import logger
 from flame.checkpoints.step_folder import newest_checkpoint, remove
 from flame.config.sections import DEFAULT_BOS, JobConfig
+from flame.config.upstream_flags import ONLY_VALUES
 from flame.data.bos import BEFORE_THE_FLAG
 from flame.data.tokenizer import TOKENIZER_KEY
 from flame.models import SoftpickTransformerConfig
@@ -71,6 +72,9 @@ _FREE_FLAGS = (
 _FREE_OF_STREAMS = ("training.data_files",)
 # keys that earlier versions wrote and that are compared through the checkpoint today
 _COMPARED_BY_STREAMS = ("the files", *(f"--{flag}" for flag in _FREE_OF_STREAMS))
+
+# Flags that took one value, which run.json of earlier versions names.
+_FORMER_KEYS = tuple(f"--{flag}" for flag in ONLY_VALUES)
 
 # Keys that older run.json files lack, and the value those runs had; None: unknown.
 _LATER_KEYS = {BOS_KEY: BEFORE_THE_FLAG, TOKENIZER_KEY: None}
@@ -155,7 +159,7 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     if _saved_nothing(folder, earlier):
         return
     for key in {**earlier, **run}:
-        if key not in run and key.startswith(_COMPARED_BY_STREAMS):
+        if key not in run and (key in _FORMER_KEYS or key.startswith(_COMPARED_BY_STREAMS)):
             continue
         if key in _LATER_KEYS and key not in earlier:
             earlier[key] = run.get(key) if _LATER_KEYS[key] is None else _LATER_KEYS[key]

@@ -59,7 +59,8 @@ def _apply_fsdp(model: TitanModel, mesh: DeviceMesh, config: JobConfig) -> None:
     t = config.training
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, t.mixed_precision_param),
-        reduce_dtype=getattr(torch, t.mixed_precision_reduce),
+        # NOTE(numerics): sums of gradients over processes are not rounded to the parameters' dtype
+        reduce_dtype=torch.float32,
     )
     offload = CPUOffloadPolicy() if t.enable_cpu_offload else OffloadPolicy()
     # None leaves the choice to torch: free the layers' weights, keep the root's

@@ -4,12 +4,12 @@ The kernels are in `decoding_kernels.py`. There is no gradient.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from fla.ops.attn.softpick.checks import check_decode_bounds, check_decode_inputs
 from fla.ops.attn.softpick.decoding_kernels import normalized_attn_decode_launch
+from fla.ops.attn.softpick.named_operators import bind_normalizer
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 from fla.ops.attn.softpick.parallel import check_kernel_inputs
 from fla.ops.attn.softpick.tiles import empty_rows
@@ -157,48 +157,9 @@ def normalized_attn_decode(
     return (o, *extra) if extra else o
 
 
-def _bind_normalizer(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    def decode(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor,
-        scale: float | None = None,
-        head_first: bool = False,
-        *,
-        starts: torch.Tensor | None = None,
-        block_table: torch.Tensor | None = None,
-        window_size: int | None = None,
-        sink_bias: torch.Tensor | None = None,
-        return_lse: bool = False,
-        return_stats: bool = False,
-        check_bounds: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return normalized_attn_decode(
-            q,
-            k,
-            v,
-            lengths,
-            scale,
-            head_first,
-            normalizer=normalizer,
-            starts=starts,
-            block_table=block_table,
-            window_size=window_size,
-            sink_bias=sink_bias,
-            return_lse=return_lse,
-            return_stats=return_stats,
-            check_bounds=check_bounds,
-        )
-
-    decode.__name__ = decode.__qualname__ = f"{normalizer}_attn_decode"
-    decode.__doc__ = f'`normalized_attn_decode` with ``normalizer="{normalizer}"``.'
-    return decode
-
-
-softpick_attn_decode = _bind_normalizer("softpick")
-relu_softpick_attn_decode = _bind_normalizer("relu_softpick")
-abs_softpick_attn_decode = _bind_normalizer("abs_softpick")
-softmax_attn_decode = _bind_normalizer("softmax")
-softmax_plus_one_attn_decode = _bind_normalizer("softmax_plus_one")
-rectified_attn_decode = _bind_normalizer("rectified")
+softpick_attn_decode = bind_normalizer(normalized_attn_decode, "softpick")
+relu_softpick_attn_decode = bind_normalizer(normalized_attn_decode, "relu_softpick")
+abs_softpick_attn_decode = bind_normalizer(normalized_attn_decode, "abs_softpick")
+softmax_attn_decode = bind_normalizer(normalized_attn_decode, "softmax")
+softmax_plus_one_attn_decode = bind_normalizer(normalized_attn_decode, "softmax_plus_one")
+rectified_attn_decode = bind_normalizer(normalized_attn_decode, "rectified")

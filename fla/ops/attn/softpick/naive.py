@@ -18,6 +18,7 @@ from fla.ops.attn.softpick.checks import (
     check_inputs,
     without_autocast,
 )
+from fla.ops.attn.softpick.named_operators import bind_normalizer
 
 # Added to the unshifted denominator, in reference and kernels alike: it is part of the function.
 EPS = 1e-6
@@ -272,44 +273,9 @@ def naive_normalized_attn(
     return (o, *extra) if extra else o
 
 
-def _bind_normalizer(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    def attn(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        head_first: bool = False,
-        *,
-        safe: bool = True,
-        window_size: int | None = None,
-        sink_bias: torch.Tensor | None = None,
-        return_lse: bool = False,
-        return_weights: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return naive_normalized_attn(
-            q,
-            k,
-            v,
-            scale,
-            cu_seqlens,
-            head_first,
-            normalizer=normalizer,
-            safe=safe,
-            window_size=window_size,
-            sink_bias=sink_bias,
-            return_lse=return_lse,
-            return_weights=return_weights,
-        )
-
-    attn.__name__ = attn.__qualname__ = f"naive_{normalizer}_attn"
-    attn.__doc__ = f'`naive_normalized_attn` with ``normalizer="{normalizer}"``.'
-    return attn
-
-
-naive_softpick_attn = _bind_normalizer("softpick")
-naive_relu_softpick_attn = _bind_normalizer("relu_softpick")
-naive_abs_softpick_attn = _bind_normalizer("abs_softpick")
-naive_softmax_attn = _bind_normalizer("softmax")
-naive_softmax_plus_one_attn = _bind_normalizer("softmax_plus_one")
-naive_rectified_attn = _bind_normalizer("rectified")
+naive_softpick_attn = bind_normalizer(naive_normalized_attn, "softpick")
+naive_relu_softpick_attn = bind_normalizer(naive_normalized_attn, "relu_softpick")
+naive_abs_softpick_attn = bind_normalizer(naive_normalized_attn, "abs_softpick")
+naive_softmax_attn = bind_normalizer(naive_normalized_attn, "softmax")
+naive_softmax_plus_one_attn = bind_normalizer(naive_normalized_attn, "softmax_plus_one")
+naive_rectified_attn = bind_normalizer(naive_normalized_attn, "rectified")

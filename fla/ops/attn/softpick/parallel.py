@@ -11,6 +11,7 @@ import torch
 import triton
 
 from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
+from fla.ops.attn.softpick.named_operators import bind_normalizer
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
 from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_attn_fwd
@@ -170,8 +171,7 @@ def parallel_normalized_attn(
     `parallel_softpick_attn` for the arguments.
 
     Args:
-        normalizer: "softpick", "relu_softpick", "abs_softpick", "softmax", "softmax_plus_one" or
-            "rectified".
+        normalizer: A key of `naive.NORMALIZERS`.
 
     Raises:
         ValueError: An argument breaks a condition; the message names it and shows the value received.
@@ -266,43 +266,8 @@ def parallel_softpick_attn(
     )
 
 
-def _bind_normalizer(
-    normalizer: str,
-) -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    def attn(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        head_first: bool = False,
-        *,
-        safe: bool = True,
-        window_size: int | None = None,
-        sink_bias: torch.Tensor | None = None,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return parallel_normalized_attn(
-            q,
-            k,
-            v,
-            scale,
-            cu_seqlens,
-            head_first,
-            normalizer=normalizer,
-            safe=safe,
-            window_size=window_size,
-            sink_bias=sink_bias,
-            return_lse=return_lse,
-        )
-
-    attn.__name__ = attn.__qualname__ = f"parallel_{normalizer}_attn"
-    attn.__doc__ = f'`parallel_normalized_attn` with ``normalizer="{normalizer}"``.'
-    return attn
-
-
-parallel_relu_softpick_attn = _bind_normalizer("relu_softpick")
-parallel_abs_softpick_attn = _bind_normalizer("abs_softpick")
-parallel_softmax_attn = _bind_normalizer("softmax")
-parallel_softmax_plus_one_attn = _bind_normalizer("softmax_plus_one")
-parallel_rectified_attn = _bind_normalizer("rectified")
+parallel_relu_softpick_attn = bind_normalizer(parallel_normalized_attn, "relu_softpick")
+parallel_abs_softpick_attn = bind_normalizer(parallel_normalized_attn, "abs_softpick")
+parallel_softmax_attn = bind_normalizer(parallel_normalized_attn, "softmax")
+parallel_softmax_plus_one_attn = bind_normalizer(parallel_normalized_attn, "softmax_plus_one")
+parallel_rectified_attn = bind_normalizer(parallel_normalized_attn, "rectified")
