@@ -42,9 +42,9 @@ class StopRequest:
         self._handlers = {}
 
     def exit_if_told(self, seconds: float) -> None:
-        """Ends the process by the signal that it has heard, or hears in the next ``seconds``.
+        """Exits if a signal was received, or is received within ``seconds``.
 
-        torchrun sends one to all processes when one has failed, and that one has said why.
+        When a process fails, torchrun signals all others; the failed process has reported the error.
         """
         self.close()
         deadline = time.monotonic() + seconds
