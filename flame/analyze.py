@@ -63,7 +63,7 @@ def _choose_heads(recorder: Recorder, length: int) -> dict[tuple[int, int], str]
             for r in recorder.records
             if r["metric"] == metric and r["length"] == length and r["head"] is not None
         }
-        # NaN, of a head without any weight, is unlike itself
+        # drop NaN, the value of a head without any weight
         found = {key: value for key, value in found.items() if value == value}
         return max(found, key=found.get) if found else None
 
@@ -98,7 +98,7 @@ def _measure_all(
                 logger.info(f"measuring model {number + 1} of {len(models)}, {label}")
             model = source.load()
             try:
-                # first, since a package may be missing or a length too short
+                # first, since it fails if a package is missing or a length too short
                 _measure_robustness(args, source, model, samples, recorder, bar.update)
                 for length in lengths:
                     tokens = samples.tokens[:, : length + 1]
@@ -122,7 +122,7 @@ def _measure_all(
             with tqdm.external_write_mode():
                 logger.info(f"{label}  {source.path}  loss {loss:.4f} at {lengths[0]} tokens")
             records += recorder.records
-            # before the next one is loaded
+            # free the memory before the next model is loaded
             del model
     return records
 
@@ -245,7 +245,7 @@ def _render_again(out: Path) -> None:
     except UsageError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        # a key that is missing or of another type is met where it is drawn
+        # a missing key, or a value of another type, raises where it is drawn
         raise UsageError(
             f"--report_only: {out / RECORDS_FILE} is damaged or of another version, measure again: {error!r}"
         ) from error

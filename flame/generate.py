@@ -1,8 +1,8 @@
-"""``python -m flame.generate``: lets an exported model write, token by token as they come.
+"""``python -m flame.generate``: generates text with an exported model and prints it token by token.
 
-With ``--interactive`` every line is a prompt of its own, which the model continues; a base model answers nothing. At
-the end of each text stand the speed and the share of the cached values that had any weight, which is what the
-decoding kernels read of them.
+With ``--interactive`` every line is a separate prompt, which the model continues; a base model does not answer
+questions. After each text it prints the speed, and the share of the cached values with any weight, which is the share
+that the decoding kernels read.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from flame.run.generate import encode, load, write
 def _stream(
     model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace
 ) -> None:
-    """Prints a text as it is written, then how that went."""
+    """Prints a text while it is generated, then tokens, speed and share of the values read."""
     start = time.perf_counter()
     with count_reads() as reads:
         ids = write(
@@ -123,7 +123,7 @@ def main() -> None:
             return
         sys.stderr.write("a line to continue, Ctrl-D to end\n")
         if isinstance(sys.stdin, io.TextIOWrapper):
-            # so that a line that is no UTF-8 arrives, and is refused by name
+            # so that a line that is not valid UTF-8 is read, and refused by name
             sys.stdin.reconfigure(errors="surrogateescape")
         for line in sys.stdin:
             with exit_on_usage_error():

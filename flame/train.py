@@ -1,4 +1,4 @@
-"""``python -m flame.train``: one process of a run. ``bash train.sh`` starts as many as it takes."""
+"""``python -m flame.train``: one process of a run. ``bash train.sh`` starts all of them."""
 
 import signal
 
@@ -6,8 +6,8 @@ from flame.base.log import announce_imports
 from flame.base.stop_signals import end_with_launcher
 
 if __name__ == "__main__":
-    # until there is something to save, Ctrl-C ends at once and without a traceback, as SIGTERM and the death of
-    # the launcher do; set here, since importing the rest takes seconds
+    # until there is something to save, Ctrl-C ends the process immediately and without a traceback, like SIGTERM and
+    # the death of the launcher; set before the other imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_launcher()
     announce_imports()
@@ -51,7 +51,7 @@ def _join_group() -> None:
     """Checks what torchrun sets, or sets it for a process started by hand.
 
     Raises:
-        UsageError: Something else has set a part of it.
+        UsageError: Only some of the variables are set, or one is invalid.
     """
     env = os.environ
     if not any(name in env for name in _OF_A_GROUP):
@@ -114,7 +114,7 @@ def _run(config: JobConfig, asked: dict[str, Any]) -> signal.Signals | None:
         data=inputs.data.fingerprint,
         global_batch_size=global_batch_size(config),
     )
-    # one process alone, which the others then wait for: they would find a folder half written
+    # rank 0 only, since other ranks would find a half written folder; they wait for it when the group is built
     if os.environ["RANK"] == "0":
         lock = claim_run_folder(config, run)  # noqa: F841  # held to the end of the process
         write_record(config, sys.argv[1:])
@@ -149,11 +149,10 @@ def _run(config: JobConfig, asked: dict[str, Any]) -> signal.Signals | None:
 
 
 def run() -> NoReturn:
-    """`main`, and out by the shortest way.
+    """Runs `main`, then exits without running destructors.
 
-    When all is done, destructors of C++ threads abort one process in some dozens on a loaded machine under context
-    parallelism over gloo (torch 2.13: "terminate called without an active exception"), which would turn the exit
-    code of a good run into 134.
+    Under context parallelism over gloo on a loaded machine, destructors of C++ threads abort one process in some dozens
+    at exit (torch 2.13: "terminate called without an active exception"). The exit code of a good run would be 134.
     """
     code: int | str | None = 0
     try:
@@ -161,7 +160,7 @@ def run() -> NoReturn:
     except SystemExit as exit_:
         code = exit_.code
     for stream in (sys.stdout, sys.stderr):
-        # one that cannot be written has been told of
+        # a stream that cannot be written was reported before
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)

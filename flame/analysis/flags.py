@@ -1,4 +1,4 @@
-"""The flags of `flame.analyze`, and everything about them that can be wrong before a model is loaded."""
+"""The flags of `flame.analyze`, and the checks that need no loaded model."""
 
 import argparse
 from pathlib import Path
@@ -31,7 +31,7 @@ def parser() -> Parser:
     add(
         "--report_only",
         action="store_true",
-        help="measure nothing: draw the report of the records that are in --out again",
+        help="measure nothing: draw the report again from the records in --out",
     )
     add(
         "--model",
@@ -103,14 +103,14 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         choices=BITS,
-        help="also the perplexity at the longest length with weights quantised to so many bits",
+        help="also the perplexity at the longest length with weights quantised to this many bits",
     )
     add(
         "--passkey_lengths",
         type=int,
         nargs="+",
         default=[],
-        help="also retrieve passkeys in texts so long",
+        help="also retrieve passkeys in texts of these lengths, in tokens",
     )
     add(
         "--passkey_depths",
@@ -180,7 +180,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def require_out(out: Path) -> None:
-    """Raises UsageError where the report would go into somebody else's folder."""
+    """Raises UsageError if ``out`` holds files that are not a report."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORDS_FILE).is_file():
@@ -190,7 +190,7 @@ def require_out(out: Path) -> None:
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:
-    """The arm of each model: as given, or after its folder."""
+    """The arm of each model: --label, or the name of its folder."""
     if args.label is not None:
         return args.label
     labels = []
@@ -210,7 +210,7 @@ def labels_of(args: argparse.Namespace) -> list[str]:
 
 
 def find_models(args: argparse.Namespace, labels: list[str], device: str) -> list[ModelSource]:
-    """Everything about the models that can be known, and be wrong, before the first is loaded."""
+    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded."""
     names = args.attn_implementation
     names = names * len(args.model) if len(names) == 1 else names
     models = [find_model(p, n, device) for p, n in zip(args.model, names, strict=True)]

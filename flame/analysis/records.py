@@ -12,7 +12,7 @@ from flame.run.metrics_file import strict_json
 
 RECORDS_FILE = "records.jsonl"
 KEYS = ("metric", "model", "label", "layer", "head", "length", "value")
-"""What every record has; a metric may have more, such as ``eps``."""
+"""Keys of every record; a metric may have more, such as ``eps``."""
 
 Record = dict[str, Any]
 
@@ -34,13 +34,13 @@ class Recorder:
         length: int | None = None,
         **extra: Any,
     ) -> None:
-        """One record; ``layer`` None is the whole model, ``head`` None the whole layer."""
+        """Adds a record; ``layer`` None means the whole model, ``head`` None the whole layer."""
         own = (metric, self.model, self.label, layer, head, length, value)
         self.records.append(dict(zip(KEYS, own, strict=True)) | extra)
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
-    """Writes the file in one move; numbers that are not finite become null."""
+    """Writes the file atomically; numbers that are not finite become null."""
     write_atomically(file, "".join(strict_json(r) + "\n" for r in records))
 
 

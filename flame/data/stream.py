@@ -105,25 +105,25 @@ class _TokenStream:
         self, shards: Shards, begin: Cursor, workers: Workers, document_bos: int | None
     ) -> None:
         self._shards, self._begin, self._workers = shards, begin, workers
-        # in front of every document
+        # added before every document
         self._bos = [] if document_bos is None else [document_bos]
         self.seek(begin, 0)
 
     def seek(self, cursor: Cursor, offset: int, document: np.ndarray | int | None = None) -> None:
-        """Goes to the ``offset``-th token of a document, or behind its last.
+        """Goes to the ``offset``-th token of a document, or past its last.
 
         Args:
             cursor: The document.
             offset: Tokens of it that were taken.
-            document: All of its tokens or their checksum, which must be the same now; None: not known.
+            document: All of its tokens or their checksum, which must not have changed; None: unknown.
         """
         self._reader = documents(self._shards, cursor, self._begin)
         self._error: ValueError | None = None
         self._pending: deque[tuple[list[Cursor], Future[Any]]] = deque()
-        # documents of which a token is left, the first one used up to offset
+        # documents with tokens left; those of the first are used up to offset
         self._documents: deque[tuple[Cursor, np.ndarray]] = deque()
         self._offset, self._num_tokens = offset, -offset
-        # the last document that is used up, or where reading began
+        # the last document whose tokens are used up, or the one where reading began
         self._last = (cursor, offset, document)
         self._has_begun = False
 
@@ -136,7 +136,7 @@ class _TokenStream:
 
     def is_at_start(self) -> bool:
         """Whether the next token is the first of a document."""
-        # behind the last token of one, the next is known when it is read
+        # after the last token of a document, the next document has to be read first
         self._fill(1)
         return self._offset == 0
 
@@ -145,7 +145,7 @@ class _TokenStream:
 
         Args:
             length: How many.
-            row: Filled with them and what follows, ``[length + 1]`` or more; None: they are not needed.
+            row: Filled with them and the tokens that follow, ``[length + 1]`` or more; None: not needed.
 
         Returns:
             One past the last token of each document that ends among them.
@@ -195,7 +195,7 @@ class _TokenStream:
                 self._drop_used()
 
     def _require_same_document(self) -> None:
-        """Raises ValueError unless reading goes on in the document where it stopped."""
+        """Raises ValueError unless the document where reading stopped is unchanged."""
         cursor, offset, document = self._last
         found, tokens = self._documents[0]
         if offset and not (
@@ -217,7 +217,7 @@ class _TokenStream:
                 if size >= _CHUNK:
                     break
         except ValueError as error:
-            # raised when all before it is used up, whatever is read ahead
+            # raised later, when all documents before it are used up
             self._error = error
         return cursors, texts
 
@@ -390,7 +390,7 @@ class StreamLoader(Stateful):
             stream.seek(Cursor(*cursor), offset, document)
 
     def _require_same_past(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
-        """Raises ValueError where what was read, or held out, is not as it was."""
+        """Raises ValueError if data that were read or held out have changed."""
         check_fingerprint(saved, own, _RECORD)
         for (shards, _), files, position in zip(
             self._shards, saved["files"], saved["places"], strict=True

@@ -25,7 +25,7 @@ class WeightBlock(NamedTuple):
     scores: torch.Tensor
     weights: torch.Tensor
     visible: torch.Tensor
-    """``[rows, keys]``, bool: what causality and window let a query see. Later keys than that are left out."""
+    """``[rows, keys]``, bool, True where causality and window let a query see a key. Keys after the last query are left out."""
 
 
 def weight_blocks(
@@ -44,7 +44,7 @@ def weight_blocks(
         q: Queries ``[T, HQ, K]``; weights are computed in their dtype, in float32 at least.
         k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
-        tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
+        tile_elements: Scores in memory at a time, but at least one query row of all heads.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     (T, HQ, K), (S, H, _) = q.shape, k.shape

@@ -1,4 +1,4 @@
-"""Everything that can be known to go wrong before the first run of a sweep starts."""
+"""Checks that a sweep makes before its first run starts."""
 
 import argparse
 import copy
@@ -36,14 +36,14 @@ from flame.titan.patches import DEVICE_TYPE
 class Size:
     parameters: int
     flops_per_token: int
-    """Of training, by torchtitan's convention, see `flame.titan.model.ModelArgs`."""
+    """Training FLOPs of a token by torchtitan's convention, see `flame.titan.model.ModelArgs`."""
 
 
 def measure_arms(sweep: Sweep) -> dict[str, Size]:
-    """Size of each arm's model, if every one can be built.
+    """Size of each arm's model.
 
     Raises:
-        UsageError: One cannot; the message names the arm and the key.
+        UsageError: A model cannot be built; the message names the arm and the key.
     """
     with _model_files(sweep) as folder:
         return {arm.name: _measure(sweep, arm, folder) for arm in sweep.arms}
@@ -72,7 +72,7 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
     """The flags that `flame.analyze` will get, defaults included.
 
     Raises:
-        UsageError: It would refuse one.
+        UsageError: `flame.analyze` would refuse one.
     """
     if sweep.analyze is None:
         return None
@@ -110,10 +110,10 @@ def _check_analysis(sweep: Sweep, tokenizer: Tokenizer, bos: str) -> None:
 
 
 def check_runs(sweep: Sweep) -> None:
-    """Checks each arm on this machine, the data, and every run folder that is there.
+    """Checks each arm on this machine, the data, and every existing run folder.
 
     Raises:
-        UsageError: Something would stop a run, or make it another one than its folder holds.
+        UsageError: A run could not start, or would differ from the run in its folder.
     """
     data = None
     with _model_files(sweep) as folder:
@@ -135,10 +135,10 @@ def check_runs(sweep: Sweep) -> None:
 
 
 def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:
-    """Refuses to add runs to those of an earlier version, which began documents otherwise.
+    """Refuses to mix runs whose documents begin differently, such as those of an earlier version.
 
     Raises:
-        UsageError: Some runs have another --training.bos than others.
+        UsageError: The runs differ in --training.bos.
     """
     modes = {config.training.bos: config.dump_folder for config in configs}
     if len(modes) > 1:
@@ -168,10 +168,10 @@ def _check_folder(
 
 
 def _require_same_steps(run: Run) -> None:
-    """Refuses a run that is there with another number of steps.
+    """Refuses an existing run with another number of steps.
 
-    `flame.run.identity` would continue it, but on another learning-rate schedule than runs that start with that
-    number, so that the runs of the sweep would not compare.
+    `flame.run.identity` would continue it, but its learning-rate schedule would differ from that of new runs, so the
+    runs of the sweep would not be comparable.
 
     Raises:
         UsageError: They differ, or the folder's record cannot be read.
@@ -195,7 +195,7 @@ def _require_same_steps(run: Run) -> None:
 
 
 def _resolved(run: Run, models: Path) -> JobConfig:
-    """The flags as the run will have them, with the model's file where it is now."""
+    """The flags of the run with defaults resolved, and the model file in the temporary folder ``models``."""
     config = copy.deepcopy(run.config)
     set_precision(config)
     set_bos(config)
@@ -205,7 +205,7 @@ def _resolved(run: Run, models: Path) -> JobConfig:
 
 @contextmanager
 def _model_files(sweep: Sweep) -> Iterator[Path]:
-    """The arms' model files in a folder that goes away: nothing is written to `out` before all is checked."""
+    """Temporary folder with the arms' model files, so that nothing is written to `out` before all checks pass."""
     with tempfile.TemporaryDirectory() as folder:
         for arm in sweep.arms:
             (Path(folder) / f"{arm.name}.json").write_text(model_json(sweep, arm), encoding="utf-8")
@@ -219,7 +219,7 @@ def model_json(sweep: Sweep, arm: Arm) -> str:
 
 @contextmanager
 def _name_arm_in_errors(sweep: Sweep, arm: str, folder: Path) -> Iterator[None]:
-    """Errors of an arm name the sweep's file, the arm, and where its model file will be."""
+    """Context that adds the sweep's file and the arm to a UsageError, and the final path of its model file."""
     try:
         yield
     except UsageError as error:

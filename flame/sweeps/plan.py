@@ -15,23 +15,23 @@ from flame.config.parse import flags_of_sections, parse_args
 from flame.config.sections import JobConfig
 
 REFERENCE_ARM = "softmax"
-"""The arm that the others' losses are compared with."""
+"""The arm that the losses of all others are compared with."""
 
-# [base] flags that a sweep sets itself, each with where its value comes from
+# flags that a sweep sets itself and [base] must not, each with the source of its value
 _OWN_FLAGS = {
     "job.config_file": "the [base] tables are the recipe",
     "job.dump_folder": "each run has a folder of its own below `out`",
     "optimizer.lr": "`learning_rates` lists them",
     "training.seed": "`seeds` lists them",
 }
-# flags under which nothing would be trained or kept, each with its only value here
+# flags with a fixed value in a sweep, since otherwise nothing would be trained or kept
 _FIXED_FLAGS = {
     "checkpoint.enable_checkpoint": True,
     "checkpoint.create_seed_checkpoint": False,
     "checkpoint.load_step": -1,
     "memory_estimation.enabled": False,
 }
-# what the sweep itself writes into `out`
+# names that the sweep itself uses in `out`
 _RESERVED = ("models", "report", "report.log", "lock")
 
 
@@ -92,12 +92,12 @@ class Sweep:
         return self.out / "models" / f"{arm}.json"
 
     def model_keys(self, arm: Arm) -> dict[str, Any]:
-        """The arm's model configuration: the base's keys and its own."""
+        """The arm's model configuration: the keys of the base, overridden by those of the arm."""
         return json.loads(self.base_model.read_text(encoding="utf-8")) | arm.model
 
 
 class _Table:
-    """A table of the file: takes its keys one by one, and refuses what is left over."""
+    """A table of the file: `take` reads its keys one by one, `end` refuses unknown ones."""
 
     def __init__(self, file: Path, where: str, table: object) -> None:
         self.file, self.where = file, where
@@ -110,7 +110,7 @@ class _Table:
         return UsageError(f"{self.file}, {self.where}: {key} must be {expected}, got {value!r}")
 
     def take(self, key: str, expected: str, is_valid: Any, default: Any = ...) -> Any:
-        """The value of ``key``; without one the default, or with ``...`` an error."""
+        """The value of ``key``, or ``default`` if it is missing; with ``...`` a missing key is an error."""
         self.known.append(key)
         if key not in self.rest:
             if default is ...:
@@ -126,7 +126,7 @@ class _Table:
     def numbers(
         self, key: str, expected: str, is_valid: Any, default: Any = ...
     ) -> tuple[Any, ...]:
-        """A list without repetition whose entries are all right."""
+        """A list without repetition whose entries are all valid."""
         value = self.take(
             key,
             f"a list, without repetition, of {expected}",
@@ -169,10 +169,10 @@ _RATES = "positive numbers"
 
 
 def read_sweep(file: Path) -> Sweep:
-    """Reads the file of a sweep, and checks all of it that needs neither the models nor the machine.
+    """Reads the file of a sweep, and checks everything that needs neither the models nor the machine.
 
     Raises:
-        UsageError: Names the file, the table, the key, the value and what would be right.
+        UsageError: The message names the file, the table, the key, the value and what is expected.
     """
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -255,7 +255,7 @@ def _arm(
     seeds = table.numbers("seeds", _SEEDS, _is_integer(0), seeds)
     rates = table.numbers("learning_rates", _RATES, _is_rate, rates)
     if "attn_impl" not in table.rest:
-        # without it an arm would be the base under another name
+        # without it an arm would be a copy of the base
         raise UsageError(
             f"{file}, {where}: attn_impl is missing; each arm says its operator, such as "
             'attn_impl = "parallel_softmax_attn"'

@@ -54,14 +54,14 @@ class _Job:
 
 
 class Runner:
-    """Runs that are left to do, over the slots.
+    """Executes the unfinished runs of a sweep in its slots.
 
     Args:
-        sweep: Whose runs they are.
-        runs: Those to do, in order.
-        slots: Where they may run; one run each at a time.
-        done: Runs of the sweep that are finished already.
-        summary_s: Seconds between two lines on all that is running.
+        sweep: The sweep of the runs.
+        runs: The unfinished runs, in order.
+        slots: Each takes one run at a time.
+        done: Number of runs that are finished already.
+        summary_s: Seconds between two log lines on all running runs.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class Runner:
         self.running: list[_Job] = []
         self.done = done
         self.failed: dict[str, str] = {}
-        """Name of a run -> what went wrong and where to read on."""
+        """Name of a run -> the error and the path of its log."""
         self.stopped: signal.Signals | None = None
         self._heard: list[int] = []
         self._num_slots = len(slots)
-        # seconds that runs took from start to export
+        # seconds from start to export of finished runs
         self._durations: list[float] = []
         self._summary_s = summary_s
         self._next_summary = time.monotonic() + summary_s
 
     def run(self) -> None:
-        """Returns when all runs have ended, or after a signal those that had been started."""
+        """Returns when all runs have ended; after a signal, when the started ones have."""
         with self._listening():
             while self.running or (self.waiting and self.stopped is None):
                 self._pass_on()
@@ -95,7 +95,7 @@ class Runner:
                     self._next_summary = time.monotonic() + self._summary_s
                     logger.info(self._summary())
                 time.sleep(_POLL_S)
-            # what was heard while the last run ended
+            # a signal that arrived while the last run ended
             self._pass_on()
 
     @contextlib.contextmanager
@@ -111,7 +111,7 @@ class Runner:
                 signal.signal(s, handler)
 
     def _pass_on(self) -> None:
-        """Sends the runs what was heard; they save and end, at a second Ctrl-C at once."""
+        """Passes received signals on to the runs, which save and end; a second Ctrl-C ends them immediately."""
         while self._heard:
             number = signal.Signals(self._heard.pop(0))
             self.stopped = self.stopped or number
@@ -189,7 +189,7 @@ def _progress(job: _Job, state: State) -> str:
 
 
 def _is_stop(code: int) -> bool:
-    """Whether a process ended by a stop signal: of its own accord, or before it listened to them."""
+    """Whether a process ended by a stop signal, either after it saved or before it handled signals."""
     return code in {128 + s for s in STOP_SIGNALS} | {-s for s in STOP_SIGNALS}
 
 

@@ -1,4 +1,4 @@
-"""Our model and configuration in the form that torchtitan's trainer expects."""
+"""Adapts the model and its configuration to torchtitan's trainer."""
 
 import copy
 
@@ -25,8 +25,8 @@ class ModelArgs(BaseModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and training FLOPs of a token by torchtitan's own convention.
 
-        6 for every weight that is multiplied, and the attention products without the causal half taken
-        off (PaLM, arXiv:2204.02311, appendix B), so that MFU compares with others' figures.
+        6 for every weight in a matrix product, plus the attention products without subtracting the causal half (PaLM,
+        arXiv:2204.02311, appendix B), so that MFU is comparable with other projects.
         """
         c = self.config
         num_parameters = sum(p.numel() for p in model.parameters())
@@ -49,7 +49,7 @@ class TitanModel(ModelProtocol):
         # a copy, since a model marks its configuration with the attention it runs
         hf = SoftpickTransformerForCausalLM(copy.deepcopy(model_args.config))
         self.model, self.lm_head = hf.model, hf.lm_head
-        # outside the module tree, where it would give every parameter a second name
+        # kept outside the module tree, since as a submodule it would give every parameter a second name
         self.__dict__["hf"] = hf
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:

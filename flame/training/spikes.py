@@ -1,4 +1,4 @@
-"""What happens when a step's loss or gradients are not what they should be: a dump, a skipped step, or the end."""
+"""Handles loss spikes and steps that are not finite: writes a dump, counts a skipped step, or ends the run."""
 
 import io
 import math
@@ -21,24 +21,24 @@ SPIKE_FOLDER = "spikes"
 
 
 class SpikeDetector:
-    """Tells a spike from the losses of the steps before."""
+    """Detects a spike from the losses of the previous steps."""
 
     def __init__(self, *, window: int, deviations: float) -> None:
         self.deviations = deviations
         self.losses: deque[float] = deque(maxlen=window)
 
     def threshold(self) -> float:
-        """The loss above which the next step is a spike; infinite as long as the window is not full."""
+        """The loss above which the next step is a spike; infinite until the window is full."""
         if not self.deviations or len(self.losses) < self.losses.maxlen:
             return math.inf
         return statistics.fmean(self.losses) + self.deviations * statistics.pstdev(self.losses)
 
 
 class StepCheck:
-    """Looks at loss and gradient norm of every step of a run.
+    """Checks loss and gradient norm of every step of a run.
 
     skipped_steps: Steps without an update since the start of the run.
-    skipped_in_a_row: Steps without an update since the last one with.
+    skipped_in_a_row: Steps without an update since the last update.
     """
 
     def __init__(self, config: JobConfig, model: nn.Module, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class StepCheck:
     def check(
         self, step: int, *, loss: float, grad_norm: float, lr: float, microbatches: list[Microbatch]
     ) -> None:
-        """Dumps a step that is a spike or not finite, and counts one that was skipped.
+        """Writes a dump of a step that is a spike or not finite, and counts a skipped step.
 
         Raises:
             TrainingError: Loss or gradient norm is not finite and the step is not to be skipped, or
@@ -96,7 +96,7 @@ class StepCheck:
     def _write_spike_dump(
         self, step: int, seen: dict[str, float], reason: str, microbatches: list[Microbatch]
     ) -> str:
-        """Writes what the step saw to ``spikes/step-N``; returns the end of a message, which says where."""
+        """Writes the batch and norms of the step to ``spikes/step-N``; returns a message suffix with the folder."""
         if self.num_dumps >= self.config.metrics.max_dumps:
             return ""
         self.num_dumps += 1
@@ -108,11 +108,11 @@ class StepCheck:
             "inputs": [inputs for inputs, _ in microbatches],
             "labels": [labels for _, labels in microbatches],
         }
-        # torch's own writer says nothing of a full disk
+        # through a buffer, since torch's writer does not report a full disk as an OSError
         buffer = io.BytesIO()
         torch.save(batch, buffer)
         (folder / f"batch.rank{rank}.pt").write_bytes(buffer.getbuffer())
-        # norms are collectives where parameters are sharded
+        # on every rank: norms of sharded parameters are collectives
         norms = self._norms(seen["gradient_norm"])
         if rank == 0:
             summary = {"step": step, "reason": reason, **seen, "parameters": norms}
@@ -122,7 +122,7 @@ class StepCheck:
 
     @torch.no_grad()
     def _norms(self, total: float) -> dict[str, dict[str, float]]:
-        """Norms of every parameter and of its gradient as it was before clipping."""
+        """Norms of every parameter and of its gradient before clipping."""
         max_norm = self.config.training.max_norm
         scale = max(1.0, (total + 1e-6) / max_norm) if math.isfinite(total) else 1.0
         named = list(self.model.named_parameters())

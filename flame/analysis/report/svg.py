@@ -146,7 +146,7 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis) -> str:
         at = to_x(tick)
         parts.append(f'<path class="axis" d="M{at} {HEIGHT - _BOTTOM}v4"/>')
         text = tick_text(tick)
-        # as many as have room
+        # skip labels that would overlap
         if at - last >= 7 * len(text) + 8:
             anchor = "end" if at > WIDTH - _RIGHT - 8 else "middle"
             parts.append(
@@ -182,7 +182,7 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
         parts.append(f'<polyline stroke-dasharray="{dash}" points="{d}"/>')
     stride = 1 if few else math.ceil(len(points) / 6)
     for n, ((a, mean), (px, py)) in enumerate(zip(points.items(), points_xy, strict=True)):
-        # several lines would put their markers on top of each other
+        # offset by line, so that the markers of several lines do not overlap
         if few or n % stride == (line.index * 2) % stride:
             spread = "" if mean.std is None else f" ± {mean.std:.4g}"
             title = f"{line.label}, {a:g}: {mean.mean:.6g}{spread}"
@@ -193,7 +193,7 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
 
 
 def _kind(index: int) -> str:
-    """Classes of an arm: its colour, and hollow markers where the colours begin anew."""
+    """CSS classes of an arm: its colour, and hollow markers once the colours repeat."""
     return f"s s{index % HUES}" + (" hollow" if index >= HUES else "")
 
 
@@ -225,12 +225,12 @@ def legend(labels: Sequence[str]) -> str:
 
 
 def level(share: float) -> int:
-    """Shade of a share in [0, 1]: 0 for 0 exactly, 1 to `LEVELS` for what is more."""
+    """Shade of a share in [0, 1]: 0 for exactly 0, else 1 to `LEVELS`."""
     return 0 if share <= 0 else min(LEVELS, max(1, math.ceil(share * LEVELS)))
 
 
 def heat_map(values: list[list[float]], rows: str, columns: str, what: str, most: float) -> str:
-    """One cell a number in [0, most]; ``values[row][column]``, row 0 on top."""
+    """One cell for each number in [0, most]; ``values[row][column]``, row 0 on top."""
     n, m = len(values), len(values[0])
     side = min(30.0, (WIDTH - 46) / m, 330 / n)
     left, top = 40, 4
@@ -295,7 +295,7 @@ def triangle_map(cells: list[list[float]], length: int, what: str) -> str:
 
 
 def color_bar(marks: dict[float, str], title: str) -> str:
-    """The shades from none to all; ``marks``: share -> text."""
+    """A bar of all shades from 0 to 1, with labels ``marks``: share -> text."""
     left, width, height = 4, 210, 12
     parts = [
         f'<rect class="l{n}" x="{left + (n - 1) * width / LEVELS:.1f}" y="2" width="{width / LEVELS + 0.3:.2f}" height="{height}"/>'

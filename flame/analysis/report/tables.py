@@ -1,4 +1,4 @@
-"""The tables of a report, as cells of text: `report.md` and the page show the same ones."""
+"""The tables of a report as cells of text, for `report.md` and the page."""
 
 import math
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def cell(value: Mean | None, show: Callable[[float], str], factor: float = 1.0) 
     text = show(value.mean * factor)
     if value.std is None:
         return text
-    # of a spread two digits say enough
+    # two digits suffice for a spread
     spread = show(value.std * factor) if show is not number else number(value.std, digits=2)
     return f"{text} ± {spread}"
 
@@ -69,7 +69,7 @@ def _columns(results: Results) -> list[_Column]:
     sinks, small = results.setup["sink_eps"], results.setup["sparsity_eps"]
     return [
         _Column("loss", "loss", loss),
-        # without the quantised
+        # only the unquantised model
         _Column("ppl", "perplexity", number, keys={"bits": None}),
         *(_Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}) for e in sinks),
         _Column("kurtosis", "kurtosis", number),
@@ -110,12 +110,12 @@ def summary(results: Results, length: int) -> Table:
 
 
 def attention(results: Results, length: int) -> Table:
-    """What else the heads do at one length, in the mean over heads (the largest: over all of them)."""
+    """Further attention metrics at one length: means over heads, or maxima for the largest score and output."""
     return _by_label(results, f"Attention at {length:,} tokens", _ATTENTION, length)
 
 
 def quantized(results: Results) -> Table | None:
-    """Perplexity by bits a weight, or None where it was not measured."""
+    """Perplexity by bits per weight; None if it was not measured."""
     bits = sorted({r["bits"] for r in results.where("perplexity") if "bits" in r}, reverse=True)
     if not bits:
         return None
@@ -129,7 +129,7 @@ def quantized(results: Results) -> Table | None:
 
 
 def passkey(results: Results) -> Table | None:
-    """Share of passkeys retrieved, %, by length and depth, or None where it was not measured."""
+    """Share of passkeys retrieved, %, by length and depth; None if it was not measured."""
     records = results.where("passkey")
     if not records:
         return None
@@ -144,7 +144,7 @@ def passkey(results: Results) -> Table | None:
 
 
 def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[int, Mean]:
-    """Length -> a number of passkeys: mean over the depths of a model, then over the seeds."""
+    """Length -> a passkey metric: mean over the depths of a model, then over the seeds."""
     by_model: dict[int, dict[str, list[float | None]]] = {}
     for r in results.where(metric, label=label, **keys):
         by_model.setdefault(r["length"], {}).setdefault(r["model"], []).append(r["value"])
@@ -159,7 +159,7 @@ PLANTED = ("with_key", "other_key", "without_key")
 
 
 def passkey_losses(results: Results) -> Table | None:
-    """What the key costs as the answer, or None where it was not measured."""
+    """Loss of the key as the answer; None if it was not measured."""
     if not results.where("passkey_loss"):
         return None
     rows = []
@@ -188,9 +188,9 @@ def report(results: Results) -> str:
 
 
 def facts(results: Results) -> list[str]:
-    """How the numbers came about, a sentence each."""
+    """Facts about the measurement, one sentence each."""
     setup = results.setup
-    # records of before --training.bos have no words for it
+    # records older than --training.bos lack the key "begins"
     first = {"text": "a token of the text", "bos": "bos", "eos": "eos"}
     begins = setup.get("begins") or first[setup["first_token"]]
     seeds = any(sum(r["label"] == x for r in results.models) > 1 for x in results.labels)
