@@ -115,7 +115,7 @@ class AtomicWriter(FileSystemWriter):
     def __init__(
         self, path: Path, *, staged: bool = True, then: Callable[[Path], None] | None = None
     ) -> None:
-        # copying ahead is for tensors on a GPU; with others torch would start a stream for nothing
+        # copying ahead helps only for tensors on a GPU; for others torch would start a stream needlessly
         ahead = {"per_thread_copy_ahead": 0} if staged else {}
         super().__init__(path.with_name(path.name + _SAVING), **ahead)
         self.final = path

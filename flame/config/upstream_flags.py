@@ -1,6 +1,6 @@
 """Flags of upstream flame that this trainer does not have, each with what to use instead.
 
-A command written for upstream then ends with an answer, not with "unrecognized option".
+A command written for upstream ends with this advice instead of "unrecognized option".
 """
 
 from flame.base.errors import UsageError

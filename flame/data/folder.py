@@ -215,7 +215,7 @@ def _named_splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
         SPLIT_PATTERN_SHARDED,
     )
 
-    # not its own resolver, which walks the folder once a pattern: seconds for some thousand files
+    # datasets' own resolver walks the folder once per pattern, which takes seconds for some thousand files
     names = {file.relative_to(folder).as_posix(): file for file in files}
     splits: dict[str, list[Path]] = {}
     any_split = _expression([SPLIT_PATTERN_SHARDED.format(split="*")])

@@ -57,7 +57,7 @@ class TokenSource:
         length += self._num_starts()
         count = max(0, (length - 1) // stride)
         last = (count - 1) * stride
-        # one that begins with a document's bos reaches one token further
+        # a sequence that begins with a document's bos ends one token later
         return count - (count > 0 and self._is_start(last) and last + seq_len + 1 > length)
 
     def read(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +100,7 @@ class TokenSource:
         return j < self._num_starts() and self._start(j) + j == position
 
     def _read_with_bos(self, position: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        # the sequence's own bos is that of the document, or comes before the rest of one
+        # the bos of the sequence is that of its first document, or precedes the rest of a document
         position += self._is_start(position)
         j = self._starts_before(position)
         first = position - j
@@ -108,7 +108,7 @@ class TokenSource:
         high = np.searchsorted(self.ends, self.offset + first + seq_len)
         starts = np.asarray(self.ends[low:high]).astype(np.int64) - self.offset - first
         tokens = np.insert(self.tokens[first : first + seq_len], starts, self.bos)[:seq_len]
-        # where their bos are now
+        # the positions of their bos after the insertion
         ends = starts + np.arange(1, len(starts) + 1)
         return np.insert(tokens, 0, self.bos), ends[ends <= seq_len]
 

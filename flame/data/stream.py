@@ -308,7 +308,7 @@ class StreamLoader(Stateful):
         while True:
             first = self._dp_rank * self._batch_size
             rows = Rows(np.empty((self._batch_size, self._seq_len + 1), self._dtype), [])
-            # the others' sequences too: the next step begins behind them
+            # skip the sequences of other ranks too: the next step begins after them
             for i in range(self._dp_world_size * self._batch_size):
                 stream = self._streams[self._mixture.locate(self.sequences_seen + i)[0]]
                 if first <= i < first + self._batch_size:
