@@ -12,5 +12,5 @@ import sys
 from fla.ops.attn.softpick import parallel_softpick_attn
 
 # read by the third spelling, which looks the name up on what stands in sys.modules
-parallel_softpick_attn.parallel_softpick_attn = parallel_softpick_attn
-sys.modules[__name__] = parallel_softpick_attn
+parallel_softpick_attn.parallel_softpick_attn = parallel_softpick_attn  # pyright: ignore[reportFunctionMemberAccess]  # functions take attributes
+sys.modules[__name__] = parallel_softpick_attn  # pyright: ignore[reportArgumentType]  # import takes any object

@@ -14,6 +14,10 @@ Legend
     s*_b s*_t s*_h     strides of batch, time and head, in elements
 """
 
+# Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a
+# constexpr, num_warps, a loop over tl.range.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
