@@ -27,7 +27,7 @@ class Recorder:
     def add(
         self,
         metric: str,
-        value: float | str,
+        value: float | str | None,
         *,
         layer: int | None = None,
         head: int | None = None,
@@ -129,4 +129,4 @@ class Results:
             place = x(record)
             if place is not None:
                 groups.setdefault(place, []).append(record["value"])
-        return {place: mean_of(groups[place]) for place in sorted(groups)}
+        return {place: mean_of(groups[place]) for place in sorted(groups)}  # pyright: ignore[reportReturnType]  # a group has a value at least

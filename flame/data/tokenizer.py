@@ -86,7 +86,8 @@ def tokenizer_sha256(
     tokenizer: PreTrainedTokenizerFast, *, with_post_processor: bool = True
 ) -> str:
     """Of the whole tokenizer.json (vocabulary, merges, normalizer, pre-tokenizer, post-processor, added tokens), and
-    of which tokens are bos and eos."""
+    of which tokens are bos and eos.
+    """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # training does neither
     for key in ("truncation", "padding"):

@@ -52,7 +52,7 @@ class SoftpickAttention(LlamaAttention):
                 config.hidden_size, heads * self.head_dim, bias=config.attention_bias
             )
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # positions are needed, and weights are given where asked for
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -97,13 +97,14 @@ class SoftpickAttention(LlamaAttention):
             if num_keys is None:
                 S = k.shape[2]
                 bounds = document_bounds(name, attention_mask, B=B, T=T, S=S, **packing)
-                num_keys = num_visible_keys(B, T, S, attention_mask, bounds, q.device)
+                num_keys = num_visible_keys(B, T, S, attention_mask, bounds, q.device)  # pyright: ignore[reportArgumentType]  # document_bounds refuses a mask that is a tensor
             q = _scale_by_length(q, local_tensor(self.log_scale), num_keys)
         options = {**packing, "is_causal": is_causal, "output_attentions": output_attentions}
         if self.config.attn_sink:
             options["s_aux"] = local_tensor(self.sinks)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]  # set when the model is made
+            eager_attention_forward,
         )
         dropout = self.attention_dropout if self.training else 0.0
         o, weights = attention(

@@ -58,7 +58,7 @@ def parallelize(model: TitanModel, layout: Layout, config: JobConfig) -> TitanMo
 def _apply_fsdp(model: TitanModel, mesh: DeviceMesh, config: JobConfig) -> None:
     t = config.training
     policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, t.mixed_precision_param),
+        param_dtype=getattr(torch, t.mixed_precision_param),  # pyright: ignore[reportArgumentType]  # filled in when the flags are checked
         reduce_dtype=getattr(torch, t.mixed_precision_reduce),
     )
     offload = CPUOffloadPolicy() if t.enable_cpu_offload else OffloadPolicy()
@@ -123,9 +123,9 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
     for layer in model.model.layers:
         parallelize_module(layer, mesh, layer_plan)
         # what is one number a head goes with its head
-        for name, x in layer.self_attn.named_parameters(recurse=False):
+        for name, x in layer.self_attn.named_parameters(recurse=False):  # pyright: ignore[reportAttributeAccessIssue]  # a module of transformers
             shards = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]))
-            layer.self_attn.register_parameter(name, shards)
+            layer.self_attn.register_parameter(name, shards)  # pyright: ignore[reportAttributeAccessIssue]  # a module of transformers
     # the embedding's result is on its way still (AsyncCollectiveTensor); as the input of a compiled layer it
     # would get no gradient, without an error (torch 2.13)
     model.model.embed_tokens.register_forward_hook(lambda module, args, hidden: hidden.clone())

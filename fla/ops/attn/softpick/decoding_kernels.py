@@ -20,7 +20,6 @@ import functools
 # Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a
 # constexpr, num_warps, a loop over tl.range.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-
 import torch
 import triton
 import triton.language as tl
@@ -103,6 +102,7 @@ def normalized_attn_decode_kernel(
     SKIPS_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One program a tile of BT query rows, a key head and a split of its keys: its part of their outputs."""
     # the tiles of rows that read the same keys are neighbours
     i_part = tl.program_id(0).to(tl.int64) // NR
     i_split = i_part % NS

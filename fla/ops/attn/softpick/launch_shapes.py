@@ -18,7 +18,8 @@ from fla.ops.attn.softpick.tiles import feature_tile
 
 class LaunchShape(NamedTuple):
     """Rows of the tile that a program owns and of the tile that it streams, warps, pipeline stages, and on
-    NVIDIA the registers that a thread may take, where a little fewer let one more program onto a multiprocessor."""
+    NVIDIA the registers that a thread may take, where a little fewer let one more program onto a multiprocessor.
+    """
 
     BT: int
     BS: int
@@ -32,7 +33,8 @@ class LaunchShape(NamedTuple):
 class DecodeShape(NamedTuple):
     """Programs of which a multiprocessor has registers and shared memory for at least as many at a time, query rows
     of a program, keys of the tile that it streams, warps, pipeline stages, and on NVIDIA the registers that a thread
-    may take."""
+    may take.
+    """
 
     programs: int
     BT: int
@@ -179,7 +181,8 @@ def shape_of(row: str, kernel: str, precision: str, K: int, V: int) -> Shape:
 
 def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]:
     """Keyword arguments of a launch of "fwd", "dq", "dkv" or "decode" for inputs like ``q`` with values of size V, and
-    HAS_DESCRIPTORS, for `tiles.streamed_descriptors`, or the resident programs, for `decoding_kernels.num_splits`."""
+    HAS_DESCRIPTORS, for `tiles.streamed_descriptors`, or the resident programs, for `decoding_kernels.num_splits`.
+    """
     row = architecture(q.device.index)
     precision = dot_precision(q.dtype, row)
     kind = precision if q.dtype == torch.float32 else "16bit"

@@ -163,6 +163,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One program a tile of BT keys of a key head: dk and dv, over the queries of all query heads that read it."""
     # the mask takes registers that a larger tile would spill
     MASKED_BS: tl.constexpr = min(BS, 32)
     i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, False)

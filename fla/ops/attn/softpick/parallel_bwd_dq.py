@@ -130,6 +130,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One program a tile of BT queries of a query head: dq, and the two numbers a query that dk and dv need."""
     i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, True)
     row = i_bh * T + bos
     T = T_own

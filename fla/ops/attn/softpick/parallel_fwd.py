@@ -172,6 +172,7 @@ def parallel_normalized_attn_fwd_kernel(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """One program a tile of BT queries of a query head: their outputs and base-2 lse."""
     # NOTE(numerics): float16 has no room for weights without a shift, the other dtypes nearly always
     IS_SHIFTED: tl.constexpr = IS_SAFE and q.dtype.element_ty == tl.float16
     i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, True)

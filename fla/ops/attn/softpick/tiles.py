@@ -156,7 +156,8 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
 
 def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> TensorDescriptor | None:
     """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles of BT rows; None if there are no rows, or if they do not
-    start at multiples of 16 bytes, as descriptors ask."""
+    start at multiples of 16 bytes, as descriptors ask.
+    """
     b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
     # the stride of a dimension of one is never used, and may be anything
     strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (b, t, h)]
@@ -172,7 +173,8 @@ def streamed_descriptors(
     options: dict[str, int | str], head_first: bool, *tensors: torch.Tensor
 ) -> list[TensorDescriptor | None]:
     """Descriptors of the tensors that a kernel streams, where its launch options ask for them; takes that out
-    of the options, which are then the kernel's own."""
+    of the options, which are then the kernel's own.
+    """
     if not options.pop("HAS_DESCRIPTORS"):
         return [None] * len(tensors)
     return [
