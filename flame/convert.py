@@ -228,7 +228,7 @@ def _model_for(args: argparse.Namespace, run: dict[str, Any] | None) -> Softpick
 
 
 def _tokenizer_for(args: argparse.Namespace, run: dict[str, Any] | None) -> PreTrainedTokenizerFast:
-    name = args.tokenizer or run["--model.tokenizer_path"]  # pyright: ignore[reportOptionalSubscript]  # asked for where there is no run
+    name = args.tokenizer or run["--model.tokenizer_path"]  # pyright: ignore[reportOptionalSubscript]  # set where there is no run
     try:
         tokenizer = load_tokenizer(name)
         if run is not None:

@@ -97,7 +97,7 @@ class SoftpickAttention(LlamaAttention):
             if num_keys is None:
                 S = k.shape[2]
                 bounds = document_bounds(name, attention_mask, B=B, T=T, S=S, **packing)
-                num_keys = num_visible_keys(B, T, S, attention_mask, bounds, q.device)  # pyright: ignore[reportArgumentType]  # document_bounds refuses a mask that is a tensor
+                num_keys = num_visible_keys(B, T, S, attention_mask, bounds, q.device)
             q = _scale_by_length(q, local_tensor(self.log_scale), num_keys)
         options = {**packing, "is_causal": is_causal, "output_attentions": output_attentions}
         if self.config.attn_sink:

@@ -166,7 +166,7 @@ def num_visible_keys(
     B: int,
     T: int,
     S: int,
-    ranges: KeyRanges | str | None,
+    ranges: KeyRanges | torch.Tensor | str | None,
     cu_seqlens: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:

@@ -58,7 +58,7 @@ def parallelize(model: TitanModel, layout: Layout, config: JobConfig) -> TitanMo
 def _apply_fsdp(model: TitanModel, mesh: DeviceMesh, config: JobConfig) -> None:
     t = config.training
     policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, t.mixed_precision_param),  # pyright: ignore[reportArgumentType]  # filled in when the flags are checked
+        param_dtype=getattr(torch, t.mixed_precision_param),  # pyright: ignore[reportArgumentType]  # run/inputs.py has filled it in
         reduce_dtype=getattr(torch, t.mixed_precision_reduce),
     )
     offload = CPUOffloadPolicy() if t.enable_cpu_offload else OffloadPolicy()

@@ -121,7 +121,7 @@ class FlameTrainer(Trainer):
         if is_first:
             make_trace_folder(self.config)
         self.optimizers.zero_grad()
-        lr: float = self.lr_schedulers.schedulers[0].get_last_lr()[0]  # pyright: ignore[reportAssignmentType]  # a tensor with capturable optimizers alone
+        lr: float = self.lr_schedulers.schedulers[0].get_last_lr()[0]  # pyright: ignore[reportAssignmentType]  # a tensor only where the rate of the optimizer is one
         microbatches = self._read_microbatches(data_iterator)
         tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)  # pyright: ignore[reportAttributeAccessIssue]  # a sum of one tensor at least
         if dims.dp_enabled:
