@@ -37,7 +37,7 @@ from flame.analysis.flags import (
 )
 from flame.analysis.heads import Thresholds
 from flame.analysis.measure import loss_of, measure, perplexity, record_maps
-from flame.analysis.models import Model
+from flame.analysis.models import ModelSource
 from flame.analysis.records import (
     RECORDS_FILE,
     Recorder,
@@ -64,8 +64,8 @@ def _choose_heads(recorder: Recorder, length: int) -> dict[tuple[int, int], str]
             for r in recorder.records
             if r["metric"] == metric and r["length"] == length and r["head"] is not None
         }
-        # NaN, of a head without any weight, is unlike itself
-        found = {place: value for place, value in found.items() if value == value}
+        # drop NaN, the value of a head without any weight
+        found = {key: value for key, value in found.items() if value == value}
         return max(found, key=found.get) if found else None
 
     chosen = {}
@@ -73,14 +73,14 @@ def _choose_heads(recorder: Recorder, length: int) -> dict[tuple[int, int], str]
         ("entropy", f"largest entropy in {recorder.label}"),
         ("first_weight", f"largest mean weight on key 0 in {recorder.label}"),
     ):
-        if (place := best(metric)) is not None:
-            chosen[place] = f"{chosen[place]}, and {text}" if place in chosen else text
+        if (head := best(metric)) is not None:
+            chosen[head] = f"{chosen[head]}, and {text}" if head in chosen else text
     return dict(reversed(chosen.items()))
 
 
 def _measure_all(
     args: argparse.Namespace,
-    models: list[Model],
+    models: list[ModelSource],
     labels: list[str],
     samples: Samples,
     curves: list[Curves],
@@ -99,7 +99,7 @@ def _measure_all(
                 logger.info(f"measuring model {number + 1} of {len(models)}, {label}")
             model = source.load()
             try:
-                # first, since a package may be missing or a length too short
+                # first, since it fails if a package is missing or a length too short
                 _measure_robustness(args, source, model, samples, recorder, bar.update)
                 for length in lengths:
                     tokens = samples.tokens[:, : length + 1]
@@ -110,9 +110,9 @@ def _measure_all(
                 if label not in labels[:number]:
                     heads = heads or _choose_heads(recorder, lengths[-1])
                     layers, width = model.config.num_hidden_layers, model.config.num_attention_heads
-                    own = [place for place in heads if place[0] < layers and place[1] < width]
+                    existing = [(i, j) for i, j in heads if i < layers and j < width]
                     sequence = samples.tokens[0, : lengths[0]]
-                    record_maps(model, sequence, own, recorder, cells=MAP_CELLS, why=heads)
+                    record_maps(model, sequence, existing, recorder, cells=MAP_CELLS, why=heads)
             except NotImplementedError as error:
                 raise UsageError(f"--model {source.path}: {error}") from None
             parameters = sum(p.numel() for p in model.parameters())
@@ -123,14 +123,14 @@ def _measure_all(
             with tqdm.external_write_mode():
                 logger.info(f"{label}  {source.path}  loss {loss:.4f} at {lengths[0]} tokens")
             records += recorder.records
-            # before the next one is loaded
+            # free the memory before the next model is loaded
             del model
     return records
 
 
 def _measure_robustness(
     args: argparse.Namespace,
-    source: Model,
+    source: ModelSource,
     model: PreTrainedModel,
     samples: Samples,
     recorder: Recorder,
@@ -246,7 +246,7 @@ def _render_again(out: Path) -> None:
     except UsageError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        # a key that is missing or of another type is met where it is drawn
+        # a missing key, or a value of another type, raises where it is drawn
         raise UsageError(
             f"--report_only: {out / RECORDS_FILE} is damaged or of another version, measure again: {error!r}"
         ) from error

@@ -1,4 +1,4 @@
-"""``python -m flame.convert``: between checkpoints of a run and Hugging Face folders, on a CPU."""
+"""``python -m flame.convert``: converts between checkpoints of a run and Hugging Face folders, on a CPU."""
 
 import argparse
 import json
@@ -23,12 +23,12 @@ from flame.checkpoints.step_folder import (
 from flame.config.sections import DEFAULT_BOS
 from flame.data import load_tokenizer
 from flame.data.bos import MODES
-from flame.data.tokenizer import BYTE, IDENTITY_KEY, tokenizer_sha256
+from flame.data.tokenizer import BYTE, TOKENIZER_KEY, tokenizer_sha256
 from flame.models import SoftpickTransformerConfig, read_config
 from flame.run.export import export_model
 from flame.run.identity import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
-# what the weights of a Llama mean, besides their shapes
+# configuration that changes what a Llama's weights compute, in addition to their shapes
 _MEANING = (
     "hidden_act",
     "num_attention_heads",
@@ -43,7 +43,7 @@ _MEANING = (
 
 
 def _config_of(folder: Path, target: str | None) -> SoftpickTransformerConfig:
-    """The model that a Hugging Face folder's weights are for.
+    """The model configuration of a Hugging Face folder.
 
     Args:
         folder: Folder with a ``config.json``, of a softpick_transformer or a Llama.
@@ -232,9 +232,9 @@ def _tokenizer_for(args: argparse.Namespace, run: dict[str, Any] | None) -> PreT
     try:
         tokenizer = load_tokenizer(name)
         if run is not None:
-            trained = run.get(IDENTITY_KEY)
+            trained = run.get(TOKENIZER_KEY)
             if trained is None and args.tokenizer is not None:
-                # of before the fingerprint
+                # a run of an earlier version recorded no sha256
                 trained = tokenizer_sha256(load_tokenizer(run["--model.tokenizer_path"]))
             here = tokenizer_sha256(tokenizer)
             if trained not in (None, here):

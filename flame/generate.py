@@ -1,8 +1,8 @@
-"""``python -m flame.generate``: lets an exported model write, token by token as they come.
+"""``python -m flame.generate``: generates text with an exported model and prints it token by token.
 
-With ``--interactive`` every line is a prompt of its own, which the model continues; a base model answers nothing. At
-the end of each text stand the speed and the share of the cached values that had any weight, which is what the
-decoding kernels read of them.
+With ``--interactive`` every line is a separate prompt, which the model continues; a base model does not answer
+questions. After each text it prints the speed, and the share of the cached values with any weight, which is the share
+that the decoding kernels read.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from flame.run.generate import encode, load, write
 def _stream(
     model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, args: argparse.Namespace
 ) -> None:
-    """Prints a text as it is written, then how that went."""
+    """Prints a text while it is generated, then tokens, speed and share of the values read."""
     start = time.perf_counter()
     with count_reads() as reads:
         ids = write(
@@ -90,7 +90,7 @@ def main() -> None:
         for flag in ("top_k", "top_p"):
             if getattr(args, flag) is not None and not args.temperature:
                 raise UsageError(f"--{flag} is of sampling: leave it out with --temperature 0")
-        for flag, value, is_right, right in (
+        for flag, value, is_valid, expected in (
             ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
             (
                 "temperature",
@@ -107,8 +107,8 @@ def main() -> None:
             ),
             ("seed", args.seed, 0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         ):
-            if not is_right:
-                raise UsageError(f"--{flag} must be {right}, got {value}")
+            if not is_valid:
+                raise UsageError(f"--{flag} must be {expected}, got {value}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         flame.models.require_device(config.attn_impl, device)
         try:
@@ -124,7 +124,7 @@ def main() -> None:
             return
         sys.stderr.write("a line to continue, Ctrl-D to end\n")
         if isinstance(sys.stdin, io.TextIOWrapper):
-            # so that a line that is no UTF-8 arrives, and is refused by name
+            # so that a line that is not valid UTF-8 is read, and refused by name
             sys.stdin.reconfigure(errors="surrogateescape")
         for line in sys.stdin:
             with exit_on_usage_error():

@@ -30,8 +30,8 @@ RENDEZVOUS_TIMEOUT_S = 900
 def _integer(name: str, default: str, least: int) -> int:
     value = os.environ.get(name, default)
     if not (value.isascii() and value.isdecimal() and int(value) >= least):
-        right = "a positive integer" if least else "an integer of at least 0"
-        raise UsageError(f"{name} must be {right}, got {value!r}")
+        expected = "a positive integer" if least else "an integer of at least 0"
+        raise UsageError(f"{name} must be {expected}, got {value!r}")
     return int(value)
 
 
@@ -42,7 +42,7 @@ def _require_set(name: str, why: str) -> str:
 
 
 def rendezvous_args() -> list[str]:
-    """torchrun's arguments for where the processes meet.
+    """torchrun's arguments for the rendezvous of the processes.
 
     Raises:
         UsageError: NNODE, NODE_RANK, MASTER_ADDR or MASTER_PORT is wrong or missing.
@@ -51,7 +51,7 @@ def rendezvous_args() -> list[str]:
     if rank >= num_nodes:
         raise UsageError(f"NODE_RANK must be below NNODE={num_nodes}, got {rank}")
     if num_nodes == 1 and "MASTER_PORT" not in os.environ:
-        # takes a free port and never lets go of it
+        # torchrun takes a free port and keeps it
         return ["--standalone"]
     address = "127.0.0.1"
     if num_nodes > 1:
@@ -59,7 +59,7 @@ def rendezvous_args() -> list[str]:
         address = _require_set("MASTER_ADDR", f"{why}: the address of the one with NODE_RANK=0")
         _require_set("MASTER_PORT", f"{why}: a port that is free on the one with NODE_RANK=0")
         _require_set("NODE_RANK", f"for NNODE={num_nodes}: 0 to {num_nodes - 1}, one each")
-    # static, since the other backend takes a port that is not free for the run's own and joins the stranger
+    # static: torchrun's other backend (c10d) treats a port in use as its own rendezvous and joins a foreign run
     return [
         "--rdzv-backend=static",
         f"--nnodes={num_nodes}",
@@ -75,7 +75,7 @@ def _refuse_torchruns_variables() -> None:
     if given := [name for name in sorted(os.environ) if name.startswith("PET_")]:
         raise UsageError(
             f"{' '.join(f'{name}={os.environ[name]}' for name in given)}: torchrun would read "
-            f"{'this' if len(given) == 1 else 'these'} in the place of what train.sh tells it; unset "
+            f"{'this' if len(given) == 1 else 'these'} instead of what train.sh tells it; unset "
             f"{' '.join(given)}. NGPU, NNODE, NODE_RANK, MASTER_ADDR and MASTER_PORT say which processes a run has"
         )
 
@@ -123,7 +123,7 @@ def main() -> None:
     init_logger()
     argv = sys.argv[1:]
     with exit_on_usage_error():
-        # a wrong flag is answered here, at once, and not once for every process
+        # a wrong flag is reported here, early and once, not by every process
         config = parse_args(argv)
         _refuse_torchruns_variables()
         warn_of_untested()
@@ -132,7 +132,7 @@ def main() -> None:
         logger.info("looking at this machine's processors, for which torch is imported")
         import torch  # seconds, which a wrong flag does not wait for
 
-        places = placement.place(
+        bindings = placement.bind_processes(
             ngpu=num_processes,
             is_rocm=torch.version.hip is not None,
             allow_cross_numa=config.job.allow_cross_numa,
@@ -143,24 +143,25 @@ def main() -> None:
         # one machine of a run hosts the port and writes the folder
         if os.environ.get("NODE_RANK", "0") == "0":
             if "MASTER_PORT" in os.environ:
-                claimed = master_port.claim(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
+                reservation = master_port.reserve_port(_integer("MASTER_PORT", "", 1))  # noqa: F841  # held to the end
             wait_until_free(config.dump_folder)
-    # signals are passed on below, without torchrun's knowing: it would kill after 30 s what still saves
+    # signals are passed on below and hidden from torchrun, which kills processes 30 s after a signal, even if they save
     args += ["--signals-to-handle=SIGQUIT"]
     num_cpus = len(os.sched_getaffinity(0))
-    if places:
-        args += ["-m", "flame.machine.bind_and_train", placement.to_json(places)]
-        threads = placement.threads(places)
+    if bindings:
+        args += ["-m", "flame.machine.bind_and_train", placement.to_json(bindings)]
+        threads = placement.threads(bindings)
     else:
         args += ["-m", "flame.train"]
         threads = max(1, num_cpus // num_processes)
-    for line in placement.describe(places):
+    for line in placement.describe(bindings):
         logger.info(line)
     if num_processes > num_cpus:
         logger.info(
-            f"NGPU={num_processes} processes share {num_cpus} CPU cores and wait for one another"
+            f"NGPU={num_processes} processes share {num_cpus} CPU core{'s' if num_cpus > 1 else ''} "
+            "and wait for one another"
         )
-    # torchrun gives each of several processes one thread; a run wants its share of the cores
+    # torchrun gives each of several processes one thread; here each gets its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # threads that spin while they wait make a CPU run ten times slower as soon as another program wants
     # one of its cores
@@ -174,13 +175,13 @@ def main() -> None:
 
 
 def _run(args: list[str]) -> None:
-    """torchrun, and the exit code and last line of this process."""
+    """Runs torchrun; exits with the code of the process that failed first, and names the signal that killed it."""
     # here, so that a wrong flag does not wait for the import
     from torch.distributed import DistError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # the process that failed has said why; torchrun would say so again, in a page
+    # the process that failed has reported the error; torchrun would repeat it in a page
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         with _passing_signals_on():

@@ -1,7 +1,7 @@
-"""``python -m flame.lm_eval ...``: the command line of EleutherAI's lm-evaluation-harness, which then knows our models.
+"""``python -m flame.lm_eval ...``: the command line of EleutherAI's lm-evaluation-harness, with this project's models registered.
 
 ``lm_eval`` loads a model through transformers' Auto classes, and these know ``softpick_transformer`` once `flame.models`
-is imported. Everything else, flags and output included, is the harness's own, but for the token before a text, see
+is imported. Everything else, flags and output included, is the harness's, except the token before a text: see
 `begin_texts_as_training_did`.
 """
 
@@ -18,17 +18,17 @@ from flame.data.bos import before_prompt
 
 
 def require_model(argv: list[str]) -> None:
-    """Refuses a folder that holds no model, which the harness tells by a traceback.
+    """Refuses a folder without a model, for which the harness prints a traceback.
 
     Raises:
-        UsageError: ``pretrained=`` names a folder without a model, or one that is not there.
+        UsageError: ``pretrained=`` names a folder without a model, or one that does not exist.
     """
     if any("gguf_file=" in word for word in argv):
-        # which holds the configuration too
+        # a GGUF file includes the configuration
         return
     for name in (x for word in argv for x in re.findall(r"\bpretrained=([^,]+)", word)):
         folder = Path(expand("--model_args pretrained", name))
-        # names on the hub have one slash at most
+        # names on the hub have at most one slash
         is_local = folder.exists() or folder.is_absolute() or len(folder.parts) > 2
         if is_local and not (folder / "config.json").is_file():
             raise UsageError(
@@ -37,10 +37,10 @@ def require_model(argv: list[str]) -> None:
 
 
 def begin_texts_as_training_did(harness: type[Any]) -> None:
-    """Has the harness begin the texts of our models as their tokenizer does.
+    """Makes the harness begin the texts of this project's models as their tokenizer does.
 
-    The harness begins a text, where it has no context, with the tokenizer's bos, which a model that was trained
-    without it has never seen, and scores a bos of the tokenizer behind that one as if it were text.
+    The harness begins a text without context with the tokenizer's bos, which a model trained without bos has never
+    seen. If the tokenizer adds a bos as well, the harness scores this second bos as if it were text.
 
     Args:
         harness: lm_eval's ``HFLM``, which is changed.

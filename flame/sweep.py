@@ -8,7 +8,7 @@ import sys
 
 from flame.base.command_line import Parser, make_folder
 from flame.base.errors import UsageError, exit_on_usage_error
-from flame.base.folder_lock import hold
+from flame.base.folder_lock import lock_folder
 from flame.base.log import init_logger, logger
 from flame.base.paths import path_argument
 from flame.sweeps.cost import estimate, require_disk
@@ -28,10 +28,10 @@ from flame.sweeps.state import State, read_state
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Does what is left of a sweep; returns its exit code.
+    """Trains the unfinished runs of a sweep and compares all; returns the exit code.
 
     Raises:
-        UsageError: The file, the machine, the data or a run folder is not as it must be; nothing was started.
+        UsageError: The file, the machine, the data or a run folder fails a check; nothing was started.
     """
     sweep = read_sweep(args.file)
     _require_out(sweep)
@@ -46,7 +46,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         )
     except UsageError as error:
         raise UsageError(f"{sweep.file}: {error}") from None
-    # seconds of imports, which a mistake in the file need not wait for
+    # imported late: it takes seconds, and a mistake in the file is reported before
     from flame.sweeps.check import check_runs, measure_arms, model_json
     from flame.titan.config import global_batch_size
 
@@ -73,7 +73,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     name = f"{sweep.file}: out"
     make_folder(name, sweep.out)
     try:
-        lock = hold(sweep.out, name=name, who="sweep", waits=False)
+        lock = lock_folder(sweep.out, name=name, who="sweep", waits=False)
     except OSError as error:
         raise UsageError(f"{name} {sweep.out} cannot be locked: {error}") from None
     with lock:
@@ -131,16 +131,16 @@ def _states(sweep: Sweep) -> dict[str, State]:
 
 
 def _print_commands(sweep: Sweep, states: dict[str, State]) -> None:
-    """What the sweep would start, as a shell takes it; the GPUs are those of the slot that is free then."""
+    """Prints the commands of the sweep for a shell, without GPUs: a run takes those of the slot that is free."""
     sys.stdout.write(f"# {sweep.out / 'models'} is written when the sweep starts\n")
     for run in sweep.runs:
         mark = "# finished: " if states[run.name].is_finished else ""
         sys.stdout.write(f"{mark}{command_line(sweep, run, Slot('any'))}\n")
     if sweep.analyze is not None:
-        # which rate is best, losses will tell
+        # the best rate is known only after training
         runs = [run for run in sweep.runs if run.learning_rate == _first_rate(sweep, run.arm)]
         words = shlex.join(["python", "-m", "flame.analyze", *analysis_flags(sweep, runs)])
-        note = "# of several learning rates the best will stand in this command\n"
+        note = "# this command will name the best of several learning rates\n"
         sys.stdout.write((note if len(runs) < len(sweep.runs) else "") + words + "\n")
 
 
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains arms x seeds x learning rates and compares them; repeating the command continues.",
         epilog="docs/softpick/SWEEPS.md explains the file.",
     )
-    # argparse names a type in its complaint
+    # argparse prints the name of the type in its message
     _positive.__name__ = "positive number"
     parser.add_argument(
         "file", type=path_argument, help="TOML file of a sweep, such as those of configs/sweeps"

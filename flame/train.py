@@ -1,4 +1,4 @@
-"""``python -m flame.train``: one process of a run. ``bash train.sh`` starts as many as it takes."""
+"""``python -m flame.train``: one process of a run. ``bash train.sh`` starts all of them."""
 
 import signal
 
@@ -6,8 +6,8 @@ from flame.base.log import announce_imports
 from flame.base.stop_signals import end_with_launcher
 
 if __name__ == "__main__":
-    # until there is something to save, Ctrl-C ends at once and without a traceback, as SIGTERM and the death of
-    # the launcher do; set here, since importing the rest takes seconds
+    # until there is something to save, Ctrl-C ends the process immediately and without a traceback, like SIGTERM and
+    # the death of the launcher; set before the other imports, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_launcher()
     announce_imports()
@@ -35,7 +35,7 @@ from flame.checkpoints.step_folder import newest_checkpoint
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig
 from flame.run.finish import finish
-from flame.run.identity import claim, explain_full_disk, identity, set_bos
+from flame.run.identity import claim_run_folder, explain_full_disk, fingerprint, set_bos
 from flame.run.inputs import read_inputs, set_precision
 from flame.run.record import write_record
 from flame.titan.config import global_batch_size
@@ -51,7 +51,7 @@ def _join_group() -> None:
     """Checks what torchrun sets, or sets it for a process started by hand.
 
     Raises:
-        UsageError: Something else has set a part of it.
+        UsageError: Only some of the variables are set, or one is invalid.
     """
     env = os.environ
     if not any(name in env for name in _OF_A_GROUP):
@@ -109,15 +109,15 @@ def _run(config: JobConfig, asked: dict[str, Any]) -> signal.Signals | None:
         estimate_memory(config, inputs)
         return None
     check_start(config, inputs.model, DEVICE_TYPE)
-    run = identity(
+    run = fingerprint(
         config,
         model=inputs.model,
-        data=inputs.data.identity,
+        data=inputs.data.fingerprint,
         global_batch_size=global_batch_size(config),
     )
-    # one process alone, which the others then wait for: they would find a folder half written
+    # rank 0 only, since other ranks would find a half written folder; they wait for it when the group is built
     if os.environ["RANK"] == "0":
-        lock = claim(config, run)  # noqa: F841  # held to the end of the process
+        lock = claim_run_folder(config, run)  # noqa: F841  # held to the end of the process
         write_record(config, sys.argv[1:])
     logger.info("building the model")
     trainer = FlameTrainer(config, inputs)
@@ -150,11 +150,10 @@ def _run(config: JobConfig, asked: dict[str, Any]) -> signal.Signals | None:
 
 
 def run() -> NoReturn:
-    """`main`, and out by the shortest way.
+    """Runs `main`, then exits without running destructors.
 
-    When all is done, destructors of C++ threads abort one process in some dozens on a loaded machine under context
-    parallelism over gloo (torch 2.13: "terminate called without an active exception"), which would turn the exit
-    code of a good run into 134.
+    Under context parallelism over gloo on a loaded machine, destructors of C++ threads abort one process in some dozens
+    at exit (torch 2.13: "terminate called without an active exception"). The exit code of a good run would be 134.
     """
     code: int | str | None = 0
     try:
@@ -162,7 +161,7 @@ def run() -> NoReturn:
     except SystemExit as exit_:
         code = exit_.code
     for stream in (sys.stdout, sys.stderr):
-        # one that cannot be written has been told of
+        # a stream that cannot be written was reported before
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)

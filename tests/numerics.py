@@ -138,6 +138,14 @@ FORMULAS = {
     "rectified": Formula(_not_negative, _not_negative, 0.0, 0.0),
 }
 
+SOFTPICKS = tuple(name for name, f in FORMULAS.items() if f.base == 1.0)
+"""Normalisers in which a key of score 0 has no weight, no denominator and no gradient."""
+
+WITHOUT_NEGATIVE_KEYS = tuple(
+    name for name, f in FORMULAS.items() if f.n(torch.tensor(-1.0)).item() == 0.0
+)
+"""Normalisers in which a key of negative score has no weight."""
+
 
 class Formulas(NamedTuple):
     """Outputs by the formulas, and the root of the sum of squares of the terms that each adds up."""

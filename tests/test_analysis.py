@@ -10,7 +10,13 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 
 from fla.ops.attn.softpick import NORMALIZERS
 from fla.ops.attn.softpick.naive import naive_normalized_attn
-from flame.analysis.heads import HeadObserver, MapObserver, Thresholds, attend, position_buckets
+from flame.analysis.heads import (
+    HeadObserver,
+    MapObserver,
+    Thresholds,
+    attend_observed,
+    position_buckets,
+)
 from flame.analysis.measure import Activations, loss_of, measure, record_maps, replaced_attention
 from flame.analysis.records import Recorder
 from flame.models import SoftpickTransformerForCausalLM, read_config
@@ -237,7 +243,7 @@ def heads_by_hand(scores, values, normalizer, tile_elements=1):
     HQ, T = scores.shape
     q = torch.ones(T, HQ, 1).double()
     observer = HeadObserver(T, HQ, Thresholds(), torch.device("cpu"))
-    output = attend(
+    output = attend_observed(
         q,
         scores.T[..., None],
         values.T[..., None],
@@ -303,9 +309,9 @@ def test_extremes_of_several_samples_and_where_they_are():
     activations.see(1, x / 2, sample=1)
     activations.see(1, x * 2, sample=2)
     assert activations.maxima[1].value == 10
-    assert activations.maxima[1].place == {"sample": 2, "position": 1, "channel": 2}
+    assert activations.maxima[1].location == {"sample": 2, "position": 1, "channel": 2}
     assert activations.minima[1].value == -14
-    assert activations.minima[1].place == {"sample": 2, "position": 2, "channel": 3}
+    assert activations.minima[1].location == {"sample": 2, "position": 2, "channel": 3}
 
 
 def test_maps_are_pooled_weights(tmp_path):
@@ -333,7 +339,7 @@ def test_a_map_does_not_depend_on_the_tiling(rows):
     q, k, v = (torch.randn(19, 2, 4, generator=generator).double() for _ in range(3))
     observer = MapObserver(19, 1, cells=19)
     options = {"normalizer": "softpick", "scale": 2.0, "window_size": 6}
-    o = attend(q, k, v, observer.see, **options, tile_elements=rows * 2 * 19)
+    o = attend_observed(q, k, v, observer.see, **options, tile_elements=rows * 2 * 19)
     expected, weights = naive_normalized_attn(
         q[None], k[None], v[None], return_weights=True, **options
     )

@@ -26,7 +26,7 @@ from flame.config.sections import DataSource, JobConfig, Training
 from flame.data import load_tokenizer
 from flame.data.prepare import prepare
 from flame.models import SoftpickTransformerForCausalLM, read_config
-from flame.run.identity import identity
+from flame.run.identity import fingerprint
 
 LENGTHS = [16, 48]
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_and_another_architecture(models, monkeypatch, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint" / "step-7"
     dcp.save(dict(weights), checkpoint_id=checkpoint, no_dist=True)
     asked = JobConfig(training=Training(bos="tokenizer"))
-    flags = identity(asked, model=config, data={}, global_batch_size=1)
+    flags = fingerprint(asked, model=config, data={}, global_batch_size=1)
     (tmp_path / "run" / "run.json").write_text(json.dumps(flags))
     options = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     torch.manual_seed(0)

@@ -372,7 +372,7 @@ def test_an_arm_there_and_back(tmp_path, monkeypatch, capfd):
     plain = write_model(tmp_path, normalizer="softmax")
     flags[3], flags[5] = plain, tmp_path / "plain"
     for words, message in (
-        (["--model", tmp_path / "hf", "--model.config", plain], "has no place in it"),
+        (["--model", tmp_path / "hf", "--model.config", plain], "which has no parameter"),
         (
             ["--model", tmp_path / "plain", "--model.config", file],
             "it has no model.layers.0.self_attn",

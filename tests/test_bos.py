@@ -24,13 +24,13 @@ from flame.data import TokenSource, load_tokenizer, open_data, prepare
 from flame.data.batches import to_batch
 from flame.data.bos import MODES, affixes, for_inference, save_for_inference
 from flame.data.loader import _rows
-from flame.data.prepared import read_prepared, tokenizer_identity
-from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
+from flame.data.prepared import read_prepared, tokenizer_fingerprint
+from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
 from flame.data.tokens import Encoder
 from flame.generate import encode, load, write
 from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.run.finish import _offer_comparison, twin_of
-from flame.run.identity import claim, identity, require_same_run, set_bos
+from flame.run.identity import claim_run_folder, fingerprint, require_same_run, set_bos
 from flame.sweeps.check import _require_one_bos
 
 BYTE = load_tokenizer("byte")
@@ -310,7 +310,7 @@ class TestExport:
             assert loaded(["a", "b"]).input_ids == [[*before, 4], [*before, 5]]
             assert loaded("a", add_special_tokens=False).input_ids == [4]
             # nothing else has changed, and saving it again changes nothing
-            ours, theirs = tokenizer_identity(loaded), tokenizer_identity(tokenizer)
+            ours, theirs = tokenizer_fingerprint(loaded), tokenizer_fingerprint(tokenizer)
             del ours["tokenizer_sha256"], theirs["tokenizer_sha256"]
             assert ours == theirs
         config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -356,9 +356,9 @@ def old_run(folder, bos=None):
         config.training.bos = bos
     shape = read_config(config.model.config)
     options = {"model": shape, "global_batch_size": 16}
-    run = identity(config, data={IDENTITY_KEY: tokenizer_sha256(BYTE), "tokens": 1}, **options)
+    run = fingerprint(config, data={TOKENIZER_KEY: tokenizer_sha256(BYTE), "tokens": 1}, **options)
     if bos is None:
-        del run["--training.bos"], run[IDENTITY_KEY]
+        del run["--training.bos"], run[TOKENIZER_KEY]
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run))
     # a folder without a checkpoint is nobody's
@@ -377,14 +377,14 @@ class TestRunFolder:
             config.training.bos = None
             set_bos(config)
             assert config.training.bos == "none"
-            data = {IDENTITY_KEY: "any", "tokens": 1}
-            claim(config, identity(config, data=data, **options)).close()
+            data = {TOKENIZER_KEY: "any", "tokens": 1}
+            claim_run_folder(config, fingerprint(config, data=data, **options)).close()
         assert json.loads((tmp_path / "run.json").read_text())["--training.bos"] == "none"
         # from now on the tokenizer is known
         with pytest.raises(ValueError, match="the sha256 of the tokenizer .* was 'any', is now"):
             require_same_run(
                 tmp_path,
-                identity(config, data={IDENTITY_KEY: "other", "tokens": 1}, **options),
+                fingerprint(config, data={TOKENIZER_KEY: "other", "tokens": 1}, **options),
             )
 
     @pytest.mark.parametrize("mode", ["tokenizer", "sequence"])
@@ -393,7 +393,7 @@ class TestRunFolder:
         config.training.bos = mode
         set_bos(config)
         with pytest.raises(ValueError, match=f"--training.bos was 'none', is now '{mode}'"):
-            require_same_run(tmp_path, identity(config, data={"tokens": 1}, **options))
+            require_same_run(tmp_path, fingerprint(config, data={"tokens": 1}, **options))
 
     def test_new_or_of_a_mode(self, tmp_path):
         config, _ = old_run(tmp_path / "run", "sequence")

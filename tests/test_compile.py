@@ -80,7 +80,9 @@ def test_kernels_fit(card, capsys):
             kind = row["case"].split()[-1].lower() if dtype == torch.float32 else "16bit"
             if ("decode", kind) not in launch_shapes.TABLE[card]:
                 kind = "ieee"
-            assert is_resident(card, row, launch_shapes.shape_of(card, "decode", kind, K, V)), row
+            assert is_resident(
+                card, row, launch_shapes.select_launch_shape(card, "decode", kind, K, V)
+            ), row
         if max(K, V) <= 128:
             assert row["spills"] <= SPILLS_OF_TIMED_SHAPES.get(card, 0), row
             assert row["scratch"] == (4 * row["spills"] if card.startswith("sm") else 0), row
@@ -122,7 +124,7 @@ def test_decoding_compiles_for_every_number_of_rows(card, capsys):
             assert x["spills"] <= allowed, x
         kernel = "decode" if x["BT"] <= 16 and x["rows"][0] <= MAX_SKIPPING_ROWS else "chunk"
         kind = "16bit" if x["dtype"] == "bfloat16" else "ieee"
-        shape = launch_shapes.shape_of(card, kernel, kind, x["D"], x["D"])
+        shape = launch_shapes.select_launch_shape(card, kernel, kind, x["D"], x["D"])
         assert is_resident(card, x, shape), x
 
 

@@ -10,7 +10,12 @@ from transformers import AttentionInterface
 
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM
 from flame.models.attention import attention_forward
-from flame.titan.context_parallel import apply_context_parallel, attend, local_rows, shard_batch
+from flame.titan.context_parallel import (
+    apply_context_parallel,
+    attend_local_queries,
+    local_rows,
+    shard_batch,
+)
 
 LONG = 65536
 
@@ -40,7 +45,7 @@ def check_parts(name, *, T, size, window_size=None, device="cpu", dtype=torch.fl
         for rank in range(size):
             rows = local_rows(q.transpose(1, 2), rank, size).transpose(1, 2)
             parts.append(
-                attend(
+                attend_local_queries(
                     attention,
                     None,
                     rows,

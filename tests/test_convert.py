@@ -21,11 +21,11 @@ from flame.checkpoints.huggingface import hf_to_dcp
 from flame.checkpoints.step_folder import is_complete, read_contents
 from flame.config.sections import JobConfig, Training
 from flame.data import load_tokenizer
-from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
+from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
 from flame.data.train_tokenizer import train_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.run.export import export_model
-from flame.run.identity import identity
+from flame.run.identity import fingerprint
 from flame.run.record import PACKAGES
 
 ROOT = Path(__file__).parent.parent
@@ -279,12 +279,12 @@ def test_a_run_says_what_its_checkpoint_is(source, tmp_path, monkeypatch, capfd)
     tokenizer = train_tokenizer(["a text to learn from, and some more of it"] * 9, vocab_size=260)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     asked.model.tokenizer_path = str(tmp_path / "tokenizer")
-    data = {IDENTITY_KEY: tokenizer_sha256(tokenizer)}
+    data = {TOKENIZER_KEY: tokenizer_sha256(tokenizer)}
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "checkpoint").mkdir()
     checkpoint = checkpoint.rename(folder / "checkpoint" / "step-5")
-    made = identity(asked, model=config, data=data, global_batch_size=16)
+    made = fingerprint(asked, model=config, data=data, global_batch_size=16)
     (folder / "run.json").write_text(json.dumps(made))
     lines = [{"step": 5, "time": 0, "loss": 2.5}, {"step": 5, "time": 0, "validation_loss": 2.75}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -95,7 +95,7 @@ def test_trains_like_the_text(text, tmp_path):
         batches = (getattr(data, kind)(dp_rank=0, dp_world_size=1) for data in (a, b))
         for one, other in islice(zip(*batches, strict=True), 20):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert b.identity == {
+    assert b.fingerprint == {
         "the sha256 of the tokenizer (--model.tokenizer_path)": tokenizer_sha256(BYTE),
         "the number of tokens (--training.dataset)": verify(out)["num_tokens"],
         "the checksum of the tokens (--training.dataset)": f"sha256 {verify(out)['tokens_sha256']}",

@@ -352,7 +352,7 @@ class TestStream:
             flags = ["--training.dataset", str(tmp_path / folder), "--training.seq_len", "8"]
             flags += ["--training.bos", "none"]
             data, mapped = (open_data(parse_args([*flags, *mode]), BYTE) for mode in (STREAM, MAP))
-            assert mapped.identity["the number of tokens (--training.dataset)"] == len(stream)
+            assert mapped.fingerprint["the number of tokens (--training.dataset)"] == len(stream)
             [loader], [resumed] = loaders_of(data, 1), loaders_of(data, 1)
             for i, row in enumerate(rows_of([loader], 3)):
                 assert row == stream[8 * i : 8 * i + 9]

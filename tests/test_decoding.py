@@ -7,8 +7,6 @@ import torch
 from numerics import assert_no_worse_than_eager, each_case, each_normalizer_others_slow
 
 from fla.ops.attn.softpick import (
-    NORMALIZERS,
-    decoding,
     decoding_kernels,
     naive_normalized_attn,
     naive_normalized_attn_decode,
@@ -363,10 +361,3 @@ def test_wrong_arguments_are_refused(changed, message, device):
 )
 def test_splits_fill_the_gpu_in_whole_rounds(heads, S, splits):
     assert decoding_kernels.num_splits(heads, S, 264) == splits
-
-
-def test_every_normalizer_has_its_named_decoder():
-    for normalizer in NORMALIZERS:
-        assert (
-            getattr(decoding, f"{normalizer}_attn_decode").__name__ == f"{normalizer}_attn_decode"
-        )

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import re
 import shlex
-import typing
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from flame.base.errors import UsageError
 from flame.config import sections as config_module
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig
-from flame.config.upstream_flags import REFUSED, REFUSED_SECTIONS
+from flame.config.upstream_flags import ONLY_VALUES, REFUSED, REFUSED_SECTIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(flame.__file__).parent
@@ -66,30 +65,6 @@ memory_estimation: enabled disable_fake_mode
 `checkpoint.last_save_model_weights_only` in later versions."""
 
 
-def is_refused(flag):
-    """Whether every value but the default is an error that names the flag: then nothing needs to read it."""
-    section, option = flag.split(".")
-    default = TREE.flags()[flag]
-    kind = typing.get_type_hints(type(getattr(TREE, section)))[option]
-    if isinstance(default, bool):
-        others = [f"--{section}.no_{option}" if default else f"--{flag}"]
-    elif typing.get_origin(kind) is typing.Literal:
-        others = [f"--{flag}={x}" for x in typing.get_args(kind) if x != default]
-    elif isinstance(default, int):
-        others = [f"--{flag}={default + 1}", f"--{flag}={default + 7}"]
-    else:
-        return False
-    for word in others:
-        try:
-            parse_args([word])
-        except UsageError as error:
-            if f"--{flag} " not in str(error):
-                return False
-        else:
-            return False
-    return True
-
-
 def flags_that_nothing_reads(sections):
     found = set()
     config_source = (PACKAGE / "config" / "sections.py").read_text(encoding="utf-8")
@@ -99,8 +74,7 @@ def flags_that_nothing_reads(sections):
             source = file.read_text(encoding="utf-8")
             found |= flags_read(source, sections, CLASSES, methods)
     flags = {f"{section}.{option}" for section, options in sections.items() for option in options}
-    unread = flags - found - READ_BY_THE_TREE
-    return {flag for flag in unread if flag not in TREE.flags() or not is_refused(flag)}
+    return flags - found - READ_BY_THE_TREE
 
 
 def test_every_flag_is_read():
@@ -329,6 +303,37 @@ def test_refusals(argv, message):
     with pytest.raises(UsageError, match=message) as error:
         parse_args(argv)
     assert "\n" not in str(error.value)
+
+
+def written(flag, value):
+    """The words that give a flag that value, and its line in a recipe."""
+    section, option = flag.split(".")
+    if isinstance(value, bool):
+        switch = option if value else f"no_{option}"
+        return [[f"--{section}.{switch}"]], f"[{section}]\n{option} = {str(value).lower()}\n"
+    quoted = value if value.isdecimal() else f'"{value}"'
+    return [[f"--{flag}", value], [f"--{flag}={value}"]], f"[{section}]\n{option} = {quoted}\n"
+
+
+@pytest.mark.parametrize("flag", ONLY_VALUES)
+def test_a_flag_that_has_one_value_is_read_with_it_and_refused_with_another(flag, tmp_path):
+    assert flag in REFUSED
+    file = tmp_path / "recipe.toml"
+    only = ONLY_VALUES[flag]
+    spellings, line = written(flag, only)
+    file.write_text(line)
+    for words in (*spellings, ["--job.config_file", str(file)]):
+        config = parse_args([*words, "--training.steps", "3"])
+        assert config.flags() == TREE.flags() | {
+            "training.steps": 3,
+            "job.config_file": config.job.config_file,
+        }
+    spellings, line = written(flag, not only if isinstance(only, bool) else "2")
+    file.write_text(line)
+    for words in (*spellings, ["--job.config_file", str(file)]):
+        with pytest.raises(UsageError, match=f"--{flag} is not supported: leave it out") as error:
+            parse_args([*words, "--training.steps", "3"])
+        assert "\n" not in str(error.value)
 
 
 def test_refusals_reach_into_the_file(tmp_path):

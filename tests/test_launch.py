@@ -209,7 +209,7 @@ def test_two_runs_side_by_side(fake, small, tmp_path):
         # this machine may lack the second node, or the right to bind
         assert memory[half] != (f"memory is not bound to NUMA node {half} (set_mempolicy: " in err)
     # the port and the folder are free again
-    master_port.claim(int(ports[0])).close()
+    master_port.reserve_port(int(ports[0])).close()
     folder_lock.wait_until_free(tmp_path / "0")
 
 
@@ -261,7 +261,7 @@ def test_a_mixture_is_refused_before_anything_starts(fake, tmp_path):
         ({"NODE_RANK": "1"}, "NODE_RANK must be below NNODE=1, got 1"),
         (
             {"PET_NNODES": "2"},
-            "PET_NNODES=2: torchrun would read this in the place of what train.sh",
+            "PET_NNODES=2: torchrun would read this instead of what train.sh",
         ),
         ({"NNODE": "2"}, "MASTER_ADDR must be set for NNODE=2, the same on every machine"),
         ({"NNODE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT must be set for NNODE=2"),
@@ -284,6 +284,23 @@ def test_variables_that_are_wrong(monkeypatch, capsys, env, words):
     assert words in capsys.readouterr().err
 
 
+def test_more_processes_than_cores_are_told(monkeypatch, capsys, tmp_path):
+    from flame import launch
+
+    started = []
+    for name in ("NGPU", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", launch.LAUNCHER_PID):
+        # set, so that what `main` sets is taken back
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(launch.placement, "place", lambda **_: [])
+    monkeypatch.setattr(launch, "_run", started.append)
+    monkeypatch.setattr(sys, "argv", ["train.sh", "--job.dump_folder", str(tmp_path / "run")])
+    launch.main()
+    assert "NGPU=2 processes share 1 CPU core and wait for one another" in capsys.readouterr().out
+    assert started[0][:1] == ["--nproc-per-node=2"]
+
+
 def test_machines_that_do_not_meet(monkeypatch, capsys, tmp_path):
     from flame import launch
 
@@ -302,34 +319,34 @@ def test_machines_that_do_not_meet(monkeypatch, capsys, tmp_path):
 
 def test_a_port_is_one_runs(tmp_path):
     number = int(free_port())
-    claimed = master_port.claim(number)
+    claimed = master_port.reserve_port(number)
     with pytest.raises(UsageError, match=f"got {number}: the run of pid {os.getpid()} on "):
-        master_port.claim(number)
+        master_port.reserve_port(number)
     claimed.close()
     # a claim dies with its process
-    code = f"from flame.machine import master_port; claimed = master_port.claim({number}); print(flush=True); input()"
+    code = f"from flame.machine import master_port; claimed = master_port.reserve_port({number}); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         process.stdout.readline()
         with pytest.raises(UsageError, match=f"the run of pid {process.pid} on "):
-            master_port.claim(number)
+            master_port.reserve_port(number)
         process.kill()
-    master_port.claim(number).close()
+    master_port.reserve_port(number).close()
     with socket.socket() as other:
         other.bind(("", number))
         other.listen()
         with pytest.raises(
             UsageError, match=f"got {number}: Address already in use; [0-9]+ is free"
         ):
-            master_port.claim(number)
+            master_port.reserve_port(number)
     with pytest.raises(UsageError, match="at most 65535, got 70000"):
-        master_port.claim(70000)
+        master_port.reserve_port(70000)
 
 
 def test_a_folder_is_free_when_its_run_ends(tmp_path, monkeypatch):
     folder_lock.wait_until_free(tmp_path / "none")
-    lock = folder_lock.hold(tmp_path)
+    lock = folder_lock.lock_folder(tmp_path)
     monkeypatch.setattr(folder_lock, "WAIT_S", 0)
     with pytest.raises(UsageError, match=f"in use by another run .pid {os.getpid()} on "):
         folder_lock.wait_until_free(tmp_path)

@@ -137,7 +137,7 @@ def four(folder):
     return curves(folder, 4, {"model": FOUR, "tied": {"one process, tied": (1, 1, "")} | TIED})
 
 
-BRIEF = ("FSDP", "TP", "CP")
+BRIEF = ("FSDP, never, op", "TP", "CP")
 
 
 @pytest.fixture(scope="module")
@@ -363,12 +363,12 @@ def test_layouts_that_fit():
     [
         (
             "--experimental.pipeline_parallel_degree 2",
-            "must be 1: there is no pipeline parallelism",
+            "--experimental.pipeline_parallel_degree is not supported: leave it out; shard with",
         ),
-        ("--experimental.context_parallel_rotate_method alltoall", "must be allgather"),
+        ("--experimental.context_parallel_rotate_method alltoall", "not supported: leave it out"),
         ("--experimental.context_parallel_degree 0", "must be at least 1, got 0"),
-        ("--experimental.enable_async_tensor_parallel", "must be left out"),
-        ("--experimental.enable_compiled_autograd", "must be left out"),
+        ("--experimental.enable_async_tensor_parallel", "not supported: leave it out"),
+        ("--experimental.enable_compiled_autograd", "not supported: leave it out"),
         ("--training.tensor_parallel_degree 0", "must be at least 1, got 0"),
         ("--training.gc_freq 0", "must be at least 1, got 0"),
         ("--activation_checkpoint.mode some", "some"),

@@ -19,7 +19,7 @@ from transformers.utils.generic import TransformersKwargs
 import flame
 from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.models.attention import attention_forward
-from flame.models.attention_layer import SoftpickAttention
+from flame.models.attention_layer import NormalizedAttention
 from flame.models.key_ranges import causal_key_ranges
 from flame.models.keywords import HARMLESS
 
@@ -49,7 +49,7 @@ NOT_GIVEN = {"allow_torch_fix", "cache"}
         (ATTENTION, sdpa_attention_forward),
         (ATTENTION, flash_attention_forward),
         (ATTENTION, eager_attention_forward),
-        (SoftpickAttention.forward, LlamaAttention.forward),
+        (NormalizedAttention.forward, LlamaAttention.forward),
         (causal_key_ranges, masking_utils.sdpa_mask),
         (causal_key_ranges, masking_utils.eager_mask),
         (causal_key_ranges, masking_utils.flash_attention_mask),
@@ -62,7 +62,7 @@ def test_every_argument_of_the_library_is_known(ours, theirs):
 def test_keywords_of_every_model_are_known():
     given = set(TransformersKwargs.__annotations__)
     assert given <= named(ATTENTION) | set(HARMLESS)
-    assert given <= named(SoftpickAttention.forward) | set(HARMLESS)
+    assert given <= named(NormalizedAttention.forward) | set(HARMLESS)
 
 
 def overrides():
@@ -154,7 +154,7 @@ def test_unknown_keywords_are_refused(model):
     cache = DynamicCache(config=model.config)
     for keyword in ("past_key_value", "kv_cache", "past"):
         with pytest.raises(
-            TypeError, match=f"SoftpickAttention does not know the keyword '{keyword}'"
+            TypeError, match=f"NormalizedAttention does not know the keyword '{keyword}'"
         ):
             layer(hidden, **place, **{keyword: cache})
     with pytest.raises(TypeError, match="one cache: cache or past_key_values"):

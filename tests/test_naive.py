@@ -5,13 +5,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import Inputs, assert_exact, by_formula, draw, outputs_and_gradients
+from numerics import (
+    FORMULAS,
+    SOFTPICKS,
+    WITHOUT_NEGATIVE_KEYS,
+    Inputs,
+    assert_exact,
+    by_formula,
+    draw,
+    outputs_and_gradients,
+)
 from torch.testing import assert_close
 
 from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn, softpick
 from fla.ops.attn.softpick.naive import EPS
 
-SOFTPICKS = ("softpick", "relu_softpick", "abs_softpick")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
@@ -26,6 +34,7 @@ def weights_of(scores, normalizer, safe=True):
     return naive_normalized_attn(q, k, v, scale=1.0, normalizer=normalizer, safe=safe).flatten()
 
 
+# By hand, beside the formulas that every normaliser has in numerics.FORMULAS.
 # Scores ln 2, ln 3, -ln 2, 0: e^s = 2, 3, 1/2, 1 and e^s - 1 = 1, 2, -1/2, 0.
 CLOSED_FORMS = {
     "softpick": ([1, 2, 0, 0], 3.5 + 1e-6),
@@ -64,12 +73,23 @@ CLOSED_FORMS_ZERO = {
         pytest.param([1, 1, 1], CLOSED_FORMS_ZERO, id="zero"),
     ],
 )
-@each_normalizer
+@pytest.mark.parametrize("normalizer", CLOSED_FORMS)
 def test_weights_by_hand(normalizer, exponentials, forms, safe):
     numerators, denominator = forms[normalizer]
     expected = torch.tensor(numerators, dtype=torch.float64) / denominator
     weights = weights_of(torch.tensor(exponentials, dtype=torch.float64).log(), normalizer, safe)
     assert_close(weights, expected, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("exponentials", [[2, 3, 0.5, 1], [0.5, 0.25], [1, 1, 1]])
+@each_normalizer
+def test_weights_by_formula(normalizer, exponentials, safe):
+    e, f = torch.tensor(exponentials, dtype=torch.float64), FORMULAS[normalizer]
+    s = e.log()
+    z = f.c + (f.d(s) * (e - f.base)).sum()
+    expected = f.n(s) * (e - f.base) / z if z else torch.zeros_like(e)
+    assert_close(weights_of(s, normalizer, safe), expected, rtol=1e-14, atol=0.0)
 
 
 @pytest.mark.parametrize("normalizer", SOFTPICKS)
@@ -177,7 +197,7 @@ def test_safe_is_finite_and_right_for_large_scores(normalizer, dtype, size, sign
 
 
 @pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("normalizer", ["softpick", "relu_softpick", "rectified"])
+@pytest.mark.parametrize("normalizer", WITHOUT_NEGATIVE_KEYS)
 def test_row_without_positive_score_is_exactly_zero(normalizer, safe):
     inputs = draw(9, HQ=2)
     inputs = inputs._replace(q=inputs.q.abs(), k=-inputs.k.abs())

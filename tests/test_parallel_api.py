@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import fla.ops.attn.softpick as package
 from fla.ops.attn.softpick import (
     NORMALIZERS,
     naive_normalized_attn,
+    naive_softmax_attn,
     parallel,
     parallel_normalized_attn,
     parallel_softpick_attn,
@@ -38,18 +40,39 @@ def test_kernels_know_the_normalizers_of_the_reference():
     assert tuple(NORMALIZERS) == KERNEL_NORMALIZERS
 
 
-@pytest.mark.parametrize("kind", ["naive", "parallel"])
-def test_every_normalizer_has_its_named_function(kind):
-    general = inspect.signature(getattr(package, f"{kind}_normalized_attn")).parameters
+@pytest.mark.parametrize("operator", ["naive_{}_attn", "parallel_{}_attn", "{}_attn_decode"])
+@each_normalizer
+def test_every_normalizer_has_its_named_function(normalizer, operator):
+    general = getattr(package, operator.format("normalized"))
+    name = operator.format(normalizer)
+    function = getattr(package, name)
+    assert name in package.__all__
+    assert (function.__name__, function.__qualname__) == (name, name)
+    assert function.__module__ == general.__module__
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert "def " in inspect.getsource(function)
+    assert normalizer in function.__doc__
+    expected = inspect.signature(general)
+    parameters = [x for x in expected.parameters.values() if x.name != "normalizer"]
+    assert inspect.signature(function) == expected.replace(parameters=parameters)
+
+
+def test_a_named_function_refuses_what_it_does_not_take():
+    q, k, v, _ = draw(4)
+    for kwargs in ({"windowsize": 4}, {"normalizer": "softmax"}):
+        with pytest.raises(TypeError, match=next(iter(kwargs))):
+            naive_softmax_attn(q, k, v, **kwargs)
+
+
+def test_named_functions_compile_apart():
+    # one code object for all of them would meet the limit of recompilations
+    q, k, v, _ = draw(9, HQ=2, H=1)
+    torch.compiler.reset()
     for normalizer in NORMALIZERS:
-        name = f"{kind}_{normalizer}_attn"
-        function = getattr(package, name)
-        assert name in package.__all__
-        assert function.__name__ == name
-        assert normalizer in function.__doc__
-        parameters = inspect.signature(function).parameters
-        assert list(parameters) == [x for x in general if x != "normalizer"]
-        assert all(p.default == general[x].default for x, p in parameters.items())
+        named = getattr(package, f"naive_{normalizer}_attn")
+        with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+            got = torch.compile(named, fullgraph=True, backend="eager")(q, k, v)
+        assert torch.equal(got, named(q, k, v))
 
 
 @each_normalizer

@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import (
     FORMULAS,
+    SOFTPICKS,
     Inputs,
     assert_no_worse_than_eager,
     by_formula,
@@ -25,8 +26,6 @@ from fla.ops.attn.softpick import (
     parallel_normalized_attn,
     parallel_softpick_attn,
 )
-
-SOFTPICKS = ("softpick", "relu_softpick", "abs_softpick")
 
 
 def run(inputs, **kwargs):

@@ -40,7 +40,7 @@ def build(tmp_path, monkeypatch):
 def place(ngpu, visible=None, *, is_rocm=True, allow=False, cpus=ALL_CPUS, argv=(), **env):
     if visible is not None:
         env["HIP_VISIBLE_DEVICES" if is_rocm else "CUDA_VISIBLE_DEVICES"] = visible
-    return placement.place(
+    return placement.bind_processes(
         ngpu=ngpu,
         is_rocm=is_rocm,
         allow_cross_numa=allow,
@@ -171,7 +171,7 @@ def test_variables_that_leave_no_gpu_are_named_together(build, monkeypatch):
     assert place(1, "1", ROCR_VISIBLE_DEVICES="4,5")
     monkeypatch.setattr(list_gpus, "addresses", lambda env: [])
     with pytest.raises(UsageError, match="no GPU with CUDA_VISIBLE_DEVICES=0: name GPUs"):
-        placement.place(
+        placement.bind_processes(
             ngpu=1,
             is_rocm=False,
             allow_cross_numa=False,

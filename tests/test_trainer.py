@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flame.models  # noqa: F401  # teaches transformers the model
 from flame.base.errors import UsageError
 from flame.config.sections import JobConfig
-from flame.run.identity import claim
+from flame.run.identity import claim_run_folder
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8
@@ -392,7 +392,7 @@ def test_claimed_folder(tmp_path):
     # what a run leaves that was killed before it wrote its first file
     (folder / "run.json.tmp").write_text("{")
     (folder / "lock").touch()
-    lock = claim(config, {"a": 1})
+    lock = claim_run_folder(config, {"a": 1})
     code = (
         f"import fcntl; fcntl.flock(open({str(folder / 'lock')!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     )
@@ -401,23 +401,23 @@ def test_claimed_folder(tmp_path):
         in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
     )
     lock.close()
-    claim(config, {"a": 1}).close()
+    claim_run_folder(config, {"a": 1}).close()
     with pytest.raises(UsageError, match="a was 1, is now 2"):
-        claim(config, {"a": 2})
+        claim_run_folder(config, {"a": 2})
     for step in (2, 4):
         (folder / "checkpoint" / f"step-{step}").mkdir(parents=True)
         (folder / "checkpoint" / f"step-{step}" / ".metadata").touch()
     config.checkpoint.load_step = 2
     with pytest.raises(UsageError, match=r"load_step 2 must be the newest.*step-4"):
-        claim(config, {"a": 1})
+        claim_run_folder(config, {"a": 1})
     config.checkpoint.load_step = 4
-    claim(config, {"a": 1}).close()
+    claim_run_folder(config, {"a": 1}).close()
     config.checkpoint.enable_checkpoint = False
     with pytest.raises(UsageError, match="no_enable_checkpoint"):
-        claim(config, {"a": 1})
+        claim_run_folder(config, {"a": 1})
     config.job.dump_folder = str(folder / "run.json")
     with pytest.raises(UsageError, match="is a file"):
-        claim(config, {"a": 1})
+        claim_run_folder(config, {"a": 1})
 
 
 @slow

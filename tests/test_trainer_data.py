@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from flame.base.errors import UsageError
 from flame.checkpoints.step_folder import newest_checkpoint
 from flame.config.parse import parse_args
-from flame.run.identity import identity, require_same_run
+from flame.run.identity import fingerprint, require_same_run
 from flame.run.inputs import read_inputs, set_precision
 from flame.training import memory_estimation
 from flame.training.memory_estimation import estimate_memory
@@ -122,7 +122,9 @@ def inputs_of(flags, *more):
 def test_what_makes_another_run(small, tmp_path):
     def run(flags, *more):
         config, inputs = inputs_of(small | flags, *more)
-        return identity(config, model=inputs.model, data=inputs.data.identity, global_batch_size=1)
+        return fingerprint(
+            config, model=inputs.model, data=inputs.data.fingerprint, global_batch_size=1
+        )
 
     def changed(flags, *more):
         other = run(flags, *more)
@@ -153,6 +155,8 @@ def test_what_makes_another_run(small, tmp_path):
     earlier = own | {
         "--training.data_files": None,
         "the files of source 1 (--training.dataset)": "x",
+        # a flag of earlier versions that took this value alone
+        "--training.mixed_precision_reduce": "float32",
     }
     (tmp_path / "exp" / "run.json").write_text(json.dumps(earlier))
     require_same_run(tmp_path / "exp", own)

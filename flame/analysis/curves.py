@@ -10,11 +10,11 @@ _NAMES = ("loss", "validation_loss", "grad_norm")
 MAX_POINTS = 400
 
 Curves = dict[str, list[tuple[int, float | None]]]
-"""Name -> step and value; None where it was not finite."""
+"""Name -> (step, value); the value is None where it was not finite."""
 
 
 def read_curves(run: Path) -> Curves:
-    """The losses, gradient norms and attention statistics of a whole model, from the file of numbers below ``run``.
+    """The losses, gradient norms and attention statistics of a whole model, from the metrics file below ``run``.
 
     Raises:
         UsageError: There is no such file, or several, or it is damaged or has none of them.
@@ -45,7 +45,7 @@ def read_curves(run: Path) -> Curves:
 
 
 def record_curves(curves: Curves, recorder: Recorder) -> None:
-    """Adds the curves; of a long one evenly spaced points, `MAX_POINTS` about, and the last one."""
+    """Adds the curves. A long one is thinned to about `MAX_POINTS` evenly spaced points and the last one."""
     for name, points in curves.items():
         stride = -(-len(points) // MAX_POINTS)
         kept = points[::stride]

@@ -1,9 +1,9 @@
-"""The flags of `flame.analyze`, and everything about them that can be wrong before a model is loaded."""
+"""The flags of `flame.analyze`, and the checks that need no loaded model."""
 
 import argparse
 from pathlib import Path
 
-from flame.analysis.models import OWN, Model, find_model
+from flame.analysis.models import OWN, ModelSource, find_model
 from flame.analysis.quantized import BITS
 from flame.analysis.records import RECORDS_FILE
 from flame.analysis.samples import FIRST_TOKENS
@@ -11,12 +11,12 @@ from flame.base.command_line import Parser
 from flame.base.errors import UsageError
 from flame.base.paths import path_argument, text_argument
 from flame.data.bos import before_prompt
-from flame.data.prepared import tokenizer_identity
+from flame.data.prepared import tokenizer_fingerprint
 from flame.models.attention import IMPLEMENTATIONS
 
 
 def parser() -> Parser:
-    """Of the command line."""
+    """The parser of the command line."""
     flags = Parser(
         prog="python -m flame.analyze",
         description="Measures attention in trained models and writes a report that compares them.",
@@ -31,7 +31,7 @@ def parser() -> Parser:
     add(
         "--report_only",
         action="store_true",
-        help="measure nothing: draw the report of the records that are in --out again",
+        help="measure nothing: draw the report again from the records in --out",
     )
     add(
         "--model",
@@ -82,7 +82,7 @@ def parser() -> Parser:
         type=float,
         nargs="+",
         default=[1e-5],
-        help="weights up to these are counted beside the exact zeros (default: 1e-5)",
+        help="weights up to these are counted in addition to the exact zeros (default: 1e-5)",
     )
     add(
         "--heatmap_heads",
@@ -103,21 +103,21 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         choices=BITS,
-        help="also the perplexity at the longest length with weights quantised to so many bits",
+        help="also the perplexity at the longest length with weights quantised to this many bits",
     )
     add(
         "--passkey_lengths",
         type=int,
         nargs="+",
         default=[],
-        help="also retrieve passkeys in texts so long",
+        help="also retrieve passkeys in texts of these lengths, in tokens",
     )
     add(
         "--passkey_depths",
         type=float,
         nargs="+",
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where the key stands, from 0 (the start) to 1 (default: 0 0.25 0.5 0.75 1)",
+        help="position of the key, from 0 (the start) to 1 (default: 0 0.25 0.5 0.75 1)",
     )
     add("--passkey_samples", type=int, default=20, help="keys at a depth (default: %(default)s)")
     add(
@@ -132,18 +132,18 @@ def parser() -> Parser:
 
 
 def own_flags(args: argparse.Namespace) -> bool:
-    """Whether there is any flag beside --report_only and --out."""
+    """Whether any flag other than --report_only and --out is given."""
     bare = parser().parse_args(["--report_only", "--out", str(args.out)])
     return bare != args
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UsageError where a value is wrong by itself or beside another."""
+    """Raises UsageError for a wrong value, or for two that exclude each other."""
     if not args.model:
         raise UsageError("--model is needed, or --report_only")
     if args.data is None:
         raise UsageError("--data is needed: held-out text")
-    for flag, values, is_right, right in (
+    for flag, values, is_valid, expected in (
         ("lengths", args.lengths, lambda x: x >= 2, "at least 2"),
         ("samples", [args.samples], lambda x: x >= 1, "at least 1"),
         ("sink_eps", args.sink_eps, lambda x: 0 < x < 1, "above 0 and below 1"),
@@ -153,8 +153,8 @@ def check(args: argparse.Namespace) -> None:
         ("passkey_samples", [args.passkey_samples], lambda x: x >= 1, "at least 1"),
     ):
         for value in values:
-            if not is_right(value):
-                raise UsageError(f"--{flag} must be {right}, got {value:g}")
+            if not is_valid(value):
+                raise UsageError(f"--{flag} must be {expected}, got {value:g}")
         if len(set(values)) < len(values):
             raise UsageError(f"--{flag} names {max(values, key=values.count):g} twice")
     for flag, values in (("label", args.label), ("run", args.run)):
@@ -180,7 +180,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def require_out(out: Path) -> None:
-    """Raises UsageError where the report would go into somebody else's folder."""
+    """Raises UsageError if ``out`` holds files that are not a report."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORDS_FILE).is_file():
@@ -190,7 +190,7 @@ def require_out(out: Path) -> None:
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:
-    """The arm of each model: as given, or after its folder."""
+    """The arm of each model: --label, or the name of its folder."""
     if args.label is not None:
         return args.label
     labels = []
@@ -209,15 +209,15 @@ def labels_of(args: argparse.Namespace) -> list[str]:
     return labels
 
 
-def find_models(args: argparse.Namespace, labels: list[str], device: str) -> list[Model]:
-    """Everything about the models that can be known, and be wrong, before the first is loaded."""
+def find_models(args: argparse.Namespace, labels: list[str], device: str) -> list[ModelSource]:
+    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded."""
     names = args.attn_implementation
     names = names * len(args.model) if len(names) == 1 else names
     models = [find_model(p, n, device) for p, n in zip(args.model, names, strict=True)]
     first = models[0]
-    arms: dict[str, Model] = {}
+    arms: dict[str, ModelSource] = {}
     for model, label in zip(models, labels, strict=True):
-        if _text_identity(model) != _text_identity(first):
+        if _text_fingerprint(model) != _text_fingerprint(first):
             raise UsageError(
                 f"--model {model.path} has another tokenizer than {first.path}: they would be measured on other tokens, and "
                 "their losses do not compare"
@@ -250,14 +250,14 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
     return models
 
 
-def _text_identity(model: Model) -> dict[str, object]:
-    """What makes two models see the same tokens in a text, beside those before it."""
-    identity = tokenizer_identity(model.tokenizer)
-    del identity["tokenizer_sha256"]
-    return identity
+def _text_fingerprint(model: ModelSource) -> dict[str, object]:
+    """Values that are equal if two models see the same tokens in a text, apart from tokens before it."""
+    fingerprint = tokenizer_fingerprint(model.tokenizer)
+    del fingerprint["tokenizer_sha256"]
+    return fingerprint
 
 
-def _words(model: Model, ids: list[int]) -> str:
+def _words(model: ModelSource, ids: list[int]) -> str:
     return " ".join(model.tokenizer.convert_ids_to_tokens(ids)) or "no token of its own"
 
 

@@ -1,8 +1,8 @@
 """What each attention head does with one sequence, from a block of query rows at a time.
 
-Definitions are those of arXiv:2504.20966, as `docs/softpick/ANALYSIS.md` writes them out. Weights are computed by the
-formula of the model's normaliser, in float32 at least, and so is the output; no operator is called, so that nothing is
-held but a block, on any device.
+Definitions are those of arXiv:2504.20966, as `docs/softpick/ANALYSIS.md` writes them out. Weights and
+output are computed by the formula of the model's normaliser, in float32 at least. No operator is called, so memory
+holds one block at a time, on any device.
 """
 
 import math
@@ -13,12 +13,12 @@ import torch
 
 from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock, weight_blocks
 
-DEAD = 1e-6
-"""Outputs below this in absolute value count as none."""
-DORMANT = 0.9
-"""Weights on the first key above this count as all."""
-MOST = 0.95
-"""Share of the tokens that makes a head dead or dormant, to be exceeded."""
+DEAD_OUTPUT_MAX = 1e-6
+"""A token's output is dead if all its elements are below this in absolute value."""
+DORMANT_WEIGHT_MIN = 0.9
+"""A token is dormant if its weight on the first key is above this."""
+HEAD_FRACTION_MIN = 0.95
+"""A head is dead/dormant if more than this fraction of its tokens is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Thresholds:
     sink_eps: tuple[float, ...] = (0.2, 0.3)
     """Mean weights on the first key above which a head of a sample counts as a sink."""
     small_eps: tuple[float, ...] = (1e-5,)
-    """Weights up to these are counted beside the exact zeros."""
+    """Weights up to these are counted in addition to the exact zeros."""
 
 
-def attend(
+def attend_observed(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -43,7 +43,7 @@ def attend(
     sink_bias: torch.Tensor | None = None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> torch.Tensor:
-    """Causal attention within one sequence, which shows its weights to ``see`` on the way.
+    """Causal attention within one sequence; calls ``see`` with each block of its weights.
 
     Args:
         q: ``[T, HQ, K]``; ``k [S, H, K]`` and ``v [S, H, V]``, ``S >= T``. Other arguments as in `weight_blocks`.
@@ -66,8 +66,8 @@ def attend(
         if see is not None:
             see(block)
         # [H, G, rows, V] -> [rows, HQ, V]
-        own = block.weights @ v[:, :, : block.weights.shape[-1]]
-        o[block.start : block.end] = own.flatten(0, 1).transpose(0, 1)
+        output = block.weights @ v[:, :, : block.weights.shape[-1]]
+        o[block.start : block.end] = output.flatten(0, 1).transpose(0, 1)
     return o
 
 
@@ -81,7 +81,7 @@ def position_buckets(length: int) -> list[tuple[int, int]]:
 class HeadTotals:
     """Sums over samples of one length in one layer, float64 on the device; `of` makes those of one sample.
 
-    The attributes are ``[HQ]`` where nothing else is said, ``[P, HQ]`` by position (`position_buckets`).
+    Tensors are ``[HQ]`` unless stated otherwise; ``P`` is the number of `position_buckets`.
     """
 
     samples: int
@@ -106,9 +106,9 @@ class HeadTotals:
     empty: torch.Tensor
     """Rows without any weight."""
     dormant: torch.Tensor
-    """Rows that have more than `DORMANT` on the first key."""
+    """Rows that have more than `DORMANT_WEIGHT_MIN` on the first key."""
     dead: torch.Tensor
-    """Rows whose output is below `DEAD`."""
+    """Rows whose output is below `DEAD_OUTPUT_MAX`."""
     largest_output: torch.Tensor = field(metadata={"maximum": True})
     max_score: torch.Tensor = field(metadata={"maximum": True})
 
@@ -125,7 +125,7 @@ class HeadTotals:
 
 
 class HeadObserver:
-    """Counts the weights of one sequence; give `see` to `attend`, then its output to `finish`."""
+    """Counts the weights of one sequence; give `see` to `attend_observed`, then its output to `finish`."""
 
     def __init__(
         self, length: int, num_heads: int, thresholds: Thresholds, device: torch.device
@@ -167,10 +167,10 @@ class HeadObserver:
         totals.weights += int(visible.sum())
         first = w[..., 0]
         totals.first += first.sum(-1, dtype=torch.float64)
-        totals.dormant += (first > DORMANT).sum(-1)
+        totals.dormant += (first > DORMANT_WEIGHT_MIN).sum(-1)
         totals.zeros += ((w == 0) & visible).sum((-1, -2))
-        for place, eps in enumerate(self.thresholds.small_eps):
-            totals.small[place] += ((w <= eps) & visible).sum((-1, -2))
+        for index, eps in enumerate(self.thresholds.small_eps):
+            totals.small[index] += ((w <= eps) & visible).sum((-1, -2))
         sums = w.sum(-1, dtype=torch.float64)
         totals.row_sums.index_add_(0, bucket, sums.T)
         totals.tops.index_add_(0, bucket, w.amax(-1).double().T)
@@ -186,12 +186,12 @@ class HeadObserver:
     def finish(self, output: torch.Tensor) -> HeadTotals:
         """The totals of the sequence, whose output ``[T, HQ, V]`` is what the output projection sees."""
         totals = self.totals
-        # a mean of the sample from here on
+        # the sum over queries becomes their mean
         totals.first /= self.length
-        for place, eps in enumerate(self.thresholds.sink_eps):
-            totals.sinks[place] = totals.first > eps
+        for index, eps in enumerate(self.thresholds.sink_eps):
+            totals.sinks[index] = totals.first > eps
         largest = output.abs().amax(-1)
-        totals.dead += (largest < DEAD).sum(0)
+        totals.dead += (largest < DEAD_OUTPUT_MAX).sum(0)
         totals.largest_output = largest.amax(0).double()
         return totals
 

@@ -1,7 +1,7 @@
 """Runs a decoder over sequences and turns what its heads and layers do into records.
 
-The model's attention is computed by `flame.analysis.heads.attend` in the place of its operator: the same function, a
-block of query rows at a time, so that no map of all weights ever exists, and the same code for every arm.
+The model's attention is computed by `flame.analysis.heads.attend_observed` instead of its operator. It is the same function, computed for
+a block of query rows at a time, so that the weights never exist all at once, by the same code for every arm.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flame.analysis.heads import (
-    DEAD,
-    MOST,
+    DEAD_OUTPUT_MAX,
+    HEAD_FRACTION_MIN,
     HeadObserver,
     HeadTotals,
     MapObserver,
     Thresholds,
-    attend,
+    attend_observed,
     position_buckets,
 )
 from flame.analysis.records import Recorder
@@ -37,7 +37,7 @@ from flame.models.operator_override import replaced_operator
 EMBEDDING = -1
 """The "layer" of the embedding's output, in records of activations."""
 
-# sequence, its attention: q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend` -> [T, HQ, V]
+# attention of a layer on one sequence: (layer, q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed`) -> [T, HQ, V]
 _Attend = Callable[..., torch.Tensor]
 _Metric = tuple[str, tuple[tuple[str, float], ...]]
 """Name, and the keys of its record besides layer, head and length."""
@@ -62,7 +62,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterator[None]:
-    """Calls ``attend_layer(layer, q, k, v, **options)`` for each sequence in the place of the model's operator.
+    """Calls ``attend_layer(layer, q, k, v, **options)`` for each sequence instead of the model's operator.
 
     Raises:
         ValueError: The model runs none of `flame.models.attention.IMPLEMENTATIONS`.
@@ -87,7 +87,7 @@ def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterato
         s_aux: torch.Tensor | None = None,
         softcap: float | None = None,
         is_causal: bool | None = None,
-        # the samples have none but 0 to length - 1
+        # always 0 to length - 1 in samples
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
@@ -143,7 +143,7 @@ def loss_of(
     def attend_layer(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        return attend(q, k, v, None, **options, tile_elements=tile_elements)
+        return attend_observed(q, k, v, None, **options, tile_elements=tile_elements)
 
     total = 0.0
     with replaced_attention(model, attend_layer):
@@ -163,11 +163,11 @@ class Extreme:
     """The smallest or largest activation so far, and where it is."""
 
     value: float = math.nan
-    place: dict[str, int] = field(default_factory=dict)
+    location: dict[str, int] = field(default_factory=dict)
 
 
 class Activations:
-    """Moments and extremes of what the embedding and each layer put out; index 0 is the embedding."""
+    """Moments and extremes of the outputs of the embedding (index 0) and of each layer."""
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
         self.powers = torch.zeros(1 + num_layers, 5, dtype=torch.float64, device=device)
@@ -182,9 +182,9 @@ class Activations:
             at, known = int(at.item()), extremes[index]
             value = x.flatten()[at].item()
             sign = -1 if extremes is self.minima else 1
-            if not known.place or value * sign > known.value * sign:
-                place = {"sample": sample, "position": at // channels, "channel": at % channels}
-                extremes[index] = Extreme(value, place)
+            if not known.location or value * sign > known.value * sign:
+                location = {"sample": sample, "position": at // channels, "channel": at % channels}
+                extremes[index] = Extreme(value, location)
 
 
 @contextlib.contextmanager
@@ -237,7 +237,7 @@ def measure(
     activations = Activations(len(layers), model.device)
 
     projections = [getattr(getattr(x, "self_attn", None), "o_proj", None) for x in layers]
-    # of the layers that have not come to their projection
+    # layers whose output has not reached the output projection yet
     observers: dict[int, HeadObserver] = {}
 
     def add(layer: int, totals: HeadTotals) -> None:
@@ -251,7 +251,7 @@ def measure(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         observer = HeadObserver(length, q.shape[1], thresholds, q.device)
-        output = attend(q, k, v, observer.see, **options, tile_elements=tile_elements)
+        output = attend_observed(q, k, v, observer.see, **options, tile_elements=tile_elements)
         if projections[layer] is None:
             add(layer, observer.finish(output))
         else:
@@ -259,7 +259,7 @@ def measure(
         return output
 
     def see_projected(layer: int, module: nn.Module, args: tuple) -> None:
-        # what a gate has left of the output, [1, T, HQ * V]
+        # the output after a gate, [1, T, HQ * V]
         observer = observers.pop(layer)
         add(layer, observer.finish(args[0][0].unflatten(-1, (observer.num_heads, -1))))
 
@@ -308,7 +308,7 @@ def _record_heads(
 
 
 def _summary(metric: str, numbers: list[float]) -> float:
-    """Of several heads: the largest score or output is a maximum, everything else a mean over those that have it."""
+    """A metric over several heads: a maximum for the largest score or output, else the mean over heads that have it."""
     if metric in ("max_score", "largest_output"):
         return max(numbers)
     numbers = [x for x in numbers if not math.isnan(x)]
@@ -325,24 +325,24 @@ def _values(
         ("zeros", ()): totals.zeros / totals.weights,
         ("row_sum", ()): totals.row_sums.sum(0) / rows,
         ("top_weight", ()): totals.tops.sum(0) / rows,
-        # NaN for a head that no row has weight in
+        # NaN for a head without any weight
         ("entropy", ()): totals.entropy / (rows - totals.empty),
         ("empty_rows", ()): totals.empty / rows,
-        ("dead_head", ()): (totals.dead / rows > MOST).double(),
-        ("dead_everywhere", ()): (totals.largest_output < DEAD).double(),
-        ("dormant_head", ()): (totals.dormant / rows > MOST).double(),
+        ("dead_head", ()): (totals.dead / rows > HEAD_FRACTION_MIN).double(),
+        ("dead_everywhere", ()): (totals.largest_output < DEAD_OUTPUT_MAX).double(),
+        ("dormant_head", ()): (totals.dormant / rows > HEAD_FRACTION_MIN).double(),
         ("largest_output", ()): totals.largest_output,
         ("max_score", ()): totals.max_score,
     }
-    for place, eps in enumerate(thresholds.sink_eps):
-        values["sink_rate", (("eps", eps),)] = totals.sinks[place] / totals.samples
-    for place, eps in enumerate(thresholds.small_eps):
-        values["at_most", (("eps", eps),)] = totals.small[place] / totals.weights
-    for place, (start, end) in enumerate(buckets):
+    for index, eps in enumerate(thresholds.sink_eps):
+        values["sink_rate", (("eps", eps),)] = totals.sinks[index] / totals.samples
+    for index, eps in enumerate(thresholds.small_eps):
+        values["at_most", (("eps", eps),)] = totals.small[index] / totals.weights
+    for index, (start, end) in enumerate(buckets):
         key = (("position_start", start), ("position_end", end))
-        n = totals.bucket_rows[place]
-        values["row_sum_at", key] = totals.row_sums[place] / n
-        values["top_weight_at", key] = totals.tops[place] / n
+        n = totals.bucket_rows[index]
+        values["row_sum_at", key] = totals.row_sums[index] / n
+        values["top_weight_at", key] = totals.tops[index] / n
     return values
 
 
@@ -352,14 +352,14 @@ def _record_activations(recorder: Recorder, activations: Activations, length: in
         recorder.add("kurtosis", kurtosis(powers), layer=layer, length=length)
         for metric, extremes in (("min", activations.minima), ("max", activations.maxima)):
             extreme = extremes[index]
-            recorder.add(metric, extreme.value, layer=layer, length=length, **extreme.place)
+            recorder.add(metric, extreme.value, layer=layer, length=length, **extreme.location)
     recorder.add("kurtosis", kurtosis(activations.powers.sum(0)), length=length)
     for metric, extremes, best in (
         ("min", activations.minima, min),
         ("max", activations.maxima, max),
     ):
         index = best(range(len(extremes)), key=lambda i, e=extremes: e[i].value)
-        where = {"in_layer": EMBEDDING if index == 0 else index - 1} | extremes[index].place
+        where = {"in_layer": EMBEDDING if index == 0 else index - 1} | extremes[index].location
         recorder.add(metric, extremes[index].value, length=length, **where)
 
 
@@ -381,18 +381,18 @@ def record_maps(
         why: What each head was chosen for.
     """
     length = len(sequence)
-    observers = {place: MapObserver(length, place[1], cells) for place in heads}
+    observers = {(layer, head): MapObserver(length, head, cells) for layer, head in heads}
 
     def attend_layer(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        own = [observer for place, observer in observers.items() if place[0] == layer]
+        of_layer = [observer for (i, _), observer in observers.items() if i == layer]
 
         def see(block: Any) -> None:
-            for observer in own:
+            for observer in of_layer:
                 observer.see(block)
 
-        return attend(q, k, v, see, **options)
+        return attend_observed(q, k, v, see, **options)
 
     with torch.no_grad(), replaced_attention(model, attend_layer):
         model(sequence[None].to(model.device), use_cache=False)
@@ -401,14 +401,14 @@ def record_maps(
         for r in recorder.records
         if r["metric"] == "first_weight" and r["length"] == length
     }
-    for place, observer in observers.items():
+    for (layer, head), observer in observers.items():
         recorder.add(
             "attention_map",
-            first[place],
-            layer=place[0],
-            head=place[1],
+            first[layer, head],
+            layer=layer,
+            head=head,
             length=length,
             tokens_in_cell=observer.size,
-            chosen=why[place],
+            chosen=why[layer, head],
             map=[[float(f"{x:.4g}") for x in row] for row in observer.cells()],
         )

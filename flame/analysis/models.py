@@ -28,8 +28,8 @@ _FIELDS = ("num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model that has not been loaded yet."""
+class ModelSource:
+    """Where to load a model from, with its configuration and tokenizer; the weights are not loaded yet."""
 
     path: Path
     config: Config
@@ -44,7 +44,7 @@ class Model:
         return normalizer_of(self.operator)
 
     def fields(self) -> dict[str, Any]:
-        """What tells one arm from another."""
+        """Fields of the configuration in which arms differ."""
         names = ("attn_sink", "attn_gate", "attn_log_scale")
         extra = {name: True for name in names if getattr(self.config, name, False)}
         return (
@@ -57,7 +57,7 @@ class Model:
         """The model in float32, ready to be measured.
 
         Raises:
-            UsageError: Its files are missing or damaged, or a weight is missing, has no place or is not finite.
+            UsageError: Its files are missing or damaged, or a weight is missing, unknown or not finite.
         """
         try:
             if not self.is_checkpoint:
@@ -80,7 +80,7 @@ class Model:
         return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
 
 
-def find_model(path: Path, attn_implementation: str, device: str) -> Model:
+def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource:
     """Reads configuration and tokenizer of a Hugging Face folder or of a checkpoint ``step-N`` of a run.
 
     Args:
@@ -92,9 +92,9 @@ def find_model(path: Path, attn_implementation: str, device: str) -> Model:
     """
     is_checkpoint = is_complete(path)
     if is_checkpoint:
-        config, tokenizer = _of_checkpoint(path)
+        config, tokenizer = _read_checkpoint_run(path)
     elif (path / "config.json").is_file():
-        config, tokenizer = _of_folder(path)
+        config, tokenizer = _read_folder(path)
     else:
         raise UsageError(
             f"--model {path} must be a Hugging Face folder, such as <dump_folder>/hf, or a checkpoint "
@@ -119,10 +119,10 @@ def find_model(path: Path, attn_implementation: str, device: str) -> Model:
     if device == "cpu":
         # the same function: Triton's kernels need a GPU
         operator = operator.replace("parallel_", "naive_", 1)
-    return Model(path, config, tokenizer, operator, device, is_checkpoint)
+    return ModelSource(path, config, tokenizer, operator, device, is_checkpoint)
 
 
-def _of_folder(path: Path) -> tuple[Config, Tokenizer]:
+def _read_folder(path: Path) -> tuple[Config, Tokenizer]:
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
@@ -140,7 +140,7 @@ def _of_folder(path: Path) -> tuple[Config, Tokenizer]:
         ) from None
 
 
-def _of_checkpoint(path: Path) -> tuple[Config, Tokenizer]:
+def _read_checkpoint_run(path: Path) -> tuple[Config, Tokenizer]:
     """The model and the tokenizer that the run of a checkpoint names."""
     folder = run_of_checkpoint(path)
     if folder is None:

@@ -1,8 +1,8 @@
-"""Passkey retrieval: a random number of five digits, planted in a text that says nothing, is asked for at its end.
+"""Passkey retrieval: a random five-digit number is planted in filler text, and the model is asked for it at the end.
 
-The texts are those of Mohtashami and Jaggi (arXiv:2305.16300). Length is counted in tokens of the model's own tokenizer,
-and is that of the whole prompt. `passkey_accuracy` lets the model write the key; `passkey_loss` is for models too small
-to: what the key costs, beside the same text with another key and without any.
+The texts are those of Mohtashami and Jaggi (arXiv:2305.16300). The length is that of the whole prompt, in
+tokens of the model's tokenizer. `passkey_accuracy` lets the model write the key. `passkey_loss` is for models that are
+too small to do so: the loss of the key, compared with the same text with another key and with none.
 """
 
 import random
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from flame.base.errors import UsageError
 from flame.data.bos import before_prompt
 
-# every piece but the first starts with its space, where byte-level BPE tokenizers part words: the ids of the pieces,
-# put together, are those of the text
+# every piece but the first starts with a space, where byte-level BPE tokenizers split words, so that the ids of the
+# pieces concatenate to those of the text
 _INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
     " I will quiz you about the important information there."
@@ -35,13 +35,13 @@ _NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
 _QUESTION = " What is the pass key? The pass key is"
 # " 12345" is at most six tokens, and one more tells whether the number ends there
 _NEW_TOKENS = 7
-# prompts of one batch; enough to keep a GPU busy, little enough for the references, which hold every score
+# tokens of the prompts of a batch: enough for a GPU, few enough for the references, which materialise all scores
 _BATCH_TOKENS = 8192
 
 
 @dataclass
 class _Sample:
-    """What the prompts of one sample have in common at every length and depth."""
+    """The parts of a sample's prompts that are the same at every length and depth."""
 
     key: str
     other_key: str
@@ -57,23 +57,23 @@ def passkey_accuracy(
     samples: int,
     seed: int,
 ) -> dict[float, float]:
-    """Share of the keys that the model writes, by greedy decoding through its own cache.
+    """Share of the keys that the model writes, by greedy decoding with its cache.
 
-    A key counts if the first number of the answer is the key, no digit more or less. The keys are the same at every
+    An answer counts if its first number equals the key. The keys are the same at every
     depth and length.
 
     Args:
         model: Anything with transformers' ``generate``, in evaluation mode.
         length: Tokens of the prompt, from the beginning to the question's last word.
-        depths: Where the key stands in the filler, 0 at its beginning and 1 at its end; the nearest end of a
-            sentence is taken.
+        depths: Position of the key in the filler, 0 at its beginning and 1 at its end, rounded to the nearest end of
+            a sentence.
         samples: Keys, from 10000 to 99999, drawn with ``seed``.
 
     Returns:
         Depth -> share, from 0 to 1.
 
     Raises:
-        UsageError: A length that the texts do not fit in, a depth outside 0 to 1, no depth, or no sample.
+        UsageError: A length too short for the texts, a depth outside 0 to 1, no depth, or no sample.
     """
     cases = draw(tokenizer, length, depths, samples, seed)
     shares = {}
@@ -109,17 +109,17 @@ def passkey_loss(
     samples: int,
     seed: int,
 ) -> dict[float, dict[str, float]]:
-    """What the key costs as the answer, in nats for its five digits, mean over the samples.
+    """Loss of the key as the answer, in nats for its five digits, mean over the samples.
 
-    Summed over the tokens that hold digits, so that tokenizers compare; a guess costs ln 90000 = 11.4. A model that
+    The loss is summed over the tokens that hold digits, so that tokenizers are comparable; a guess costs ln 90000 = 11.4. A model that
     retrieves has a lower loss ``with_key`` than with ``other_key``. Lower than ``without_key`` alone only says that the
     needle makes digits likelier.
 
     Args: As `passkey_accuracy`; ``model`` must take ``logits_to_keep``.
 
     Returns:
-        Depth -> ``with_key``: the key is in the text, as `passkey_accuracy` asks for it; ``other_key``: another one is
-        in its place; ``without_key``: the text is all filler, of the same length.
+        Depth -> ``with_key``: the key is in the text, as `passkey_accuracy` asks for it; ``other_key``: the text holds
+        another one; ``without_key``: the text is all filler, of the same length.
     """
     cases = draw(tokenizer, length, depths, samples, seed)
 
@@ -151,7 +151,7 @@ def _loss_of(
 ) -> float:
     """Sum of the losses of all tokens of the answers that hold a digit."""
     longest = max(map(len, answers))
-    # no mask: what fills a short answer comes after all that counts
+    # no mask: the padding of a short answer comes after all tokens that count
     ids = _stack(
         [p + a + a[-1:] * (longest - len(a)) for p, a in zip(prompts, answers, strict=True)], model
     )
@@ -206,11 +206,11 @@ def _batches(cases: list[_Sample], length: int) -> Iterator[list[_Sample]]:
 def _prompt(
     tokenizer: Tokenizer, length: int, depth: float, case: _Sample, key: str | None
 ) -> list[int]:
-    """``length`` tokens; with no ``key`` there is filler in place of the needle."""
+    """``length`` tokens; without a ``key``, filler replaces the needle."""
     intro, needle, question = _fixed_parts(tokenizer, key)
     room = length - len(intro) - len(needle) - len(question)
     texts = [_encode(tokenizer, text) for text in _FILLER]
-    # from the end, so that it is the first sentence that is cut
+    # built from the end, so that the first sentence is the one that is cut
     sentences: list[list[int]] = []
     number, total = case.last_sentence, 0
     while total < room:
@@ -241,5 +241,5 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _stack(rows: list[list[int]], model: PreTrainedModel) -> torch.Tensor:
-    """Ids ``[B, T]`` where the model is."""
+    """Ids ``[B, T]`` on the device of the model."""
     return torch.tensor(rows, device=model.device)

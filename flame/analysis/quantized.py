@@ -1,8 +1,8 @@
-"""Weights of few bits: what a model computes when its linear layers hold quantised values.
+"""Low-bit weights: replaces the weights of linear layers by their quantised values.
 
 HQQ's half-quadratic solver (Badri and Shaji, mobiusml.github.io/hqq_blog), one of the quantisers of the paper's table,
-as the package ``hqq`` has it. The values are what is measured, not the speed: they are put back in the model's own
-dtype, so that every arm goes on through the same layers and the same attention kernel, on any device.
+as implemented in the package ``hqq``. Only the values are quantised, not the computation: they are stored in the
+model's dtype, so that every arm runs the same layers and the same attention kernel, on any device.
 """
 
 import torch
@@ -28,8 +28,8 @@ def quantize_weights(model: nn.Module, bits: int, group_size: int = 64) -> None:
     """Replaces the weights of the linear layers by what their ``bits``-bit values dequantise to, in place.
 
     ``group_size`` weights that follow each other in a row share a scale and a zero point, kept in float32; where a row
-    is no multiple of it, a group goes on in the next row. Quantised are all `nn.Linear` but ``lm_head``, which the
-    tools that the paper used leave out too; embeddings, norms and biases stay as they are.
+    is no multiple of it, a group continues in the next row. All `nn.Linear` but ``lm_head`` are quantised, as by the
+    tools that the paper used; embeddings, norms and biases stay unchanged.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -37,7 +37,7 @@ def quantize_weights(model: nn.Module, bits: int, group_size: int = 64) -> None:
 
     Raises:
         UsageError: Another ``bits`` or ``group_size``, no linear layer, or the package hqq is missing. The model is
-            then as it was.
+            then unchanged.
     """
     if bits not in BITS:
         raise UsageError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")

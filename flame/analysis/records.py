@@ -12,7 +12,7 @@ from flame.run.metrics_file import strict_json
 
 RECORDS_FILE = "records.jsonl"
 KEYS = ("metric", "model", "label", "layer", "head", "length", "value")
-"""What every record has; a metric may have more, such as ``eps``."""
+"""Keys of every record; a metric may have more, such as ``eps``."""
 
 Record = dict[str, Any]
 
@@ -34,13 +34,13 @@ class Recorder:
         length: int | None = None,
         **extra: Any,
     ) -> None:
-        """One record; ``layer`` None is the whole model, ``head`` None the whole layer."""
+        """Adds a record; ``layer`` None means the whole model, ``head`` None the whole layer."""
         own = (metric, self.model, self.label, layer, head, length, value)
         self.records.append(dict(zip(KEYS, own, strict=True)) | extra)
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
-    """Writes the file in one move; numbers that are not finite become null."""
+    """Writes the file atomically; numbers that are not finite become null."""
     write_atomically(file, "".join(strict_json(r) + "\n" for r in records))
 
 
@@ -69,7 +69,7 @@ def read_records(file: Path) -> list[Record]:
 
 
 class Mean(NamedTuple):
-    """Over the seeds of an arm."""
+    """Mean and standard deviation over the seeds of an arm."""
 
     mean: float
     std: float | None
@@ -78,7 +78,7 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Iterable[float | None]) -> Mean | None:
-    """None where there is nothing; NaN where a value was not finite."""
+    """Mean and deviation of the values; None without values, NaN if one was not finite."""
     values = [math.nan if x is None else x for x in values]
     if not values:
         return None
@@ -88,7 +88,7 @@ def mean_of(values: Iterable[float | None]) -> Mean | None:
 
 
 class Results:
-    """Records by what they are of, in the order of the command line."""
+    """Records indexed by metric, in the order of the command line."""
 
     def __init__(self, records: list[Record]) -> None:
         self.records = records
@@ -112,7 +112,7 @@ class Results:
         ]
 
     def of_model(self, metric: str, label: str, length: int | None, **keys: Any) -> Mean | None:
-        """A number of whole models, over the seeds of ``label``."""
+        """A metric of whole models, averaged over the seeds of ``label``."""
         keys |= {"label": label, "length": length, "layer": None, "head": None}
         return mean_of(r["value"] for r in self.where(metric, **keys))
 
@@ -123,10 +123,10 @@ class Results:
         x: Callable[[Record], float | None],
         **keys: Any,
     ) -> dict[float, Mean]:
-        """Records of a label by some number of theirs, in order, over the seeds."""
+        """Means over the seeds of a label, by the number ``x`` of a record, in ascending order."""
         groups: dict[float, list[float | None]] = {}
         for record in self.where(metric, label=label, **keys):
-            place = x(record)
-            if place is not None:
-                groups.setdefault(place, []).append(record["value"])
-        return {place: mean_of(groups[place]) for place in sorted(groups)}  # pyright: ignore[reportReturnType]  # a group has a value at least
+            key = x(record)
+            if key is not None:
+                groups.setdefault(key, []).append(record["value"])
+        return {key: mean_of(groups[key]) for key in sorted(groups)}  # pyright: ignore[reportReturnType]  # a group has a value at least

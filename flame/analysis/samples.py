@@ -1,4 +1,4 @@
-"""Which held-out sequences the models are measured on: the same for all of them, and for every length the same beginnings."""
+"""Selects the held-out sequences: the same for all models, and for every length with the same beginnings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Samples:
-    """Sequences and where they are from."""
+    """Token sequences, and the part of the data that they come from."""
 
     tokens: torch.Tensor
     """Ids ``[N, length + 1]``, the first of them the one that ``--first_token`` asks for."""
     share_from_end: float
-    """The part of the data, counted from its end, that the sequences lie in."""
+    """Share of the data, counted from its end, that contains the sequences."""
     num_documents: int
-    """Documents that they are from."""
+    """Number of documents that they come from."""
     begins: str
-    """What each sequence begins with, for people."""
+    """First token of each sequence, for the log."""
 
 
 def read_samples(
@@ -47,8 +47,8 @@ def read_samples(
 
     Args:
         data: A text file, a folder of text, a folder of `flame.data.prepare`, or another value of --training.dataset.
-        first_token: ``training``: what ``tokenizer`` puts before a text, as it does in training, then a sequence that
-            is shorter by as much. ``text``: a sequence as it is. ``bos``, ``eos``: this token before one that is
+        first_token: ``training``: the tokens that ``tokenizer`` puts before a text, as in training, then a sequence
+            shorter by their number. ``text``: a sequence without them. ``bos``, ``eos``: this token, then a sequence
             shorter by one.
         is_held_out: All of the data is held out: take sequences evenly spaced through it. Otherwise the last
             ones, since training holds out the end.
@@ -66,24 +66,28 @@ def read_samples(
         count, document, size = _open(data, tokenizer, is_held_out)
     except ValueError as error:
         raise UsageError(str(error).replace("--training.dataset", "--data")) from None
-    # tokens of text in a sequence; the label of one may be the first input of the next
+    # tokens of text in a sequence; the last label may be the first input of the next sequence
     need = length + 1 - len(prefix)
-    # document, first token, as many as are wanted from the end, or all
-    places: list[tuple[int, int]] = []
+    # (document, first token): the last `number`, or all if the data is held out
+    positions: list[tuple[int, int]] = []
     longest = 0
     for i in reversed(range(count)):
         tokens = len(document(i))
         longest = max(longest, tokens)
         starts = range(0, tokens - need + 1, length)
-        places += [(i, start) for start in reversed(starts)]
-        if len(places) >= number and not is_held_out:
+        positions += [(i, start) for start in reversed(starts)]
+        if len(positions) >= number and not is_held_out:
             break
-    if len(places) < number:
+    if len(positions) < number:
         raise UsageError(
-            f"--samples {number}: --data {data} has {len(places)} sequences of {length} tokens that lie within one "
+            f"--samples {number}: --data {data} has {len(positions)} sequences of {length} tokens that lie within one "
             f"document (its longest has {longest}); give shorter --lengths, fewer --samples or more text"
         )
-    chosen = [places[n * len(places) // number] for n in range(number)] if is_held_out else places
+    chosen = (
+        [positions[n * len(positions) // number] for n in range(number)]
+        if is_held_out
+        else positions
+    )
     chosen = chosen[:number]
     rows = [[*prefix, *document(i)[start : start + need].tolist()] for i, start in chosen]
     first = min(chosen)
@@ -128,7 +132,7 @@ def _open(
 
 
 class _Encoded:
-    """Tokens of documents, encoded a few at a time when they are asked for."""
+    """Tokens of documents, encoded on demand, a few at a time."""
 
     def __init__(self, documents: Sequence[str], encoder: Encoder) -> None:
         self.documents, self.encoder = documents, encoder

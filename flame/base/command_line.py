@@ -1,4 +1,4 @@
-"""What all commands share: the check of their words, the parser of the small ones, and the folder that they write."""
+"""Shared by all commands: checks of the arguments, an argparse parser, and the output folder."""
 
 import argparse
 import difflib
@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 from flame.base.errors import UsageError, require_unicode
 
 _LIKE_ENOUGH = 0.7
-# what a switch is given by those who take it for an option
+# values that users give to a switch, which takes none
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The name that was meant: of names with a section, such as ``training.steps``, the option counts most."""
+    """The known name most like ``name``, or None. In dotted names such as ``training.steps`` the option counts most."""
     section, _, option = name.rpartition(".")
 
     def likeness(other: str) -> float:
@@ -30,7 +30,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def require_text(words: Sequence[str]) -> None:
-    """Raises UsageError for an argument with bytes that are no text, which no file could name or hold."""
+    """Raises UsageError for an argument that is not valid UTF-8."""
     for i, word in enumerate(words):
         name = words[i - 1] if i and words[i - 1].startswith("--") else "an argument"
         flag, equals, value = word.partition("=")
@@ -46,13 +46,13 @@ def require_flags(
     aliases: Mapping[str, str] | None = None,
     help_command: str,
 ) -> None:
-    """Raises UsageError for a flag that is not there, naming the one that was meant, or a switch with a value.
+    """Raises UsageError for an unknown flag, with the closest known one, or for a switch with a value.
 
     Args:
         words: The command line.
         options: Name of a flag, without its dashes -> whether it takes a value.
-        aliases: What other programs call an option -> the name here.
-        help_command: Lists the flags.
+        aliases: Name of an option in other programs -> its name here.
+        help_command: Command that lists the flags.
     """
     aliases = {other: name for other, name in (aliases or {}).items() if name in options}
     for word, following in zip(words, [*words[1:], ""], strict=False):
@@ -75,7 +75,7 @@ def require_flags(
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes whole flags alone and answers a mistake with one line."""
+    """argparse without abbreviated flags, whose errors are one line."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         require_text(words)
-        # the parser of a subcommand checks what is its own
+        # the parser of a subcommand checks the flags of the subcommand
         if self._subparsers is None:
             options = {
                 name.removeprefix("--"): action.nargs != 0
@@ -101,13 +101,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_folder(name: str, folder: Path) -> None:
-    """Makes ``folder`` if it is not there, before the work that would be lost without it.
+    """Creates ``folder`` if needed and checks that it is writable, before work that would be lost otherwise.
 
     Args:
-        name: What the user calls it, such as a flag.
+        name: The user's name for it, such as a flag.
 
     Raises:
-        UsageError: It cannot be made, or not be written to.
+        UsageError: It cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

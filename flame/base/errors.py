@@ -1,4 +1,4 @@
-"""The ways to end because of what the user asked for, or of what the machine has: a line on stderr and an exit code."""
+"""Errors that end a program with one line on stderr and an exit code: wrong input, or lack of memory or disk."""
 
 import contextlib
 import errno
@@ -10,17 +10,17 @@ from collections.abc import Iterator
 
 EXIT_CODE = 2
 PATIENCE_S = 10
-"""How long a process lets another one say first what has happened."""
+"""Seconds that a process waits for another one to report the error first."""
 LESS_MEMORY = (
     "lower --training.batch_size and raise --training.gradient_accumulation_steps as much, lower "
     "--training.seq_len, or give --activation_checkpoint.mode full"
 )
-# of the host, and of a GPU where not even its runtime starts
+# the host's memory, and a GPU's where its runtime cannot start
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator: can't allocate|(CUDA|HIP) error: out of memory")
 
 
 class UsageError(ValueError):
-    """A flag, file or value that the user must mend; the message names it and says what would be right."""
+    """A flag, file or value that the user must correct; the message names it and says what is expected."""
 
 
 class TrainingError(RuntimeError):
@@ -37,7 +37,7 @@ def require_unicode(flag: str, text: str) -> None:
 
 @contextlib.contextmanager
 def exit_on_training_error() -> Iterator[None]:
-    """Turns `TrainingError` into one line of every process that it happens to, and exit code 1."""
+    """Turns `TrainingError` into one line on stderr, of every process that raises it, and exit code 1."""
     try:
         yield
     except TrainingError as error:
@@ -47,7 +47,10 @@ def exit_on_training_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_usage_error() -> Iterator[None]:
-    """Turns `UsageError`, and a full disk, into one line, of one process of a machine under torchrun, and exit code 2."""
+    """Turns `UsageError` or a full disk into one line on stderr and exit code 2.
+
+    Under torchrun one process of a machine prints the line.
+    """
     try:
         yield
     except (UsageError, OSError) as error:
@@ -56,8 +59,8 @@ def exit_on_usage_error() -> Iterator[None]:
                 raise
             error = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-            # torchrun ends all processes as soon as one has ended: the first one, which as a rule says the same,
-            # is to be heard, and where it has nothing to say this one is
+            # torchrun kills all ranks when one exits. Give local rank 0 ten seconds to report first; if it does not,
+            # this rank reports
             time.sleep(PATIENCE_S)
         sys.stderr.write(f"flame: error: {error}\n")
         sys.exit(EXIT_CODE)
@@ -90,6 +93,6 @@ def explain_out_of_memory(batch: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # torch's own advice and stack of C++ fill a page
+        # the first line only: torch adds advice and a C++ stack of a page
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"memory ran out ({reason}) with {batch}: {LESS_MEMORY}") from None

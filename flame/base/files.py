@@ -1,4 +1,4 @@
-"""Files that appear under their name when they are whole, and the mode that a new one has."""
+"""Atomic writing of files, and their permissions."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,12 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def temporary_name(file: Path) -> Path:
-    """Where `write_atomically` writes before the file has its name; what a kill may leave behind."""
+    """Name under which `write_atomically` writes; a kill may leave such a file behind."""
     return file.with_name(file.name + TEMPORARY_SUFFIX)
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes ``file`` in UTF-8 and in one move: a reader, or a kill, sees all of the old text or all of the new.
+    """Writes ``file`` in UTF-8, atomically: a reader, or a kill, sees either the old text or the new.
 
     Raises:
         OSError: The folder cannot be written, or the disk is full.
@@ -23,12 +23,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def umask() -> int:
-    """The mask of this process, which can only be read by setting it."""
+    """The umask of this process, which can be read only by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def apply_umask(path: Path) -> None:
-    """Gives a file or folder the mode that a new one has."""
+    """Gives a file or folder the permissions of a newly created one."""
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())

@@ -1,8 +1,8 @@
-"""The lock of a dump folder: a run holds it as long as it lives, the launcher asks for it before it starts one. A sweep
-locks its folder the same way.
+"""The lock of a dump folder. A run holds it while it lives; the launcher waits for it before it starts a run. A sweep
+locks its folder in the same way.
 
-It is flock(2) on a file that names the holder. It keeps processes of one machine apart, and machines wherever
-the shared file system passes flock on (NFS and GPFS do, Lustre if mounted with `flock`).
+It is flock(2) on a file that names the holder. It excludes processes of one machine, and of several machines if the
+shared file system supports flock (NFS and GPFS do, Lustre if mounted with `flock`).
 """
 
 import fcntl
@@ -20,18 +20,18 @@ LOCK_FILE = "lock"
 WAIT_S = 30
 
 
-def hold(
+def lock_folder(
     folder: Path, *, name: str = "--job.dump_folder", who: str = "run", waits: bool = True
 ) -> IO[bytes]:
     """Locks ``folder`` for as long as the file that it returns stays open.
 
     Args:
-        name: What the user calls the folder.
-        who: What kind of process holds it.
-        waits: For one that is about to end.
+        name: The user's name for the folder, such as a flag.
+        who: The kind of process that holds it, for the message.
+        waits: Wait up to `WAIT_S` seconds for a holder that is about to end.
 
     Raises:
-        UsageError: One that lives on holds it.
+        UsageError: A living process holds the lock.
         OSError: The file cannot be written, or the file system has no locks.
     """
     # not closed here: the lock lives as long as the file is open, and dies with the process
@@ -49,7 +49,7 @@ def wait_until_free(folder: Path) -> None:
         UsageError: A run that lives on holds it, or the file system has no locks.
     """
     try:
-        # writable, which NFS asks for before it locks
+        # opened for writing, which NFS requires for a lock
         with open(folder / LOCK_FILE, "rb+", buffering=0) as lock:
             _wait(folder, lock, "--job.dump_folder", "run", WAIT_S)
     except (FileNotFoundError, NotADirectoryError):

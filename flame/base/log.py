@@ -1,4 +1,4 @@
-"""The run's own lines: time and message, printed by rank 0."""
+"""The log of a run: time and message, printed by rank 0."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ class _Handler(logging.StreamHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             return super().handleError(record)
-        # what is in the buffer would fail again when the interpreter ends
+        # the buffered text would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         raise UsageError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def init_logger() -> None:
-    """Sends this logger's lines of rank 0 to stdout; what cannot be written there is a `UsageError`."""
+    """Sends the lines of rank 0 to stdout; a failure to write raises `UsageError`."""
     handler = _Handler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
@@ -29,7 +29,7 @@ def init_logger() -> None:
 
 
 def announce_imports() -> None:
-    """Says why nothing will be heard for some seconds, before the imports of a program that was started by hand."""
+    """Logs that imports take some seconds, in a program that was started by hand."""
     if "TORCHELASTIC_RUN_ID" not in os.environ and not {"-h", "--help"} & set(sys.argv):
         init_logger()
         logger.info("importing torch and transformers")

@@ -1,4 +1,4 @@
-"""Paths as flags and files name them: ``~`` is the home folder, and a URL is no path."""
+"""Paths in flags and files: expands ``~`` and refuses URLs."""
 
 import argparse
 import os
@@ -14,11 +14,11 @@ def expand(flag: str, value: str) -> str:
     """A path with its ``~`` replaced; other values stay as they are.
 
     Args:
-        flag: What carried the value, for the message.
-        value: A path, or a name that is none.
+        flag: The flag of the value, for the message.
+        value: A path, or a name that is not one.
 
     Raises:
-        UsageError: The value is a URL, or its ``~user`` is nobody.
+        UsageError: The value is a URL, or its ``~user`` does not exist.
     """
     try:
         return _expand(value)

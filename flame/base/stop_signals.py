@@ -1,6 +1,6 @@
 """The signals that stop a run, and the end of a process whose parent was killed.
 
-It imports nothing that takes long: a parent that is killed while its child imports torch must end the child too.
+This module imports nothing slow: a parent that is killed while its child imports torch must end the child too.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """`STOP_SIGNALS`, without SIGHUP where it is ignored: that is what nohup asks for."""
+    """`STOP_SIGNALS`, without SIGHUP if it is ignored, as under nohup."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(s for s in STOP_SIGNALS if not (is_ignored and s == signal.SIGHUP))
 
@@ -24,11 +24,11 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
     """Asks the kernel to send this process ``number`` when ``parent``, which started it, dies.
 
-    If it has died already, the signal comes at once. The request survives exec, and not fork.
+    If it is dead already, the signal comes immediately. The request survives exec but not fork.
     """
     # Source: prctl(2), PR_SET_PDEATHSIG = 1
     _LIBC.prctl(1, int(number))
-    # it died before the kernel was asked
+    # the parent died before the request
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
 
@@ -37,7 +37,7 @@ def end_with_launcher() -> None:
     """`end_with_parent` for a process of a run; nothing for one that was started by hand."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    # without the variable, torchrun itself was called
+    # without the variable, the user called torchrun directly
     launcher = int(os.environ.get(LAUNCHER_PID, os.getppid()))
     if os.getppid() != launcher:
         sys.stderr.write(f"flame: error: the launcher (pid {launcher}) is gone before the start\n")

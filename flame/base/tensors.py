@@ -1,4 +1,4 @@
-"""Plain tensors of those that torch spreads over processes."""
+"""Plain tensors from DTensors, which torch distributes over processes."""
 
 import torch
 from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""Saves and loads the state of a run, beside the training or in between."""
+"""Saves and loads the state of a run, asynchronously or between steps."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ from flame.titan.upstream import ModelWrapper
 
 
 def check_start(config: JobConfig, model: SoftpickTransformerConfig, device_type: str) -> None:
-    """Raises UsageError where the run cannot start from what it would start from; reads metadata alone."""
+    """Raises UsageError if the run cannot start from the checkpoint that it would load; reads only metadata."""
     c = config.checkpoint
     if c.async_mode == "async_with_pinned_mem" and device_type == "cpu":
         raise UsageError(
@@ -90,10 +90,10 @@ def _check_initial(config: JobConfig, path: Path, model: SoftpickTransformerConf
 
 
 class _Stager(BlockingAsyncStager):
-    """Copies the state to the host, where the training cannot change it while it is written.
+    """Copies the state to the host, so that training cannot change it while it is written.
 
-    With ``cache_staged_state_dict`` the copies of tensors are pinned and kept for the next save. Only model
-    and optimizer are: the others are small, and may change their structure from save to save.
+    With ``cache_staged_state_dict`` the copies of tensors are pinned and kept for the next save. This holds
+    for model and optimizer only: the other states are small, and may change their structure between saves.
     """
 
     def __init__(self, *, cache_staged_state_dict: bool, others: tuple[str, ...]) -> None:
@@ -107,7 +107,7 @@ class _Stager(BlockingAsyncStager):
 
 
 class Checkpointer:
-    """What torchtitan's `Trainer` calls to load and save, in the place of its `CheckpointManager`.
+    """Replaces torchtitan's `CheckpointManager`: its `Trainer` calls this to load and save.
 
     Every rank must call every method, in the same order.
 
@@ -130,22 +130,22 @@ class Checkpointer:
         self.steps = config.training.steps
         self.folder = config.dump_folder / self.config.folder
         self.model, self.states, self.export = ModelWrapper(model), states, export
-        # of its own and on the host: a save beside the training must not meet the training's collectives
+        # a separate group on the host: an asynchronous save must not interleave with the collectives of training
         self.group: dist.ProcessGroup = dist.new_group(backend="gloo")  # pyright: ignore[reportAttributeAccessIssue]  # an int where this process is none of the group, which holds all
         self.stager = _Stager(
             cache_staged_state_dict=self.config.async_mode == "async_with_pinned_mem",
             others=tuple(name for name in states if name != "optimizer"),
         )
-        # newest step that was loaded, or given to be saved
+        # newest step that was loaded, or whose save was started
         self.saved_step = 0
         self._pending: tuple[int, Future] | None = None
 
     @torch.no_grad()
     def load(self, step: int = -1) -> bool:
-        """Loads the newest checkpoint of the run, else the initial one; whether there was any.
+        """Loads the newest checkpoint of the run, else the initial one; returns whether there was one.
 
         Args:
-            step: What torchtitan passes, ``checkpoint.load_step``; checked before the start to be the newest.
+            step: ``checkpoint.load_step``, as torchtitan passes it; `claim_run_folder` checked that it is the newest.
 
         Raises:
             UsageError: The checkpoint lacks something, or belongs to other data.
@@ -176,7 +176,7 @@ class Checkpointer:
                 "folder, or copy it again"
             ) from error
         except ValueError as error:
-            # of the data's state, whose message names the flag
+            # from the state of the data, whose message names the flag
             raise UsageError(str(error)) from error
         self.model.load_state_dict(weights)
         if path.parent == self.folder:
@@ -189,7 +189,10 @@ class Checkpointer:
         return True
 
     def save(self, step: int, last_step: bool = False) -> None:
-        """Saves if it is time; returns when the state is copied, or written if it is the last step's."""
+        """Saves if the interval or the last step asks for it.
+
+        Returns when the state is copied; for the last step, when it is written.
+        """
         if self.config.enable_checkpoint and (last_step or step % self.config.interval == 0):
             weights_only = last_step and self.config.last_save_model_weights_only
             dtype = getattr(torch, self.config.export_dtype) if weights_only else None
@@ -234,13 +237,13 @@ class Checkpointer:
             )
 
     def _saved(self, path: Path) -> None:
-        # on one rank, and in the thread that saved: a checkpoint goes only when a newer one is there
+        # runs on one rank, in the saving thread: a checkpoint is deleted only after a newer one is complete
         purge(self.folder, self.config.keep_latest_k)
         if self.config.convert_to_hf_on_save:
             self.export(path, out=path / "hf")
 
     def wait(self) -> None:
-        """Waits for the save under way.
+        """Waits for the save in progress.
 
         Raises:
             UsageError: It could not be written.
@@ -255,7 +258,7 @@ class Checkpointer:
             raise self._failure(step, error) from error
 
     def has_failed(self) -> bool:
-        """Whether this rank knows that the save under way has come to nothing; `wait` tells why."""
+        """Whether this rank knows that the save in progress has failed; `wait` raises the reason."""
         return (
             self._pending is not None
             and self._pending[1].done()
@@ -263,7 +266,7 @@ class Checkpointer:
         )
 
     def _failure(self, step: int, error: CheckpointException) -> Exception:
-        # all ranks have stopped writing when one is told
+        # when one rank gets the error, all have stopped writing
         if dist.get_rank() == 0:
             remove_unfinished(self.folder, step)
         newest = newest_checkpoint(self.folder)
@@ -272,11 +275,11 @@ class Checkpointer:
             f"checkpoint step-{step} in {self.folder} could not be written: {describe_failure(error)}; "
             f"{kept} the same command continues"
         )
-        # a full disk is the user's to mend; anything else is an error of ours, and shows where
+        # a full disk is for the user to fix; any other error is a bug, and keeps its traceback
         return (UsageError if isinstance(first_failure(error), OSError) else RuntimeError)(message)
 
     def maybe_wait_for_staging(self) -> None:
         """Nothing to wait for: `save` returns when the state is copied."""
 
     def close(self) -> None:
-        """Nothing to close: the thread of a save under way is waited for when the process ends."""
+        """Nothing to close: the process waits for the thread of a save in progress when it ends."""

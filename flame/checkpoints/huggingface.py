@@ -1,4 +1,4 @@
-"""Weights between checkpoints of a run and Hugging Face folders, on a CPU and without a process group."""
+"""Converts weights between checkpoints and Hugging Face folders, on a CPU and without a process group."""
 
 import contextlib
 import copy
@@ -44,7 +44,7 @@ def check_weights(
     """Raises UsageError unless ``contents`` has every weight of the model, in its shape.
 
     Args:
-        contents: Name -> shape of what there is.
+        contents: Name -> shape of the weights that exist.
         config: The model.
         what: What ``contents`` was read from, for the message.
         wanted: What ``config`` was read from, for the message.
@@ -72,8 +72,8 @@ def dcp_to_hf(
 ) -> None:
     """Writes the model of a checkpoint with its tokenizer, one file of weights after the other.
 
-    The folder appears under its name when it is whole, and replaces one that is there. The weights of two
-    files at most are in memory.
+    The folder gets its name when it is complete, and replaces an existing one. At most the weights of two files are
+    in memory.
 
     Args:
         checkpoint: Folder ``step-N``.
@@ -96,13 +96,13 @@ def dcp_to_hf(
         x.bos_token_id = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue]  # an id or None; transformers types all special tokens at once
         x.eos_token_id = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]  # an id or None; transformers types all special tokens at once
         x.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]  # an id or None; transformers types all special tokens at once
-    # transformers would sample from the 50 likeliest tokens alone, and writes these only with do_sample
+    # transformers would sample from only the 50 likeliest tokens; it saves these values only with do_sample
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     weights = {name: x.to(dtype) for name, x in model.state_dict().items()}
     for name, origin in _tied(config).items():
-        # the files have them once
+        # the files hold tied weights once
         if not torch.equal(*_load(checkpoint, {x: weights[x] for x in (name, origin)}).values()):
             raise UsageError(
                 f"checkpoint {checkpoint} has tied weights {name} that differ from {origin}"
@@ -127,12 +127,12 @@ def dcp_to_hf(
 def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> None:
     """Writes the weights of a Hugging Face folder as a checkpoint that a run can start from.
 
-    They keep their dtype; the run reads them into its own. Files are mapped and not read whole.
+    Weights keep their dtype; the run converts them when it loads them. Files are memory-mapped.
 
     Args:
         model: Folder with ``model.safetensors``, or its index and files.
         config: Configuration of the model that the run will train.
-        out: Folder to write, for ``--checkpoint.initial_load_path``; must not be there.
+        out: Folder to write, for ``--checkpoint.initial_load_path``; must not exist.
 
     Raises:
         UsageError: Files are missing or damaged, or the weights are not those of ``config``.
@@ -141,14 +141,14 @@ def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> N
     for name, origin in _tied(config).items():
         if origin in weights:
             weights.setdefault(name, weights[origin])
-    # Llamas of old carry a buffer that is computed now
+    # old Llama exports hold a buffer that transformers computes today
     weights = {name: x for name, x in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     what = f"--model {model}"
     check_weights(
         {name: x.shape for name, x in weights.items()}, config, what=what, wanted="the model"
     )
     if unknown := weights.keys() - _meta_model(config).state_dict().keys():
-        raise UsageError(f"{what} is not of the model: {min(unknown)} has no place in it")
+        raise UsageError(f"{what} is not of the model, which has no parameter {min(unknown)}")
     with no_process_group():
         dcp.save(weights, storage_writer=AtomicWriter(out), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
 
@@ -170,7 +170,7 @@ def _tied(config: SoftpickTransformerConfig) -> dict[str, str]:
 
 
 def _load(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of that name, in the dtype of ``wanted``, which may be on the meta device."""
+    """The weights named in ``wanted``, in its dtypes; the tensors of ``wanted`` may be on the meta device."""
     tensors = {name: torch.empty_like(x, device="cpu") for name, x in wanted.items()}
     with no_process_group():
         dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
@@ -179,10 +179,10 @@ def _load(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.
 
 @contextlib.contextmanager
 def _temporary(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out``, which is gone if what follows fails."""
+    """An empty folder next to ``out``, deleted if the block fails."""
     temporary = out.with_name(out.name + ".saving")
     if os.path.lexists(temporary):
-        # of an export that was killed
+        # left by an export that was killed
         remove(temporary)
     temporary.mkdir(parents=True)
     try:
@@ -193,9 +193,9 @@ def _temporary(out: Path) -> Iterator[Path]:
 
 
 def _publish(temporary: Path, out: Path) -> None:
-    """Gives a finished folder its name, in the place of one that has it."""
+    """Renames a finished folder, and replaces an existing one of that name."""
     for path in (*temporary.iterdir(), temporary):
-        # safetensors writes for the owner alone
+        # safetensors gives access to the owner only
         apply_umask(path)
         fsync(path)
     old = out.with_name(out.name + ".deleting")

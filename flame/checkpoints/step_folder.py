@@ -1,8 +1,8 @@
-"""The checkpoints of a run on disk: written in one piece, found, described and deleted.
+"""The checkpoints of a run on disk: writing atomically, finding, reading metadata, deleting.
 
 A folder ``step-N`` is a complete checkpoint: it is written as ``step-N.saving`` and renamed when everything
-in it has reached the disk. What is being deleted is called ``step-N.deleting``. Both kinds are left behind by
-a kill, and removed by the next run.
+in it has reached the disk. A checkpoint that is being deleted is called ``step-N.deleting``. A kill leaves both
+kinds behind; the next run removes them.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder, a file, or a link and not what it leads to."""
+    """Deletes a folder, a file, or a link (not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -86,11 +86,11 @@ def purge(folder: Path, keep: int) -> None:
     for path in complete_checkpoints(folder)[:-keep] if keep else []:
         doomed = path.with_name(path.name + _DELETING)
         try:
-            # first of all it stops to be a checkpoint
+            # renamed first, so that a half deleted folder does not count as a checkpoint
             path.rename(doomed)
             remove(doomed)
         except OSError as error:
-            # somebody may be reading it; the run does not depend on it, and the next purge or run tries again
+            # another process may be reading it; the run does not need the deletion, and the next purge tries again
             logger.warning(f"{path} could not be deleted: {error}")
 
 
@@ -104,18 +104,18 @@ def fsync(path: Path) -> None:
 
 
 class AtomicWriter(FileSystemWriter):
-    """Writes a distributed checkpoint that appears under its name when it is whole and on the disk.
+    """Writes a distributed checkpoint that gets its name when it is complete and on the disk.
 
     Args:
-        path: The checkpoint's folder. What is there must not be a complete checkpoint.
+        path: The checkpoint's folder. It must not be a complete checkpoint already.
         staged: Whether the tensors are on the CPU already.
-        then: Called with ``path`` on the coordinating rank once the checkpoint is there.
+        then: Called with ``path`` on the coordinating rank when the checkpoint is complete.
     """
 
     def __init__(
         self, path: Path, *, staged: bool = True, then: Callable[[Path], None] | None = None
     ) -> None:
-        # copying ahead is for tensors on a GPU; with others torch would start a stream for nothing
+        # copying ahead helps only for tensors on a GPU; for others torch would start a stream needlessly
         ahead = {"per_thread_copy_ahead": 0} if staged else {}
         super().__init__(path.with_name(path.name + _SAVING), **ahead)  # pyright: ignore[reportArgumentType]  # per_thread_copy_ahead alone
         self.final = path
@@ -125,8 +125,8 @@ class AtomicWriter(FileSystemWriter):
         """Writes this rank's file.
 
         Raises:
-            OSError: The file system's error. On a full disk torch's zip writer has one of its own in its place, which
-                says nothing of the disk, and which other ranks get without what it came from.
+            OSError: The write failed. torch's zip writer raises RuntimeError on a full disk; it is replaced by the
+                OSError that caused it.
         """
         try:
             return super().write_data(plan, planner)
@@ -188,7 +188,7 @@ def has_weights_only(contents: dict[str, torch.Size | None]) -> bool:
 
 @contextlib.contextmanager
 def no_process_group() -> Iterator[None]:
-    """While this lasts, torch does not warn that it takes ``no_dist=True`` at its word."""
+    """Context in which torch does not warn about ``no_dist=True``."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -213,7 +213,7 @@ def read_step(checkpoint: Path) -> int:
 
 
 def first_failure(error: CheckpointException) -> BaseException:
-    """What went wrong on the first rank on which something did."""
+    """The exception of the first rank that failed."""
     return next(iter(error.failures.values()))[0]
 
 

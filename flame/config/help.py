@@ -1,4 +1,4 @@
-"""``bash train.sh -h``: the sections at a glance, one of them or one flag in full."""
+"""``bash train.sh -h``: an overview of the sections, or one section or flag in full."""
 
 import ast
 import dataclasses
@@ -36,12 +36,12 @@ _VARIABLES = {
 
 
 def show(topic: str | None, tree: Any, module: ModuleType) -> None:
-    """Prints help on a section, a flag, ``all``, or where ``topic`` is None on what there is.
+    """Prints help on a section, a flag, or ``all``; an overview if ``topic`` is None.
 
     Args:
-        topic: What was asked for.
+        topic: A section, a flag, or ``all``.
         tree: The flags' defaults, a dataclass of sections.
-        module: Where the sections are defined, with a text below each field.
+        module: Module that defines the sections, with a docstring below each field.
 
     Raises:
         UsageError: There is no such topic.
@@ -107,7 +107,7 @@ def _entry(flag: str, kind: Any, default: Any, text: str) -> str:
     else:
         head = f"--{flag} {(members[0] if members else kind).__name__.upper()}"
     text = " ".join(text.split())
-    # some texts say themselves what happens without a value
+    # some texts describe the default themselves
     if default is not None or "Default:" not in text:
         text += f" (default: {'none' if default is None else repr(default)})"
     return f"{head}\n{_hanging(' ' * 4, text)}\n"

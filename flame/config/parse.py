@@ -1,4 +1,4 @@
-"""From a command line to a `JobConfig`: the TOML file, both spellings, misspelt flags, tyro's complaints on one line."""
+"""Parses a command line and a TOML file into a `JobConfig`; errors, misspelt flags included, are one line."""
 
 import argparse
 import contextlib
@@ -20,10 +20,10 @@ from flame.config.help import show
 from flame.config.sections import JobConfig
 from flame.config.upstream_flags import refuse
 
-# flags that torch, torchtitan and Python's containers take as C integers
+# the largest C integer: torch, torchtitan and Python's containers take flags as such
 _LARGEST_INTEGER = 2**31 - 1
 
-# what other trainers call an option
+# names of options in other trainers
 _ALIASES = {
     "learning_rate": "optimizer.lr",
     "max_lr": "optimizer.lr",
@@ -55,10 +55,11 @@ def _known_words() -> dict[str, bool]:
     return words
 
 
-def _check_words(argv: list[str]) -> None:
+def _checked_words(argv: list[str]) -> list[str]:
+    """``argv`` without what is done anyway; raises UsageError for a flag that is refused or not known."""
     require_text(argv)
-    refuse(argv)
-    # both spellings are taken
+    argv = refuse(argv)
+    # dashes and underscores are both accepted
     words = [
         "=".join([flag.replace("-", "_").replace("__", "--", 1), *rest])
         if w.startswith("--")
@@ -69,10 +70,11 @@ def _check_words(argv: list[str]) -> None:
     require_flags(
         words, _known_words() | {"help": False}, aliases=_ALIASES, help_command="bash train.sh -h"
     )
+    return argv
 
 
 def _flags_of_toml(path: Path) -> list[str]:
-    """The file's keys as flags, so that both are read, checked and complained about in one way."""
+    """The file's keys as flags, so that file and flags share parsing, checks and messages."""
     try:
         sections = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -89,12 +91,12 @@ def flags_of_sections(sections: dict[str, Any]) -> list[str]:
     """The tables of a recipe, section -> option -> value, as flags.
 
     Raises:
-        UsageError: A key stands outside a section.
+        UsageError: A key is outside a section.
     """
     flags: list[str] = []
     for section, options in sections.items():
         if not isinstance(options, dict):
-            raise UsageError(f"key {section!r} stands outside a [section]")
+            raise UsageError(f"key {section!r} is outside a [section]")
         for name, value in options.items():
             if isinstance(value, bool):
                 flags.append(f"--{section}.{name}" if value else f"--{section}.no_{name}")
@@ -110,7 +112,7 @@ def parse_args(argv: list[str]) -> JobConfig:
         UsageError: An unknown flag or key, or a value that its option refuses.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # without a value: tyro says so below
+    # nargs="?": tyro reports a missing value below
     peek.add_argument("--job.config_file", "--job.config-file", dest="config_file", nargs="?")
     config_file = peek.parse_known_args(argv)[0].config_file
     for i, word in enumerate(argv):
@@ -122,7 +124,7 @@ def parse_args(argv: list[str]) -> JobConfig:
         # before the file is read
         require_text(["--job.config_file", config_file])
         argv = _flags_of_toml(Path(expand("--job.config_file", config_file))) + argv
-    _check_words(argv)
+    argv = _checked_words(argv)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -146,11 +148,11 @@ def parse_args(argv: list[str]) -> JobConfig:
 
 
 def _one_line(box: str) -> str:
-    """tyro's complaint, which comes in a box with the option's help, as one line."""
+    """The error of tyro, which prints a box with the help of the option, as one line."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
     rules = [i for i, line in enumerate(lines) if line.startswith("───")]
     message = " ".join(lines[: rules[0]] if rules else lines)
-    # a check of ours names the flag itself
+    # the checks in `sections` name the flag themselves
     message = re.sub(r"^Error parsing \w+: (?=--)", "", message)
     return message + " (bash train.sh -h lists the flags)"

@@ -15,13 +15,14 @@ from flame.base.errors import UsageError
 from flame.base.paths import expand, split_list
 
 
-def _require(condition: bool, flag: str, value: object, right: str) -> None:
+def _require(condition: bool, flag: str, value: object, expected: str) -> None:
+    """Raises UsageError unless ``condition`` holds; ``expected`` completes "must be"."""
     if not condition:
-        raise UsageError(f"--{flag} must be {right}, got {value!r}")
+        raise UsageError(f"--{flag} must be {expected}, got {value!r}")
 
 
-# what a run writes into its folder under names that no flag gives
-_OWN_NAMES = (
+# fixed names inside a dump folder; folder flags may not use them
+_RESERVED_NAMES = (
     "hf",
     "record",
     "spikes",
@@ -36,9 +37,11 @@ _OWN_NAMES = (
 
 
 def _require_name(flag: str, value: str) -> None:
-    is_name = Path(value).name == value and value not in ("", "..", *_OWN_NAMES)
-    right = f"the name of a folder within the dump folder, and none of {', '.join(_OWN_NAMES)}"
-    _require(is_name, flag, value, right)
+    is_name = Path(value).name == value and value not in ("", "..", *_RESERVED_NAMES)
+    expected = (
+        f"the name of a folder within the dump folder, and none of {', '.join(_RESERVED_NAMES)}"
+    )
+    _require(is_name, flag, value, expected)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +66,7 @@ class Job:
 
 
 @dataclass(kw_only=True, slots=True)
-class Model:
+class ModelConfig:
     config: str = "configs/softpick_transformer_tiny.json"
     """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
     tokenizer_path: str = "byte"
@@ -124,7 +127,7 @@ class LRScheduler:
         _require(0 <= self.lr_min <= 1, "lr_scheduler.lr_min", self.lr_min, "between 0 and 1")
 
 
-# data_probs counts in these, so that a share is exact in every run of this many sequences
+# data_probs is a multiple of 1 / SHARE_UNITS, so that a share is exact in every block of this many sequences
 SHARE_UNITS = 10_000
 
 
@@ -138,7 +141,7 @@ class DataSource:
     data_dir: str | None
     data_files: str | None
     share: int
-    """Of `SHARE_UNITS` sequences, how many are this source's."""
+    """Sequences of this source in every `SHARE_UNITS` of the run."""
 
 
 DEFAULT_BOS = "tokenizer"
@@ -168,7 +171,7 @@ class Training:
     """Read documents in their order while training, without reading all of the data first and without
     shuffling; needs --validation.share 0."""
     num_workers: int = 0
-    """Processes, beside each training process, that tokenize (streaming) or read sequences; 0: none."""
+    """Extra processes for each training process that tokenize (streaming) or read sequences; 0: none."""
     prefetch_factor: int | None = None
     """What each worker prepares ahead: batches, or with streaming pieces of 65,536 characters. Default: 2."""
     bos: Literal["tokenizer", "sequence", "none"] | None = None
@@ -176,7 +179,7 @@ class Training:
     every sequence, and with varlen of every document; or with nothing. Default: tokenizer, or what the run in the
     dump folder began with."""
     varlen: bool = False
-    """Attention sees the own document alone: sequences are packed from documents whose positions start at
+    """A token attends to its own document only: sequences are packed from documents whose positions start at
     0, and their bounds reach the attention operator as cu_seqlens."""
     context_len: int | None = None
     """With varlen, the longest piece of a document that attends to itself. Default: seq_len."""
@@ -205,12 +208,10 @@ class Training:
     mixed_precision_param: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and activations in forward and backward; masters, gradients' reduction and the
     optimizer stay in float32. Default: bfloat16 on a GPU, float32 on a CPU."""
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Dtype in which gradients are summed over processes."""
     data_parallel_replicate_degree: int = 1
     """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
     data_parallel_shard_degree: int = -1
-    """Processes that one copy of the model is sharded over (FSDP2); -1: those that are left."""
+    """Processes that one copy of the model is sharded over (FSDP2); -1: all that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether gathered weights are freed between forward and backward. Default: those of the layers are,
     those of embedding, last norm and head are not."""
@@ -252,8 +253,8 @@ class Training:
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
         if self.bos == "sequence":
-            right = "at least 2 with --training.bos sequence, whose sequences start with bos"
-            _require(self.seq_len >= 2, "training.seq_len", self.seq_len, right)
+            expected = "at least 2 with --training.bos sequence, whose sequences start with bos"
+            _require(self.seq_len >= 2, "training.seq_len", self.seq_len, expected)
         _require(self.max_norm > 0, "training.max_norm", self.max_norm, "positive")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2^63")
         name = "training.max_skipped_steps"
@@ -265,10 +266,10 @@ class Training:
         _require(shard == -1 or shard >= 1, name, shard, "-1 or at least 1")
 
     def sources(self) -> list[DataSource]:
-        """The sources of ``dataset``, each with its own of the other flags.
+        """The sources of ``dataset``, each with its values of the other flags.
 
         Raises:
-            UsageError: A flag has another number of values than there are sources, or the shares are none.
+            UsageError: A flag has not one value for each source, or ``data_probs`` are not valid shares.
         """
         datasets = split_list(self.dataset)
         columns = {}
@@ -279,10 +280,10 @@ class Training:
                 continue
             # with one source a comma is part of the value
             values = [value] if len(datasets) == 1 else value.split(",")
-            right = (
+            expected = (
                 f"{len(datasets)} values separated by commas, one for each of --training.dataset"
             )
-            _require(len(values) == len(datasets), f"training.{name}", value, right)
+            _require(len(values) == len(datasets), f"training.{name}", value, expected)
             default = "train" if name == "dataset_split" else None
             columns[name] = [entry or default for entry in values]
         shares = self._shares(len(datasets))
@@ -294,7 +295,7 @@ class Training:
     def _shares(self, count: int) -> list[int]:
         if self.data_probs is None and count == 1:
             return [SHARE_UNITS]
-        right = (
+        expected = (
             f"{count} numbers, one for each of --training.dataset, separated by commas, each a positive "
             "multiple of 0.0001, that sum to 1"
         )
@@ -310,7 +311,7 @@ class Training:
             and all(abs(x - share) < 1e-6 for x, share in zip(exact, shares, strict=True)),
             "training.data_probs",
             self.data_probs,
-            right,
+            expected,
         )
         return shares
 
@@ -342,43 +343,10 @@ class ActivationCheckpoint:
 class Experimental:
     context_parallel_degree: int = 1
     """Processes that share each sequence; every one needs the keys and values of all of it."""
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values reach the other processes; only allgather exists for softpick."""
-    pipeline_parallel_degree: int = 1
-    """Only 1: there is no pipeline parallelism."""
-    enable_async_tensor_parallel: bool = False
-    """Refused: tensor parallelism does not overlap its communication."""
-    enable_compiled_autograd: bool = False
-    """Refused: torchtitan 0.2.2 has dropped it."""
 
     def __post_init__(self) -> None:
         degree = self.context_parallel_degree
         _require(degree >= 1, "experimental.context_parallel_degree", degree, "at least 1")
-        _require(
-            self.context_parallel_rotate_method == "allgather",
-            "experimental.context_parallel_rotate_method",
-            self.context_parallel_rotate_method,
-            "allgather, the only way that softpick attention takes its keys",
-        )
-        _require(
-            self.pipeline_parallel_degree == 1,
-            "experimental.pipeline_parallel_degree",
-            self.pipeline_parallel_degree,
-            "1: there is no pipeline parallelism; shard with --training.data_parallel_shard_degree or "
-            "--training.tensor_parallel_degree instead",
-        )
-        _require(
-            not self.enable_async_tensor_parallel,
-            "experimental.enable_async_tensor_parallel",
-            self.enable_async_tensor_parallel,
-            "left out: --training.tensor_parallel_degree works without it",
-        )
-        _require(
-            not self.enable_compiled_autograd,
-            "experimental.enable_compiled_autograd",
-            self.enable_compiled_autograd,
-            "left out: --training.compile compiles forward and backward of each layer without it",
-        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -386,8 +354,8 @@ class Validation:
     share: float = 0.05
     """Share of the tokens, the last ones, that is held out; 0: no validation."""
     sequences: int = 0
-    """With training.streaming, in the place of share: sequences held out, as many of each source, whose
-    first documents they are."""
+    """With training.streaming, instead of share: number of sequences held out of each source, from its
+    first documents."""
     freq: int = 100
     """Steps between two measurements of the validation loss; the last step is always measured."""
 
@@ -422,8 +390,8 @@ class Checkpoint:
     """Checkpoint to start from, a folder step-N of any run or what flame.convert hf-to-dcp wrote. A run
     that has a checkpoint of its own continues from that."""
     initial_load_model_weights_only: bool = True
-    """Take the weights of initial_load_path alone; otherwise optimizer, schedule, step, place in the data
-    and random state too."""
+    """Take the weights of initial_load_path alone; otherwise also optimizer, schedule, step, position in
+    the data and random state."""
     exclude_from_loading: str = ""
     """What not to take from initial_load_path, with no_initial_load_model_weights_only: some of
     optimizer, lr_scheduler, dataloader, train_state, rng, separated by commas."""
@@ -492,7 +460,7 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True, slots=True)
-class Metrics:
+class MetricsConfig:
     log_freq: int = 10
     """Steps between two lines of the log, of metrics.jsonl and of TensorBoard; the first step is always
     logged."""
@@ -566,11 +534,11 @@ class Comm:
         for name in ("init_timeout_seconds", "train_timeout_seconds"):
             value = getattr(self, name)
             # sockets count milliseconds in 32 bits
-            right = "between 1 and 2000000"
-            _require(1 <= value <= 2_000_000, f"comm.{name}", value, right)
+            expected = "between 1 and 2000000"
+            _require(1 <= value <= 2_000_000, f"comm.{name}", value, expected)
         # torch takes the memory for all of them at once
-        is_right = 0 <= self.trace_buf_size <= 1_000_000
-        _require(is_right, "comm.trace_buf_size", self.trace_buf_size, "between 0 and 1000000")
+        is_valid = 0 <= self.trace_buf_size <= 1_000_000
+        _require(is_valid, "comm.trace_buf_size", self.trace_buf_size, "between 0 and 1000000")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -614,7 +582,7 @@ class Sample:
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
     job: Job = field(default_factory=Job)
-    model: Model = field(default_factory=Model)
+    model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
@@ -622,7 +590,7 @@ class JobConfig:
     experimental: Experimental = field(default_factory=Experimental)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
     memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
@@ -637,8 +605,8 @@ class JobConfig:
         }
         for flag, name in names.items():
             others = [other for other, taken in names.items() if taken == name and other != flag]
-            right = f"a folder of its own, not that of --{others[0] if others else flag}"
-            _require(not others, flag, name, right)
+            expected = f"a folder of its own, not that of --{others[0] if others else flag}"
+            _require(not others, flag, name, expected)
         streaming, share = self.training.streaming, self.validation.share
         _require(
             not streaming or share == 0,

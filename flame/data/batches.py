@@ -1,4 +1,4 @@
-"""Rows of tokens to the tensors of a batch, with the bounds of documents for packed attention."""
+"""Builds the tensors of a batch from rows of tokens, with the bounds of documents for packed attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# the label that torch's cross-entropy leaves out
+# the label that torch's cross-entropy ignores
 IGNORE_INDEX = -100
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -14,10 +14,10 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True)
 class Rows:
-    """Sequences as they are read."""
+    """Sequences of a batch, as read from a source."""
 
     tokens: np.ndarray
-    """Inputs and one label more ``[B, T + 1]``."""
+    """Inputs and one more label, ``[B, T + 1]``."""
     ends: list[np.ndarray]
     """For each row, one past the last token of every document that ends within its inputs."""
 
@@ -31,10 +31,10 @@ def to_batch(rows: Rows, context_len: int | None) -> Batch:
         context_len: None for plain causal attention. Else the inputs get ``positions`` int64 ``[B, T]``
             and ``cu_seqlens`` int32 ``[N + 1]``: bounds within the rows laid end to end, 0 to ``B * T``,
             at every end of a row or a document, and after every ``context_len`` tokens of a piece.
-            Positions start at 0 behind each bound.
+            Positions start at 0 after each bound.
     """
     tokens = torch.from_numpy(rows.tokens.astype(np.int64))
-    # copies: of one row a slice counts as contiguous, and the two would share memory
+    # cloned: slices of a single row count as contiguous, so inputs and labels would share memory
     inputs, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     if context_len is None:
         return {"input": inputs}, labels

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 MODES = ("tokenizer", "sequence", "none")
 BEFORE_THE_FLAG = "none"
-"""What runs, token files and exports were made with that say nothing of it."""
+"""Mode of runs, token files and exports that do not record one."""
 
 _FLAG = "--training.bos"
 _CONFIG = "tokenizer_config.json"
@@ -28,9 +28,9 @@ def affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Ids that the tokenizer itself adds before and after a text.
 
     Raises:
-        ValueError: It does something else with a text, such as repeating it.
+        ValueError: The post-processor does something else, such as repeating the text.
     """
-    # a tokenizer of one word, so that no text can be without tokens
+    # a tokenizer of a single word, so that every text has tokens
     probe = _probe(tokenizer.backend_tokenizer.post_processor)
     encoding = probe.encode("x")
     texts = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
@@ -87,7 +87,7 @@ def before_prompt(tokenizer: PreTrainedTokenizerFast, mode: str) -> list[int]:
 
 
 def describe(tokenizer: PreTrainedTokenizerFast, mode: str, *, varlen: bool) -> str:
-    """What begins with which token, for people."""
+    """Which token begins documents or sequences, for the log."""
     tokens = " ".join(tokenizer.convert_ids_to_tokens(before_prompt(tokenizer, mode)))
     what = "every document" if mode == "tokenizer" else "every sequence"
     what += " and document" if mode == "sequence" and varlen else ""
@@ -96,7 +96,7 @@ def describe(tokenizer: PreTrainedTokenizerFast, mode: str, *, varlen: bool) -> 
 
 
 def for_inference(tokenizer: PreTrainedTokenizerFast, mode: str) -> PreTrainedTokenizerFast:
-    """A copy that begins a text as training did, and adds nothing after it."""
+    """A copy of the tokenizer that begins a text as training did, and adds nothing after it."""
     before = before_prompt(tokenizer, mode)
     tokenizer = copy.deepcopy(tokenizer)
     backend = tokenizer.backend_tokenizer
@@ -115,12 +115,12 @@ def save_for_inference(tokenizer: PreTrainedTokenizerFast, mode: str, folder: Pa
     tokenizer.save_pretrained(folder)
     file = folder / _CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
-    # other classes build parts of a tokenizer anew, each version in its own way, instead of reading tokenizer.json
+    # other classes rebuild parts of a tokenizer, which differ by version, instead of reading tokenizer.json
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     # transformers reads the post-processor instead; for programs that read the file
     config["add_bos_token"] = before_prompt(tokenizer, "tokenizer")[:1] == [tokenizer.bos_token_id]
     config["add_eos_token"] = False
-    # of the machine that wrote it
+    # these describe the machine that wrote the file
     for key in ("is_local", "local_files_only", "name_or_path"):
         config.pop(key, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -129,7 +129,7 @@ def save_for_inference(tokenizer: PreTrainedTokenizerFast, mode: str, folder: Pa
 def _post_processor(
     ids: list[int], tokens: list[str], replaced: PostProcessor | None
 ) -> PostProcessor:
-    """Adds ``tokens`` before a text; from ``replaced`` it keeps what adds no tokens."""
+    """A post-processor that adds ``tokens`` before a text, and keeps the parts of ``replaced`` that add no tokens."""
     special = {
         token: {"id": token, "ids": [number], "tokens": [token]}
         for number, token in zip(ids, tokens, strict=True)
@@ -148,7 +148,7 @@ def _post_processor(
     old = json.loads(_probe(replaced).to_str())["post_processor"] or {}
     kept = [p for p in old.get("processors", [old]) if p.get("type") == "ByteLevel"]
     processor = {"type": "Sequence", "processors": [*kept, template]} if kept else template
-    # as JSON, since a template in words cannot name every token
+    # built as JSON, since a template string cannot name every token
     spec = json.loads(_probe(None).to_str()) | {"post_processor": processor}
     return Tokenizer.from_str(json.dumps(spec)).post_processor
 

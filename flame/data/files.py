@@ -1,7 +1,6 @@
-"""The documents of one file, from any of them on.
+"""Reads the documents of one file, starting at any of them.
 
-The kind of a file is the ending of its name, and what cannot be read is an error that names the file and the
-place.
+The ending of the name decides the format. What cannot be read is an error that names the file and the position.
 """
 
 import bz2
@@ -41,13 +40,13 @@ def split_ending(file: Path) -> tuple[str, str]:
 
 
 def endings() -> str:
-    """What `read_file` knows, in words."""
+    """The endings that `read_file` knows, as text for messages."""
     *first, last = _READERS
     return f"{', '.join(first)} or {last}"
 
 
 def compressions() -> str:
-    """How text may be compressed, in words."""
+    """The compressions that `read_file` knows, as text for messages."""
     *first, last = _COMPRESSIONS
     return f"{', '.join(first)} or {last}"
 
@@ -61,7 +60,7 @@ def read_file(file: Path, start: int = 0) -> Iterator[str]:
     """The documents of one file one by one, from the ``start``-th on.
 
     Raises:
-        ValueError: As `load_documents`; that the file holds no text is known at its end.
+        ValueError: As `load_documents`; a file without text raises at its end.
     """
     ending, compression = split_ending(file)
     if not is_readable(file):
@@ -73,7 +72,7 @@ def read_file(file: Path, start: int = 0) -> Iterator[str]:
             f"convert or rename it (text may be compressed: {compressions()})",
         )
     if file.exists() and not file.is_file():
-        # reading a pipe would wait for somebody to write
+        # reading a pipe would block until something is written
         fail(file, "is no regular file", "give a file that can be read")
     is_empty = start == 0
     try:
@@ -95,7 +94,7 @@ def _open(file: Path) -> Iterator[BinaryIO]:
             yield opened
         return
     with file.open("rb"):
-        # what is wrong with the file itself keeps its own words
+        # errors of the file itself keep their message
         pass
     try:
         with _COMPRESSIONS[compression](file) as opened:
@@ -190,7 +189,7 @@ _TEXT_READERS = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
 }
-# these two compress their columns themselves
+# these two formats compress their columns themselves
 _READERS = {**_TEXT_READERS, ".arrow": _read_arrow, ".parquet": _read_parquet}
 
 _COMPRESSIONS = {
@@ -231,7 +230,7 @@ def _text_of(file: Path, record: object, where: str) -> str:
         kind = type(text).__name__
         fail(file, f'{where}has {kind} under "{TEXT}"', "each must be a string")
     try:
-        # JSON can escape half a surrogate pair, which is no text and no tokenizer takes
+        # JSON can escape half a surrogate pair, which is not valid text
         text.encode()
     except UnicodeEncodeError:
         fail(file, f"{where}has a lone surrogate", "write the character as UTF-8")
@@ -274,7 +273,7 @@ def check_column(source: str, column: "pa.ChunkedArray", first: int = 0) -> "pa.
             f"{_FLAG} {source!r}: column {TEXT!r} holds {column.type}; it must hold strings"
         )
     if column.type != kind:
-        # of a dictionary; offsets of 64 bits, since texts that it holds once are written out
+        # decodes a dictionary column; 64-bit offsets, since repeated texts are written out
         column = column.cast(pa.large_string())
     if column.null_count:
         row = first + pc.index(column.is_null(), True).as_py()

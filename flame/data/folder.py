@@ -1,7 +1,7 @@
-"""Which files of a folder are the data: its splits, what only describes it, what `datasets` has saved.
+"""Finds the data files of a folder: its splits, files that only describe the data, folders saved by `datasets`.
 
-Splits are those of the Hugging Face Hub: what the dataset card README.md configures, else what the names of
-files and folders tell, such as ``data/train-00000-of-00001.parquet`` or ``test/``.
+Splits are those of the Hugging Face Hub: what the dataset card README.md configures, else those in the
+names of files and folders, such as ``data/train-00000-of-00001.parquet`` or ``test/``.
 """
 
 import glob
@@ -22,7 +22,7 @@ _SPLIT_FLAG = "--training.dataset_split"
 _FILES_FLAG = "--training.data_files"
 _CARD = "README.md"
 ALL = "all"
-# data, but of a kind that is not read: never left out
+# data in a format that is not read: such files raise an error
 _OTHER_DATA = {
     *(
         ".csv",
@@ -45,7 +45,7 @@ def folder_files(dataset: str, folder: Path, name: str | None, split: str) -> li
     """The files of a split of a folder, of all of it where it has no splits.
 
     Args:
-        dataset: What the user calls the folder.
+        dataset: The user's name for the folder, for messages.
         folder: The folder.
         name: Configuration, for a folder whose card has some.
         split: Name of a split, several joined by ``+``, or ``"all"``.
@@ -99,8 +99,8 @@ def has_splits(dataset: str, folder: Path) -> bool:
 
 
 def matching_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
-    """The files below the folder that match at least one pattern, sorted by path; what describes the data
-    is no match of a wildcard.
+    """The files below the folder that match at least one pattern, sorted by path. Wildcards do not
+    match files that only describe the data.
 
     Raises:
         ValueError: A pattern matches nothing.
@@ -215,7 +215,7 @@ def _named_splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
         SPLIT_PATTERN_SHARDED,
     )
 
-    # not its own resolver, which walks the folder once a pattern: seconds for some thousand files
+    # datasets' own resolver walks the folder once per pattern, which takes seconds for some thousand files
     names = {file.relative_to(folder).as_posix(): file for file in files}
     splits: dict[str, list[Path]] = {}
     any_split = _expression([SPLIT_PATTERN_SHARDED.format(split="*")])
@@ -286,7 +286,7 @@ def _list(folder: Path) -> list[Path]:
 
 
 def _descriptions(files: Iterable[Path]) -> set[Path]:
-    """Those of the files that describe data and are none: a card, what `datasets` writes beside it.
+    """The files that describe the data and are not part of it: a card, and files that `datasets` adds.
 
     A README.md is text where all files below its folder are .md.
     """

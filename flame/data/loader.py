@@ -1,4 +1,4 @@
-"""Batches from sources that can be read at any place, in an order that no number of ranks changes."""
+"""Batches from sources that can be read at any position, in an order that does not depend on the number of ranks."""
 
 import zlib
 from collections import deque
@@ -14,8 +14,8 @@ from flame.data.mixing import Mixture, permutation
 from flame.data.source import TokenSource
 from flame.data.workers import Workers
 
-# what must be equal for a saved position to mean the same, with the flag to look at where it is not
-_FINGERPRINT = {
+# values that must be equal for a saved position to be valid, with the flag to check where they differ
+_FINGERPRINT_FLAGS = {
     "seq_len": "--training.seq_len",
     "seed": "--training.seed",
     "num_sequences": "--training.dataset",
@@ -26,19 +26,18 @@ _FINGERPRINT = {
 class TokenLoader(Stateful):
     """Endless training batches for one data-parallel rank, with exact resume.
 
-    Each source is cut into sequences; sequence ``i`` has the inputs ``tokens[i * seq_len : (i + 1) *
-    seq_len]`` and the same shifted by one as labels, or what `TokenSource` makes with a bos. One global order visits them: `Mixture` says which
-    source a place takes from, and a source gives all of its sequences in a fresh permutation each epoch
-    of its own, a function of ``seed``, source and epoch. Every step takes the next ``dp_world_size *
-    batch_size`` places of that order, rank ``r`` the ``r``-th ``batch_size`` of them; an epoch may end
-    inside a batch.
+    Each source is cut into sequences. Sequence ``i`` has the inputs ``tokens[i * seq_len : (i + 1) * seq_len]`` and
+    the same shifted by one as labels; with a bos, what `TokenSource` makes. One global order visits all sequences:
+    `Mixture` maps a position to a source. In each of its epochs a source gives all of its sequences in a new
+    permutation, a function of ``seed``, source and epoch. Every step takes the next ``dp_world_size * batch_size``
+    positions; rank ``r`` takes the ``r``-th ``batch_size`` of them. An epoch may end inside a batch.
 
-    The state is the place in the global order, the same on every rank, so a run goes on exactly where
-    it stopped, on any number of ranks and workers and with any batch size.
+    The state is the position in the global order, the same on every rank. A run therefore continues exactly where it
+    stopped, on any number of ranks and workers and with any batch size.
 
     Args:
         sources: What to read, each at least one sequence long.
-        shares: Places of each source among ``sum(shares)``.
+        shares: Positions of each source in a block of ``sum(shares)``.
         seq_len: Sequence length ``T`` in tokens.
         batch_size: Sequences ``B`` a batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
@@ -48,8 +47,8 @@ class TokenLoader(Stateful):
         num_workers: Processes that read ahead; 0: the batch is read when it is asked for.
         prefetch_factor: Batches that each of them reads ahead.
 
-    Iterating yields what `to_batch` makes. Several iterators of one loader share its place. The state
-    counts a batch as soon as it is handed out, however far the workers are ahead.
+    Iterating yields what `to_batch` makes. Several iterators of one loader share its position. The
+    state counts a batch when it is handed out, however far ahead the workers are.
 
     Raises:
         ValueError: An argument is out of range, or a source is shorter than one sequence.
@@ -98,7 +97,7 @@ class TokenLoader(Stateful):
 
     def __iter__(self) -> Iterator[Batch]:
         stride = self._dp_world_size * self._batch_size
-        # places where a step starts, with what is being read for it
+        # first position of a step, and the future of its rows
         ahead: deque[tuple[int, Future[Rows]]] = deque()
         while True:
             if ahead and ahead[0][0] != self.sequences_seen:
@@ -112,7 +111,7 @@ class TokenLoader(Stateful):
             yield to_batch(rows, self._context_len)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the global order, and a fingerprint of that order; plain ints."""
+        """The position in the global order, and a fingerprint of that order; plain ints."""
         return {
             "sequences_seen": self.sequences_seen,
             "seq_len": self._seq_len,
@@ -122,12 +121,12 @@ class TokenLoader(Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved place.
+        """Goes to a saved position.
 
         Raises:
             ValueError: The state belongs to other data, another sequence length or another seed.
         """
-        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT)
+        check_fingerprint(state_dict, self.state_dict(), _FINGERPRINT_FLAGS)
         self.sequences_seen = state_dict["sequences_seen"]
 
     def close(self) -> None:
@@ -135,11 +134,11 @@ class TokenLoader(Stateful):
         self._workers.close()
 
     def _read(self, start: int) -> Rows:
-        """This rank's rows of the step whose places begin at ``start``."""
+        """This rank's rows of the step whose positions begin at ``start``."""
         first = start + self._dp_rank * self._batch_size
         pairs = []
-        for place in range(first, first + self._batch_size):
-            source, number = self._mixture.locate(place)
+        for position in range(first, first + self._batch_size):
+            source, number = self._mixture.locate(position)
             epoch, i = divmod(number, self._counts[source])
             pairs.append((self._sources[source], int(self._order(source, epoch)[i])))
         return _rows(pairs, self._seq_len)
@@ -165,9 +164,9 @@ def validation_batches(
     """All sequences of the held-out sources once, in order, dealt out to the ranks batch by batch.
 
     Every rank yields the same number of batches, so that collectives match, all of them ``[B, T]``:
-    what is left over is filled with rows of token 0 whose labels are all ``IGNORE_INDEX``. A batch, and
-    on a short stream all batches of a rank, can be nothing else: sum the losses and the valid labels
-    over batches and ranks, and divide once.
+    the rest is filled with rows of token 0 whose labels are all ``IGNORE_INDEX``. A batch, and on a short stream all
+    batches of a rank, can consist of such rows: sum the losses and the valid labels over batches and ranks, and
+    divide once.
 
     Args:
         sources: What is held out; with no whole sequence, as for a validation share of 0, there are no
@@ -217,7 +216,7 @@ def _rows(pairs: Sequence[tuple[TokenSource, int]], seq_len: int) -> Rows:
 
 
 def _combined(checksums: Sequence[int], shares: Sequence[int]) -> int:
-    """One number for all sources and their shares; of one source its own."""
+    """One checksum for all sources and their shares; that of the source if there is only one."""
     if len(checksums) == 1:
         return checksums[0]
     return zlib.crc32(repr((list(checksums), list(shares))).encode())

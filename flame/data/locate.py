@@ -28,7 +28,7 @@ def local_path(flag: str, value: str, expected: str) -> Path | None:
     Args:
         flag: The flag that carried the value, for the message.
         value: A path, ``~`` allowed, or a hub name, ``name`` or ``owner/name``.
-        expected: What would be right, for the message.
+        expected: Valid values, for the message.
 
     Raises:
         ValueError: The value is empty, a URL, or reads as a path and does not exist.

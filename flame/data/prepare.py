@@ -33,7 +33,7 @@ from flame.data.prepared import (
     INDEX,
     TOKENS,
     sample_crc32,
-    tokenizer_identity,
+    tokenizer_fingerprint,
     verify,
 )
 from flame.data.shards import Shards, open_shards
@@ -41,13 +41,13 @@ from flame.data.tokenizer import load_tokenizer
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 
-# characters that a process gets at a time, and at least one document
+# characters that a process gets at a time; at least one document
 _CHUNK = 1 << 20
 _SECONDS_BETWEEN_LINES = 10
 
 
 class _Stopped(Exception):  # noqa: N818  # no error: the user asked
-    """SIGTERM or SIGHUP, so that what is half written is removed as after Ctrl-C."""
+    """SIGTERM or SIGHUP as an exception, so that unfinished files are removed as after Ctrl-C."""
 
 
 def prepare(
@@ -61,17 +61,17 @@ def prepare(
 ) -> None:
     """Writes the token files of a source; the same bytes whatever ``num_proc``.
 
-    They are written beside ``out`` and moved there when all is on the disk, so ``out`` is complete or not
-    there. In memory are a few pieces of 1 MiB of text for each process, and what one text file, JSON array
-    or parquet row group holds.
+    They are written next to ``out`` and moved there when all is on the disk, so ``out`` is either complete or absent.
+    Memory holds a few pieces of 1 MiB of text for each process, and the content of one text file, JSON array or
+    parquet row group.
 
     Args:
         source: What to read.
         tokenizer: Tokenizes it.
-        tokenizer_path: What the tokenizer is called in the index.
-        out: Folder to make, which must not exist.
-        num_proc: Processes that tokenize; the one that calls reads and writes.
-        bos: A mode of `flame.data.bos`, that of the runs to come.
+        tokenizer_path: Name of the tokenizer in the index.
+        out: Folder to create, which must not exist.
+        num_proc: Processes that tokenize; the calling one reads and writes.
+        bos: A mode of `flame.data.bos`, that of the runs that will use the files.
 
     Raises:
         UsageError: ``out`` exists or cannot be written.
@@ -95,7 +95,7 @@ def prepare(
         index |= {
             "bos": bos,
             "before_document": around_document(tokenizer, bos)[0],
-            "tokenizer": {"path": tokenizer_path, **tokenizer_identity(tokenizer)},
+            "tokenizer": {"path": tokenizer_path, **tokenizer_fingerprint(tokenizer)},
             "source": {
                 flag: value
                 for flag, value in (
@@ -112,7 +112,7 @@ def prepare(
         with (folder / INDEX).open("w", encoding="utf-8") as file:
             file.write(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
             _flush(file)
-        # mkdtemp makes it for its owner alone
+        # mkdtemp gives access to the owner only
         apply_umask(folder)
         folder.rename(out)
     except OSError as error:
@@ -124,7 +124,7 @@ def prepare(
 
 
 def _write(shards: Shards, workers: Workers, dtype: np.dtype, folder: Path) -> dict[str, object]:
-    """Writes both files, in the order of the documents; returns what the index says of them."""
+    """Writes both files, in the order of the documents; returns their entries of the index."""
     tokens_sha256, ends_sha256 = hashlib.sha256(), hashlib.sha256()
     num_tokens = num_documents = num_characters = 0
     start = last_line = time.monotonic()

@@ -39,7 +39,7 @@ def is_prepared(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """What must be equal for two tokenizers to make the same ids of a text."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
@@ -106,7 +106,7 @@ def read_prepared(
             f"--training.bos {mode}: {_FLAG} {name!r} was written with --training.bos {made_for}; give that, or "
             "prepare the data again"
         )
-    theirs, own = index["tokenizer"], tokenizer_identity(tokenizer)
+    theirs, own = index["tokenizer"], tokenizer_fingerprint(tokenizer)
     if mode is None:
         del own["tokenizer_sha256"]
     for field, value in own.items():

@@ -1,4 +1,4 @@
-"""The data of a run as its flags describe it: what to train on, what is held out, what identifies it."""
+"""The data of a run, opened from its flags: what to train on, what to hold out, and its fingerprint."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -15,19 +15,19 @@ from flame.data.shards import open_shards
 from flame.data.source import TokenSource
 from flame.data.stream import StreamLoader, hold_out
 from flame.data.text import PYTHON_DOCS, load_documents, refuse_hub_options
-from flame.data.tokenizer import IDENTITY_KEY, tokenizer_sha256
+from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
 from flame.data.tokens import Encoder
 
 
 class RunData(Protocol):
     """What the trainer asks of the data."""
 
-    identity: dict[str, Any]
-    """What must stay the same for a run to be continued; cheap, nothing is read for it."""
+    fingerprint: dict[str, Any]
+    """Values that must not change on resume. No data is read for them."""
     summary: str
-    """Sizes, for people."""
+    """Sizes of the data, for the log."""
     begins: str
-    """What begins with which token, for people."""
+    """Which token begins documents and sequences, for the log."""
 
     def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader | StreamLoader:
         """Endless training batches of one data-parallel rank."""
@@ -40,8 +40,8 @@ class RunData(Protocol):
         ...
 
 
-class _Held:
-    """What both kinds have alike."""
+class _RunDataBase:
+    """Flags and held-out sequences, common to data in memory and streamed data."""
 
     def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         t = config.training
@@ -52,7 +52,7 @@ class _Held:
             "has_document_bos": mode == "sequence" and t.varlen,
         }
         self.begins = describe(tokenizer, mode, varlen=t.varlen)
-        self._tokenizer_identity = {IDENTITY_KEY: tokenizer_sha256(tokenizer)}
+        self._tokenizer_fingerprint = {TOKENIZER_KEY: tokenizer_sha256(tokenizer)}
         self._shares = [source.share for source in t.sources()]
         self._seed = t.seed
         self._workers = {
@@ -75,7 +75,7 @@ class _Held:
         )
 
 
-class _MapData(_Held):
+class _MapData(_RunDataBase):
     def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(config, tokenizer)
         sources = [
@@ -85,8 +85,8 @@ class _MapData(_Held):
         parts = [s.split(config.training.seq_len, config.validation.share) for s in sources]
         self._train = [train for train, _ in parts]
         self._held_out = [held_out for _, held_out in parts]
-        self.identity = self._tokenizer_identity | {
-            what + _of(sources, source): value
+        self.fingerprint = self._tokenizer_fingerprint | {
+            what + _source_suffix(sources, source): value
             for source in sources
             for what, value in (
                 ("the number of tokens", len(source.tokens)),
@@ -110,7 +110,7 @@ class _MapData(_Held):
         )
 
 
-class _StreamData(_Held):
+class _StreamData(_RunDataBase):
     def __init__(self, config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(config, tokenizer)
         sources = [open_shards(source, streaming=True) for source in config.training.sources()]
@@ -125,9 +125,9 @@ class _StreamData(_Held):
             )
             self._held_out.append(held_out)
             self._train.append((shards, begin))
-        # of files on this machine the loader's state knows which may change
-        self.identity = self._tokenizer_identity | {
-            f"the files{_of(sources, shards)}": shards.identity
+        # local files are left to the loader's state, which knows which of them may change
+        self.fingerprint = self._tokenizer_fingerprint | {
+            f"the files{_source_suffix(sources, shards)}": shards.fingerprint
             for shards in sources
             if shards.files is None
         }
@@ -162,7 +162,8 @@ def open_data(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
     return kind(config, tokenizer)
 
 
-def _of(sources: list[Any], source: Any) -> str:
+def _source_suffix(sources: list[Any], source: Any) -> str:
+    """End of a fingerprint's key: which source it is of, if there are several, and its flag."""
     number = f" of source {sources.index(source) + 1}" if len(sources) > 1 else ""
     return f"{number} (--training.dataset)"
 

@@ -1,4 +1,4 @@
-"""Documents of a source one by one, from any place on: what streaming and `flame.data.prepare` read."""
+"""Documents of a source one by one, from any document on; streaming and `flame.data.prepare` read them."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,18 +17,19 @@ _FLAG = "--training.dataset"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shards:
-    """A source in parts, in a fixed order; each is read from its start or from a document on."""
+    """A source in parts, in a fixed order; a part can be read from any of its documents on."""
 
     name: str
     """What messages call the source."""
     count: int
     """Number of parts."""
     read: Callable[[int, int], Iterator[str]]
-    """Documents of a part, from a document on. Raises ValueError that names a part which is empty or damaged."""
-    identity: str
+    """``read(part, start)``: documents of a part from number ``start`` on. Raises ValueError, which names the part, if
+    it is empty or damaged."""
+    fingerprint: str
     """Changes when parts are added, removed, renamed or resized."""
     files: tuple[tuple[str, int], ...] | None = None
-    """Name and size of the file that each part is; None where parts are no files of this machine."""
+    """Name and size of the file of each part; None where parts are not local files."""
 
     def part(self, shard: int) -> str:
         """What messages call a part."""
@@ -40,7 +41,7 @@ def open_shards(source: DataSource, *, streaming: bool) -> Shards:
 
     Args:
         source: What to read.
-        streaming: Read a hub dataset as it comes, without a local copy.
+        streaming: Read a hub dataset from the network, without a local copy.
 
     Raises:
         ValueError: As `load_documents`, as far as it is known without reading; or a prepared folder,

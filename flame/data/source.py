@@ -1,4 +1,4 @@
-"""Tokens that can be read at any place, in memory or in a memory map, with the ends of their documents."""
+"""Tokens that can be read at any position, in memory or in a memory map, with the ends of their documents."""
 
 import zlib
 from bisect import bisect_left
@@ -59,7 +59,7 @@ class TokenSource:
         length += self._num_starts()
         count = max(0, (length - 1) // stride)
         last = (count - 1) * stride
-        # one that begins with a document's bos reaches one token further
+        # a sequence that begins with a document's bos ends one token later
         return count - (count > 0 and self._is_start(last) and last + seq_len + 1 > length)
 
     def read(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -79,8 +79,8 @@ class TokenSource:
         """Tokens from the start of a sequence to that of the next."""
         return seq_len - (self.bos is not None)
 
-    # With a bos before every document there are two ways to count: indices of `tokens`, and places in the stream
-    # that has the bos too. The j-th document that starts in this part has its bos at place start(j) + j.
+    # With a bos before every document there are two ways to count: indices of `tokens`, and positions in the stream
+    # that has the bos too. The j-th document that starts in this part has its bos at position start(j) + j.
 
     def _start(self, j: int) -> int:
         """Index of the first token of the j-th document that starts in this part."""
@@ -95,24 +95,24 @@ class TokenSource:
         high = int(np.searchsorted(self.ends, self.offset + len(self.tokens)))
         return high - self._first_end() if len(self.tokens) else 0
 
-    def _starts_before(self, place: int) -> int:
-        return bisect_left(range(self._num_starts()), place, key=lambda j: self._start(j) + j)
+    def _starts_before(self, position: int) -> int:
+        return bisect_left(range(self._num_starts()), position, key=lambda j: self._start(j) + j)
 
-    def _is_start(self, place: int) -> bool:
-        j = self._starts_before(place)
-        return j < self._num_starts() and self._start(j) + j == place
+    def _is_start(self, position: int) -> bool:
+        j = self._starts_before(position)
+        return j < self._num_starts() and self._start(j) + j == position
 
-    def _read_with_bos(self, place: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read_with_bos(self, position: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         bos: int = self.bos  # pyright: ignore[reportAssignmentType]  # has_document_bos comes with one
-        # the sequence's own bos is that of the document, or comes before the rest of one
-        place += self._is_start(place)
-        j = self._starts_before(place)
-        first = place - j
+        # the bos of the sequence is that of its first document, or precedes the rest of a document
+        position += self._is_start(position)
+        j = self._starts_before(position)
+        first = position - j
         low = self._first_end() + j
         high = np.searchsorted(self.ends, self.offset + first + seq_len)
         starts = np.asarray(self.ends[low:high]).astype(np.int64) - self.offset - first
         tokens = np.insert(self.tokens[first : first + seq_len], starts, bos)[:seq_len]
-        # where their bos are now
+        # the positions of their bos after the insertion
         ends = starts + np.arange(1, len(starts) + 1)
         return np.insert(tokens, 0, bos), ends[ends <= seq_len]
 
@@ -128,8 +128,8 @@ class TokenSource:
 
 def sample_crc32(tokens: np.ndarray) -> int:
     """CRC-32 of evenly spaced tokens."""
-    places = np.linspace(0, len(tokens) - 1, _CHECKSUM_SAMPLES).astype(np.int64)
-    return zlib.crc32(tokens[places].astype("<u4").tobytes())
+    sampled = np.linspace(0, len(tokens) - 1, _CHECKSUM_SAMPLES).astype(np.int64)
+    return zlib.crc32(tokens[sampled].astype("<u4").tobytes())
 
 
 def crc32(tokens: np.ndarray) -> int:

@@ -1,7 +1,7 @@
 """Batches from documents that are read and tokenized while training, in their own order.
 
-Each source is one endless stream of tokens: its documents in the order of its shards, each ended by eos,
-again and again. Sequences are cut from it one after the other, nothing is dropped or shuffled.
+Each source is one endless stream of tokens: its documents in the order of its shards, each followed by eos, repeated
+without end. Sequences are cut from it one after the other; nothing is dropped or shuffled.
 """
 
 import json
@@ -23,19 +23,19 @@ from flame.data.source import TokenSource, crc32
 from flame.data.tokens import Encoder
 from flame.data.workers import Workers
 
-# characters that a worker gets at a time, and at least one document
+# characters that a worker gets at a time; at least one document
 _CHUNK = 1 << 16
 
 _FLAG = "--training.dataset"
-# of the record of what was read
+# fields of the record of what was read, with the flag to check where they differ
 _RECORD = dict.fromkeys(("shares", "identities", "begins", "held_out"), _FLAG) | {
     "encoding": "--model.tokenizer_path, --training.bos"
 }
-_FINGERPRINT = {"seq_len": "--training.seq_len", "seed": "--training.seed"}
+_FINGERPRINT_FLAGS = {"seq_len": "--training.seq_len", "seed": "--training.seed"}
 
 
 class Cursor(NamedTuple):
-    """Place of a document in the stream of a source."""
+    """Position of a document in the stream of a source."""
 
     epoch: int = 0
     shard: int = 0
@@ -99,35 +99,35 @@ def hold_out(
 
 
 class _TokenStream:
-    """The tokens of one source from a place on, tokenized ahead by workers."""
+    """The tokens of one source from a position on, tokenized ahead by workers."""
 
     def __init__(
         self, shards: Shards, begin: Cursor, workers: Workers, document_bos: int | None
     ) -> None:
         self._shards, self._begin, self._workers = shards, begin, workers
-        # in front of every document
+        # added before every document
         self._bos = [] if document_bos is None else [document_bos]
         self.seek(begin, 0)
 
     def seek(self, cursor: Cursor, offset: int, document: np.ndarray | int | None = None) -> None:
-        """Goes to the ``offset``-th token of a document, or behind its last.
+        """Goes to the ``offset``-th token of a document, or past its last.
 
         Args:
             cursor: The document.
             offset: Tokens of it that were taken.
-            document: All of its tokens or their checksum, which must be the same now; None: not known.
+            document: All of its tokens or their checksum, which must not have changed; None: unknown.
         """
         self._reader = documents(self._shards, cursor, self._begin)
         self._error: ValueError | None = None
         self._pending: deque[tuple[list[Cursor], Future[Any]]] = deque()
-        # documents of which a token is left, the first one used up to offset
+        # documents with tokens left; those of the first are used up to offset
         self._documents: deque[tuple[Cursor, np.ndarray]] = deque()
         self._offset, self._num_tokens = offset, -offset
-        # the last document that is used up, or where reading began
+        # the last document whose tokens are used up, or the one where reading began
         self._last = (cursor, offset, document)
         self._has_begun = False
 
-    def place(self) -> tuple[Cursor, int, np.ndarray | int | None]:
+    def position(self) -> tuple[Cursor, int, np.ndarray | int | None]:
         """Arguments of `seek` for the next token: the last document of which one was taken."""
         if self._has_begun and self._offset:
             cursor, tokens = self._documents[0]
@@ -136,7 +136,7 @@ class _TokenStream:
 
     def is_at_start(self) -> bool:
         """Whether the next token is the first of a document."""
-        # behind the last token of one, the next is known when it is read
+        # after the last token of a document, the next document has to be read first
         self._fill(1)
         return self._offset == 0
 
@@ -145,7 +145,7 @@ class _TokenStream:
 
         Args:
             length: How many.
-            row: Filled with them and what follows, ``[length + 1]`` or more; None: they are not needed.
+            row: Filled with them and the tokens that follow, ``[length + 1]`` or more; None: not needed.
 
         Returns:
             One past the last token of each document that ends among them.
@@ -195,7 +195,7 @@ class _TokenStream:
                 self._drop_used()
 
     def _require_same_document(self) -> None:
-        """Raises ValueError unless reading goes on in the document where it stopped."""
+        """Raises ValueError unless the document where reading stopped is unchanged."""
         cursor, offset, document = self._last
         found, tokens = self._documents[0]
         if offset and not (
@@ -217,7 +217,7 @@ class _TokenStream:
                 if size >= _CHUNK:
                     break
         except ValueError as error:
-            # raised when all before it is used up, whatever is read ahead
+            # raised later, when all documents before it are used up
             self._error = error
         return cursors, texts
 
@@ -229,22 +229,20 @@ def _checksum(document: np.ndarray | int | None) -> int | None:
 class StreamLoader(Stateful):
     """Endless training batches for one data-parallel rank from documents in their order.
 
-    `Mixture` says which source a place of the global order takes from; a source gives its sequences one
-    after the other. Every step takes the next ``dp_world_size * batch_size`` places, rank ``r`` the
-    ``r``-th ``batch_size`` of them. For that every rank reads and tokenizes all of the documents: where a
-    sequence begins depends on the tokens before it.
+    `Mixture` maps a position of the global order to a source; a source gives its sequences one after the other. Every
+    step takes the next ``dp_world_size * batch_size`` positions; rank ``r`` takes the ``r``-th ``batch_size`` of them.
+    Every rank reads and tokenizes all documents, since the start of a sequence depends on the tokens before it.
 
-    The state is the place in the global order and, for each source, the document and token where its next
-    sequence begins: the same on every rank, so a run goes on exactly where it stopped, on any number of
-    ranks and workers and with any batch size. Whole shards before that place are not read again. It also
-    holds what had been read: files before that place must stay as they are, later ones may change, and
-    all must stay once an epoch has ended.
+    The state is the position in the global order and, for each source, the document and token where its next sequence
+    begins. It is the same on every rank, so a run continues exactly where it stopped, on any number of ranks and
+    workers and with any batch size. Whole shards before the position are not read again. The state also records what
+    was read: files before the position must not change, later ones may, and none may once an epoch has ended.
 
     Args:
         shards: What to read, with where training begins in each.
-        held_out: Of each source a checksum of what is held out of it.
-        shares: Places of each source among ``sum(shares)``.
-        encoder: Tokenizes.
+        held_out: Checksum of the held-out tokens of each source.
+        shares: Positions of each source in a block of ``sum(shares)``.
+        encoder: Tokenizes documents.
         seq_len: Sequence length ``T`` in tokens.
         batch_size: Sequences ``B`` a batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
@@ -256,7 +254,7 @@ class StreamLoader(Stateful):
         num_workers: Processes that tokenize ahead; 0: this one tokenizes when a batch is asked for.
         prefetch_factor: Pieces of 65,536 characters of each source that each of them has ahead.
 
-    Iterating yields what `to_batch` makes. Several iterators of one loader share its place.
+    Iterating yields what `to_batch` makes. Several iterators of one loader share its position.
 
     Raises:
         ValueError: While iterating: a document or shard that cannot be read, by name.
@@ -299,7 +297,7 @@ class StreamLoader(Stateful):
         self._dp_world_size = dp_world_size
         self._seed = seed
         self._context_len = context_len
-        data = [(own.count, own.identity, begin) for own, begin in shards]
+        data = [(own.count, own.fingerprint, begin) for own, begin in shards]
         # of checkpoints from before --training.bos, which say nothing of the tokenizer
         self._earlier_checksum = zlib.crc32(repr((data, list(shares))).encode())
         self._encoding = [encoder.fingerprint, bos, has_document_bos]
@@ -310,7 +308,7 @@ class StreamLoader(Stateful):
         while True:
             first = self._dp_rank * self._batch_size
             rows = Rows(np.empty((self._batch_size, self._seq_len + 1), self._dtype), [])
-            # the others' sequences too: the next step begins behind them
+            # skip the sequences of other ranks too: the next step begins after them
             for i in range(self._dp_world_size * self._batch_size):
                 stream = self._streams[self._mixture.locate(self.sequences_seen + i)[0]]
                 if first <= i < first + self._batch_size:
@@ -321,14 +319,14 @@ class StreamLoader(Stateful):
             yield to_batch(rows, self._context_len)
 
     def mark(self) -> Any:
-        """The place, for `rewind`; cheap."""
-        return self.sequences_seen, [stream.place() for stream in self._streams]
+        """The position, for `rewind`; cheap."""
+        return self.sequences_seen, [stream.position() for stream in self._streams]
 
     def rewind(self, mark: Any) -> None:
-        """Goes back to a place of this loader, also in the middle of a batch that could not be read."""
-        self.sequences_seen, places = mark
-        for stream, place in zip(self._streams, places, strict=True):
-            stream.seek(*place)
+        """Goes back to a position of this loader, also in the middle of a batch that could not be read."""
+        self.sequences_seen, positions = mark
+        for stream, position in zip(self._streams, positions, strict=True):
+            stream.seek(*position)
 
     def _read(self, stream: _TokenStream, row: np.ndarray) -> np.ndarray:
         """Fills a row with the next sequence; where documents end in its inputs."""
@@ -340,18 +338,18 @@ class StreamLoader(Stateful):
         return np.asarray(stream.advance(self._seq_len - 1, row[lead:]), np.int64) + lead
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the global order and in each source, and a fingerprint; ints and one string."""
-        places = [stream.place() for stream in self._streams]
+        """The position in the global order and in each source, and a fingerprint; ints and one string."""
+        positions = [stream.position() for stream in self._streams]
         record = {
-            "places": [[*cursor, offset] for cursor, offset, _ in places],
-            "documents": [_checksum(document) for _, _, document in places],
-            # in the first epoch up to the place
+            "places": [[*cursor, offset] for cursor, offset, _ in positions],
+            "documents": [_checksum(document) for _, _, document in positions],
+            # in the first epoch: up to the position
             "files": [
                 own.files and own.files[: None if cursor.epoch else cursor.shard + 1]
-                for (own, _), (cursor, _, _) in zip(self._shards, places, strict=True)
+                for (own, _), (cursor, _, _) in zip(self._shards, positions, strict=True)
             ],
             # what may not change at all
-            "identities": [None if own.files else own.identity for own, _ in self._shards],
+            "identities": [None if own.files else own.fingerprint for own, _ in self._shards],
             "held_out": self._held_out,
             "begins": [begin for _, begin in self._shards],
             "shares": self._shares,
@@ -366,42 +364,44 @@ class StreamLoader(Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved place.
+        """Goes to a saved position.
 
         Raises:
             ValueError: The state belongs to other data, another sequence length or another seed.
         """
         own = self.state_dict()
         record = json.loads(state_dict["places"])
-        # runs before this record was kept have the places alone: nothing may have changed
+        # older checkpoints hold the positions only: then no file may have changed
         is_old = isinstance(record, list)
         if is_old and self._is_as_earlier:
             own["checksum"] = self._earlier_checksum
-        check_fingerprint(state_dict, own, _FINGERPRINT | ({"checksum": _FLAG} if is_old else {}))
+        check_fingerprint(
+            state_dict, own, _FINGERPRINT_FLAGS | ({"checksum": _FLAG} if is_old else {})
+        )
         if is_old:
             record = {"places": record, "documents": [None] * len(record)}
         else:
             self._require_same_past(record, json.loads(own["places"]))
         self.sequences_seen = state_dict["sequences_seen"]
-        for stream, place, document in zip(
+        for stream, position, document in zip(
             self._streams, record["places"], record["documents"], strict=True
         ):
-            *cursor, offset = place
+            *cursor, offset = position
             stream.seek(Cursor(*cursor), offset, document)
 
     def _require_same_past(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
-        """Raises ValueError where what was read, or held out, is not as it was."""
+        """Raises ValueError if data that were read or held out have changed."""
         check_fingerprint(saved, own, _RECORD)
-        for (shards, _), files, place in zip(
+        for (shards, _), files, position in zip(
             self._shards, saved["files"], saved["places"], strict=True
         ):
-            epoch, shard, _, offset = place
+            epoch, shard, _, offset = position
             now = shards.files and [list(file) for file in shards.files]
             if files is None or now is None:
                 continue
             for i, then in enumerate(files):
                 found = now[i] if i < len(now) else ["nothing", 0]
-                # the one that is being read may change behind the place
+                # the file that is being read may change after the position
                 is_same = found == then if epoch or i < shard else found[0] == then[0] or not offset
                 if not is_same:
                     raise ValueError(

@@ -1,7 +1,7 @@
 """Documents from the built-in text, local files and folders, or a Hugging Face dataset.
 
 Every source gives whole documents, a list-like of str, in an order that depends on the data alone.
-Nothing is skipped in silence: what cannot be read is an error that names the file and the place.
+Nothing is skipped in silence: what cannot be read is an error that names the file and the position in it.
 """
 
 import logging
@@ -44,7 +44,7 @@ def load_documents(
               such objects; all of these also compressed, ``.gz``, ``.bz2``, ``.xz`` or ``.zst``.
               ``.parquet`` and ``.arrow``: a string column ``text``. A folder is read recursively, sorted
               by path, its split alone where it has splits (see `folder_files`); hidden files, linked
-              folders and what is no data are left out, and named in a warning unless hidden;
+              folders and files that are not data are left out, and named in a warning unless hidden;
             - a folder that ``save_to_disk`` of Hugging Face datasets wrote, with a string column ``text``;
             - a Hugging Face dataset with a string column ``text``.
 
@@ -59,7 +59,7 @@ def load_documents(
 
     Raises:
         ValueError: There is no such data, it is empty, unreadable or has no text, or an option does not
-            apply to this kind of dataset. One line that names flag, value and what would be right.
+            apply to this kind of dataset. The message is one line with flag, value and what is expected.
     """
     if dataset == PYTHON_DOCS:
         refuse_hub_options(
@@ -91,7 +91,7 @@ def local_files(
     data_dir: str | None,
     data_files: str | Sequence[str] | None,
 ) -> list[Path] | None:
-    """The files that a dataset is, or None where its name can only be one of the hub.
+    """The files of a local dataset; None if the name can only be one of the hub.
 
     Raises:
         ValueError: As `load_documents`, as far as names go.
@@ -152,7 +152,7 @@ def load_from_hub(
     Raises:
         ValueError: As `load_documents`.
     """
-    # seconds to import, and needed here alone
+    # takes seconds to import, and is needed only here
     import datasets
 
     try:
@@ -170,7 +170,7 @@ def load_from_hub(
             f"{_FLAG} {dataset!r}: no local path, and Hugging Face datasets could not load it "
             f"({first_line(error)}); expected {_EXPECTED}"
         ) from error
-    # a stream may not know its columns before its first row, which is checked when it is read
+    # a stream may not know its columns before its first row; rows are checked when they are read
     if table.column_names is not None:
         check_columns(dataset, table.column_names)
     return table

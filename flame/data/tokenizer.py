@@ -12,8 +12,8 @@ from flame.data.locate import first_line, local_path
 
 BYTE = "byte"
 
-IDENTITY_KEY = "the sha256 of the tokenizer (--model.tokenizer_path)"
-"""What `tokenizer_sha256` is called in a run's identity."""
+TOKENIZER_KEY = "the sha256 of the tokenizer (--model.tokenizer_path)"
+"""Key of `tokenizer_sha256` in the fingerprint of a run."""
 
 _FLAG = "--model.tokenizer_path"
 _EXPECTED = f"{BYTE!r}, a folder written by save_pretrained, or a Hugging Face tokenizer name"
@@ -61,7 +61,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The built-in byte tokenizer: ids 0 to 255 are the UTF-8 bytes, then bos 256, eos 257, pad 258.
 
-    It gives back every string exactly, and puts bos before a text as a tokenizer of Llama does. Text that spells a special
+    It decodes every string exactly, and puts bos before a text as a Llama tokenizer does. Text that spells a special
     token, such as ``<|eos|>``, stays bytes (``split_special_tokens``, which ``save_pretrained`` keeps);
     pass ``split_special_tokens=False`` in a call to have it read as the token. A str that is no valid
     Unicode (a lone surrogate) is a TypeError.
@@ -85,17 +85,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tokenizer_sha256(
     tokenizer: PreTrainedTokenizerFast, *, with_post_processor: bool = True
 ) -> str:
-    """Of the whole tokenizer.json (vocabulary, merges, normalizer, pre-tokenizer, post-processor, added tokens), and
-    of which tokens are bos and eos.
+    """SHA-256 of the whole tokenizer.json (vocabulary, merges, normalizer, pre-tokenizer, post-processor, added
+    tokens), and of the names of bos and eos.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # training does neither
+    # training neither truncates nor pads
     for key in ("truncation", "padding"):
         content.pop(key, None)
     if not with_post_processor:
-        # what is added around a text
+        # it adds tokens around a text
         content.pop("post_processor", None)
-    # versions of the library add fields that are null
+    # new versions of the library add fields that are null
     special = [tokenizer.bos_token, tokenizer.eos_token]
     text = json.dumps([_without_null(content), special], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Documents to one token stream, and the stream to a training and a validation part."""
+"""Encodes documents into one token stream, and splits the stream into training and validation parts."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -21,23 +21,23 @@ _BATCH = 1 << 21
 class Encoder:
     """Documents to token ids, each document ended by one eos.
 
-    Text that spells a special token is encoded as plain text, whatever the tokenizer's own setting. A
-    document longer than 262,144 characters is encoded in pieces cut at line ends, which a byte tokenizer
-    does not notice and others at most at the cuts; what is added around a document comes once.
+    Text that spells a special token is encoded as plain text, whatever the tokenizer's setting. A document
+    longer than 262,144 characters is encoded in pieces cut at line ends. This changes nothing for a byte tokenizer, and
+    for others at most tokens at the cuts. Tokens around a document are added once.
 
     Args:
         tokenizer: A fast tokenizer with an eos token. Not changed.
-        bos: A mode of `flame.data.bos`. ``sequence`` adds nothing here, but where sequences are cut.
+        bos: A mode of `flame.data.bos`. ``sequence`` adds nothing here; bos is added when sequences are cut.
 
     Raises:
-        ValueError: The tokenizer adds tokens in a way that the mode has no use for.
+        ValueError: The tokenizer adds tokens in a way that the mode does not support.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, bos: str) -> None:
         self._tokenizer = tokenizer
         self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._backend.encode_special_tokens = True
-        # a tokenizer.json may ask for either
+        # a tokenizer.json may turn both on
         self._backend.no_truncation()
         self._backend.no_padding()
         self.bos = bos
@@ -49,7 +49,7 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that changes tokens."""
+        """Changes whenever the tokens of a text could change."""
         return f"{tokenizer_sha256(self._tokenizer)} {self.bos}"
 
     def __call__(self, documents: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -122,11 +122,11 @@ def split_tokens(
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents in pieces of at most _PIECE characters, each with whether its document ends there."""
+    """Pieces of documents of at most _PIECE characters, and whether each is the last of its document."""
     for document in documents:
         start = 0
         while len(document) - start > _PIECE:
-            # behind the last line end of the piece; rfind gives -1, so 0, where there is none
+            # after the last line end of the piece; without one rfind returns -1, so this is 0
             stop = document.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
             yield document[start:stop], False
             start = stop
@@ -139,7 +139,7 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
     size = 0
     for piece in pieces:
         batch.append(piece)
-        # one more, so that empty documents end a batch too
+        # plus one, so that many empty documents also end a batch
         size += len(piece[0]) + 1
         if size >= _BATCH:
             yield batch

@@ -1,4 +1,4 @@
-"""Processes that work ahead of the training process, on items whose results are taken in order."""
+"""Processes that work ahead of the training process; their results are taken in order."""
 
 import contextlib
 import multiprocessing.context
@@ -12,7 +12,7 @@ from typing import Any
 from flame.base.errors import TrainingError
 from flame.base.stop_signals import STOP_SIGNALS, end_with_parent
 
-# what a worker was forked with
+# the function of a worker, set when it is forked
 _function: Callable[[Any], Any] | None = None
 
 
@@ -31,7 +31,7 @@ def _call(item: object) -> object:
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """tokenizers neither warns of the fork nor starts threads in the children."""
+    """Context in which the library tokenizers neither warns of a fork nor starts threads in the children."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -46,7 +46,7 @@ def _one_thread_each() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Processes forked here are not ended by a signal before they ignore it; this one gets it afterwards."""
+    """Context that blocks stop signals while processes are forked, until these ignore them; the parent gets them later."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -56,21 +56,21 @@ def _signals_wait() -> Iterator[None]:
 
 class _Process(multiprocessing.context.ForkProcess):
     def terminate(self) -> None:
-        # how a pool ends the others when one has died; they ignore SIGTERM
+        # a pool terminates its workers when one has died, but they ignore SIGTERM
         self.kill()
 
 
 class _Context(multiprocessing.context.ForkContext):
-    # by fork the function is inherited, and nothing is imported anew
+    # a fork inherits the function and imports nothing again
     Process = _Process
 
 
 class Workers:
-    """Calls ``function`` in ``num_workers`` forked processes, or with 0 right here.
+    """Calls ``function`` in ``num_workers`` forked processes, or with 0 in this process.
 
     Args:
-        function: What is done with an item. It is inherited and not pickled, so it may hold memory maps
-            and arrays, which are not copied; items and results are pickled.
+        function: Called with each item. It is inherited, not pickled, so it may hold memory maps and arrays, which
+            are not copied. Items and results are pickled.
         num_workers: Number of processes; 0: none.
         prefetch_factor: Items that a worker gets ahead of those whose results are taken.
     """
@@ -84,12 +84,12 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, item: object) -> "Future[Any]":
-        """Starts on an item; the workers are forked by the first."""
+        """Submits an item; the first one forks the workers."""
         if not self._num_workers:
             future: Future[Any] = Future()
             future.set_result(self._function(item))
             return future
-        with self._broken_is_told():
+        with self._explain_broken_pool():
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(
                     self._num_workers,
@@ -107,17 +107,17 @@ class Workers:
         Raises:
             TrainingError: A worker was killed.
         """
-        with self._broken_is_told():
+        with self._explain_broken_pool():
             return future.result()
 
     def close(self) -> None:
-        """Ends the workers; what they have not begun is dropped."""
+        """Ends the workers, and drops items that they have not started."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     @contextlib.contextmanager
-    def _broken_is_told(self) -> Iterator[None]:
+    def _explain_broken_pool(self) -> Iterator[None]:
         try:
             yield
         except BrokenProcessPool:

@@ -1,4 +1,4 @@
-"""``python -m flame.machine.bind_and_train PLACES [flags]``: binds itself to the CPUs and memory of its GPU, then is `flame.train`.
+"""``python -m flame.machine.bind_and_train BINDINGS [flags]``: binds itself to the CPUs and memory of its GPU, then runs `flame.train`.
 
 `flame.launch` starts a run's processes this way on a machine of several NUMA groups. torchrun's own
 ``--numa-binding`` needs the program numactl, starts the GPU runtime in the launcher and binds no memory.
@@ -22,7 +22,7 @@ _MPOL_BIND = 2
 
 
 def bind_cpus(cpus: frozenset[int]) -> None:
-    """Binds this thread, and what it will start, to ``cpus``.
+    """Binds this thread, and the threads and processes that it will start, to ``cpus``.
 
     Raises:
         UsageError: The kernel refuses.
@@ -34,14 +34,14 @@ def bind_cpus(cpus: frozenset[int]) -> None:
 
 
 def bind_memory(nodes: frozenset[int]) -> None:
-    """Binds the memory that this thread, and what it will start, touches first to the NUMA ``nodes``.
+    """Binds the memory of this thread, and of what it will start, to the NUMA ``nodes`` (first touch).
 
     Raises:
-        OSError: The kernel refuses, as in a container without the right to.
+        OSError: The kernel refuses, as in a container without the capability.
     """
     if platform.machine() not in _SET_MEMPOLICY:
         raise OSError(errno.ENOSYS, f"not known on {platform.machine()}")
-    # the kernel reads one bit less than it is told
+    # set_mempolicy reads one bit less than maxnode
     words = max(nodes) // 64 + 1
     mask = (ctypes.c_uint64 * words)()
     for node in nodes:
@@ -55,15 +55,15 @@ def bind_memory(nodes: frozenset[int]) -> None:
 def main() -> None:
     """Binds this process to the CPUs and memory of its group, and trains."""
     local_rank = int(os.environ["LOCAL_RANK"])
-    place = json.loads(sys.argv.pop(1))[local_rank]
+    binding = json.loads(sys.argv.pop(1))[local_rank]
     with exit_on_usage_error():
-        bind_cpus(parse_ranges(place["cpus"]))
+        bind_cpus(parse_ranges(binding["cpus"]))
         try:
-            bind_memory(parse_ranges(place["nodes"]))
+            bind_memory(parse_ranges(binding["nodes"]))
         except OSError as error:
             if local_rank == 0:
                 sys.stderr.write(
-                    f"flame: memory is not bound to NUMA node {place['nodes']} (set_mempolicy: {error.strerror}); "
+                    f"flame: memory is not bound to NUMA node {binding['nodes']} (set_mempolicy: {error.strerror}); "
                     "the kernel places it by the CPUs, which are bound. Docker allows it with --cap-add SYS_NICE\n"
                 )
     runpy.run_module("flame.train", run_name="__main__", alter_sys=True)

@@ -1,7 +1,7 @@
 """``python -m flame.machine.list_gpus``: the PCI addresses of the GPUs that a process sees, in torch's order, as JSON.
 
-The GPU runtime itself is asked, so that visible devices, UUIDs, CUDA_DEVICE_ORDER and partitions mean here what
-they mean to a run; and in a process of its own, so that nothing of it stays in the launcher.
+It asks the GPU runtime, so that visible devices, UUIDs, CUDA_DEVICE_ORDER and partitions have the same effect as in a
+run. It does so in a separate process, so that the launcher does not initialise the runtime.
 """
 
 import json
@@ -18,7 +18,7 @@ def addresses(env: Mapping[str, str]) -> list[str]:
     Raises:
         UsageError: The GPU runtime fails.
     """
-    import torch  # seconds, which the launcher's first checks do not wait for
+    import torch  # takes seconds, so not before the launcher's first checks
 
     if not (torch.version.cuda or torch.version.hip):
         return []

@@ -1,4 +1,4 @@
-"""MASTER_PORT belongs to one run: free for the network, and claimed before any other run can."""
+"""Reserves MASTER_PORT for one run of the machine."""
 
 import errno
 import socket
@@ -7,27 +7,27 @@ import struct
 from flame.base.errors import UsageError
 
 
-def claim(port: int) -> socket.socket:
-    """Makes ``port`` this process's among the runs of the machine, as long as the socket returned stays open.
+def reserve_port(port: int) -> socket.socket:
+    """Reserves ``port`` among the runs of the machine while the returned socket stays open.
 
-    torchrun binds the port only later, so that two runs started at once would both find it free. The claim is a
-    socket in the kernel's abstract namespace: taken at once or not at all, gone with its process, the same for
-    all users, and separate for containers with ports of their own.
+    torchrun binds the port only later, so two runs that start at the same time would both find it free. The
+    reservation is a socket in the kernel's abstract namespace: it is atomic, ends with its process, is visible to all
+    users, and is separate in containers with their own network.
 
     Raises:
-        UsageError: The port is taken or claimed.
+        UsageError: The port is in use or reserved.
     """
     if port > 65535:
         raise UsageError(f"MASTER_PORT must be at most 65535, got {port}")
-    claimed = socket.socket(socket.AF_UNIX)
+    reservation = socket.socket(socket.AF_UNIX)
     name = f"\0flame MASTER_PORT {port}"
     try:
-        claimed.bind(name)
-        # so that others can ask whose it is
-        claimed.listen()
+        reservation.bind(name)
+        # other runs connect to learn the pid of this one
+        reservation.listen()
         _require_free(port)
     except OSError as error:
-        claimed.close()
+        reservation.close()
         reason = error.strerror
         if error.errno == errno.EADDRINUSE:
             reason = _holder(name) or reason
@@ -35,7 +35,7 @@ def claim(port: int) -> socket.socket:
             f"MASTER_PORT must be a free port, one for each run, got {port}: {reason}; "
             f"{_free_port()} is free"
         ) from None
-    return claimed
+    return reservation
 
 
 def _require_free(port: int) -> None:
@@ -46,7 +46,7 @@ def _require_free(port: int) -> None:
 
 
 def _holder(name: str) -> str | None:
-    """The run that has the claim, None if there is none and another program has the port itself."""
+    """The run that holds the reservation; None if another program uses the port itself."""
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(1)
         try:

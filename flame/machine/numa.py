@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-# tests put a tree of their own here
+# root of /sys; tests replace it
 ROOT = Path("/")
 
 
 class TopologyError(Exception):
-    """Something of the topology cannot be read; the message says what and where."""
+    """The topology cannot be read; the message names the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,15 @@ def _read(path: Path) -> str:
 def groups() -> list[Group]:
     """The machine's sockets that have CPUs, each with its NUMA nodes.
 
-    A socket and not a NUMA node, because AMD's NPS2 and NPS4 cut a socket, and with it the GPUs of one socket,
-    into several nodes. Where the kernel names no socket, a node counts as one.
+    A group is a socket rather than a NUMA node, because AMD's NPS2 and NPS4 split a socket and its GPUs into several
+    nodes. Where the kernel reports no socket, each node is a group.
 
     Raises:
         TopologyError: The nodes cannot be read.
     """
     system = ROOT / "sys/devices/system"
     if not (system / "node").is_dir():
-        # a kernel without NUMA has no such folder, and a machine without /sys neither of the two
+        # a kernel without NUMA has no folder `node`; a machine without /sys has neither folder
         if not (system / "cpu").is_dir():
             raise TopologyError(f"{system}/node and {system}/cpu do not exist")
         return [Group("A", frozenset(), frozenset())]
@@ -68,7 +68,7 @@ def groups() -> list[Group]:
     folders = (path for path in (system / "node").glob("node*") if path.name[4:].isdecimal())
     for folder in sorted(folders, key=lambda path: int(path.name[4:])):
         node, cpus = int(folder.name[4:]), parse_ranges(_read(folder / "cpulist"))
-        # a node of memory alone has nothing to bind to
+        # a node without CPUs has nothing to bind to
         if cpus:
             package = _package(min(cpus))
             key = ("node", node) if package < 0 else ("socket", package)
@@ -86,7 +86,7 @@ def groups() -> list[Group]:
 
 
 def _package(cpu: int) -> int:
-    """Socket of a CPU, -1 where the kernel does not know."""
+    """Socket of a CPU; -1 if the kernel does not report it."""
     path = ROOT / f"sys/devices/system/cpu/cpu{cpu}/topology/physical_package_id"
     return int(_read(path)) if path.exists() else -1
 

@@ -15,8 +15,8 @@ MAX_GPUS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one process of the run belongs."""
+class ProcessBinding:
+    """GPU and CPUs of one process of the run."""
 
     address: str
     """PCI address of its GPU."""
@@ -25,7 +25,7 @@ class Place:
     """CPUs of the group that the process may use."""
 
 
-def place(
+def bind_processes(
     *,
     ngpu: int,
     is_rocm: bool,
@@ -33,13 +33,13 @@ def place(
     allowed_cpus: frozenset[int],
     env: Mapping[str, str],
     argv: list[str],
-) -> list[Place]:
-    """The place of each of ``ngpu`` processes on this machine; none without a GPU, or if all is one group.
+) -> list[ProcessBinding]:
+    """The bindings of ``ngpu`` processes on this machine; empty without a GPU, or if the machine is one group.
 
     Args:
         ngpu: Processes, which take the first visible GPUs.
         is_rocm: Whether HIP counts the GPUs.
-        allow_cross_numa: Lift the rules, and where the topology cannot be read, do without.
+        allow_cross_numa: Skip the rules; if the topology cannot be read, do not bind.
         allowed_cpus: CPUs that the processes may use.
         env: Environment of the processes.
         argv: Flags of the run, for the command that an error proposes.
@@ -53,7 +53,7 @@ def place(
     masks = {name: env[name] for name in (names if is_rocm else names[2:]) if name in env}
     given = ", ".join(f"{name}={mask}" for name, mask in masks.items()) or f"no {variable}"
     if not visible:
-        # what hides all GPUs from a run that is meant for the CPU; Slurm says NoDevFiles
+        # these values hide all GPUs from a run that is meant for the CPU; NoDevFiles is Slurm's
         if masks and not {"", "-1", "NoDevFiles"} & set(masks.values()):
             counted = (
                 "; HIP counts from 0 what ROCR_VISIBLE_DEVICES leaves" if len(masks) > 1 else ""
@@ -90,10 +90,10 @@ def place(
                 f"NGPU={ngpu} must be at most {MAX_GPUS}, the GPUs of one machine that a run may take, "
                 "unless --job.allow_cross_numa is given"
             )
-    return [_place(x, group_of[x], allowed_cpus) for x in used] if group_of else []
+    return [_bind_process(x, group_of[x], allowed_cpus) for x in used] if group_of else []
 
 
-def _place(address: str, group: Group, allowed_cpus: frozenset[int]) -> Place:
+def _bind_process(address: str, group: Group, allowed_cpus: frozenset[int]) -> ProcessBinding:
     cpus = group.cpus & allowed_cpus
     if not cpus:
         raise UsageError(
@@ -101,7 +101,7 @@ def _place(address: str, group: Group, allowed_cpus: frozenset[int]) -> Place:
             f"process may only use CPUs {format_ranges(allowed_cpus)} (taskset, cgroup, Slurm): start it with "
             "CPUs of the group"
         )
-    return Place(address, group, cpus)
+    return ProcessBinding(address, group, cpus)
 
 
 def _proposal(
@@ -111,7 +111,7 @@ def _proposal(
     env: Mapping[str, str],
     argv: list[str],
 ) -> str:
-    """Which of the GPUs is where, and the commands that would be right, in the numbers of ``variable``."""
+    """The group of each GPU, and the commands that obey the rules, with GPUs numbered as in ``variable``."""
     masks = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
     every = list_gpus.addresses({name: value for name, value in env.items() if name not in masks})
     found, commands = [], []
@@ -138,29 +138,29 @@ def _ranges(numbers: list[int]) -> str:
     return format_ranges(frozenset(numbers))
 
 
-def describe(places: list[Place]) -> list[str]:
+def describe(bindings: list[ProcessBinding]) -> list[str]:
     """A line for each group that the run uses."""
     lines = []
-    for group in dict.fromkeys(place.group for place in places):
-        own = [place for place in places if place.group == group]
+    for group in dict.fromkeys(binding.group for binding in bindings):
+        own = [binding for binding in bindings if binding.group == group]
         lines.append(
-            f"group {group.name}: {' '.join(place.address for place in own)}, bound to NUMA node "
+            f"group {group.name}: {' '.join(binding.address for binding in own)}, bound to NUMA node "
             f"{format_ranges(group.nodes)}, CPUs {format_ranges(own[0].cpus)}"
         )
     return lines
 
 
-def threads(places: list[Place]) -> int:
+def threads(bindings: list[ProcessBinding]) -> int:
     """Threads for each process, so that all together fill the CPUs of their groups and no more."""
-    groups = [place.group for place in places]
-    return min(max(1, len(place.cpus) // groups.count(place.group)) for place in places)
+    groups = [binding.group for binding in bindings]
+    return min(max(1, len(binding.cpus) // groups.count(binding.group)) for binding in bindings)
 
 
-def to_json(places: list[Place]) -> str:
+def to_json(bindings: list[ProcessBinding]) -> str:
     """The argument of `flame.machine.bind_and_train`: CPUs and NUMA nodes for each local rank."""
     return json.dumps(
         [
-            {"cpus": format_ranges(place.cpus), "nodes": format_ranges(place.group.nodes)}
-            for place in places
+            {"cpus": format_ranges(binding.cpus), "nodes": format_ranges(binding.group.nodes)}
+            for binding in bindings
         ]
     )

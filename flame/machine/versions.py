@@ -1,6 +1,6 @@
-"""Versions that nothing bounds when the package is installed: torch and its Triton.
+"""Warns of versions of torch and Triton that are newer than those tested; setup.py sets no upper bound.
 
-An upper bound would make pip replace a torch that is too new, a ROCm build too, by an older CUDA build without a word.
+An upper bound would make pip silently replace a newer torch, even a ROCm build, by an older CUDA build.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from flame.base.log import logger
 NEWEST = {"torch": "2.14", "triton": "3.9"}
 """The newest release series that the tests have run with, as the extra ``cpu`` in setup.py bounds them."""
 
-# builds of Triton come under several names
+# names of the distributions: builds of Triton have several
 _DISTRIBUTIONS = {
     "torch": ("torch",),
     "triton": ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"),
@@ -20,7 +20,7 @@ _DISTRIBUTIONS = {
 
 
 def warn_of_untested() -> None:
-    """Logs a line for each of `NEWEST` of which a newer series is installed."""
+    """Logs a warning for each package of `NEWEST` whose installed release series is newer."""
     for name, newest in NEWEST.items():
         for distribution in _DISTRIBUTIONS[name]:
             try:

@@ -1,6 +1,6 @@
-"""Sink rate, zero weights, largest score and kurtosis of q, k and activations, as sums that add up.
+"""Sink rate, zero weights, largest score and kurtosis of q, k and activations, as sums.
 
-Everything is a sum, a count or a maximum until the end, so that batches, tiles and processes add up.
+Everything is a sum, a count or a maximum until the end, so that batches, tiles and processes can be combined.
 
 Definitions, those of arXiv:2504.20966:
 
@@ -23,7 +23,7 @@ from flame.measure.weight_blocks import TILE_ELEMENTS, weight_blocks
 SINK_EPS = (0.2, 0.3)
 """Mean weights on the first key above which a head counts as a sink."""
 SMALL = 1e-5
-"""Weights up to this are counted beside the exact zeros."""
+"""Weights up to this are counted in addition to the exact zeros."""
 
 
 @dataclass(kw_only=True)
@@ -85,8 +85,8 @@ def attention_counts(
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
         cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``; each non-empty one counts as a sequence.
-        sink_bias: A score of each query head ``[HQ]`` that stands in the denominator alone.
-        tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
+        sink_bias: A score of each query head ``[HQ]`` that is added to the denominator only.
+        tile_elements: Scores in memory at a time, but at least one query row of all heads.
 
     Raises:
         ValueError: Shapes that do not fit, or an unknown normaliser.
@@ -137,13 +137,13 @@ def _count_sequence(
         top = block.scores.masked_fill(~visible, -math.inf).amax()
         counts.max_score = torch.maximum(counts.max_score, top.double())
     counts.sums[3] = HQ
-    for place, eps in enumerate(SINK_EPS, start=4):
-        counts.sums[place] = (first_weight / T > eps).sum()
+    for index, eps in enumerate(SINK_EPS, start=4):
+        counts.sums[index] = (first_weight / T > eps).sum()
     return counts
 
 
 def power_sums(x: torch.Tensor) -> torch.Tensor:
-    """Number of elements and the sums of their first four powers, float64 ``[5]``; those of parts add up."""
+    """Number of elements and the sums of their first four powers, float64 ``[5]``; sums of parts can be added."""
     x = x.detach().double().flatten()
     powers = torch.stack([x.sum(), (x**2).sum(), (x**3).sum(), (x**4).sum()])
     return torch.cat([powers.new_full((1,), x.numel()), powers])

@@ -12,11 +12,11 @@ import torch
 from fla.ops.attn.softpick import NORMALIZERS
 
 TILE_ELEMENTS = 1 << 24
-"""Scores that exist at a time, 64 MiB in float32."""
+"""Scores in memory at a time, 64 MiB in float32."""
 
 
 class WeightBlock(NamedTuple):
-    """Some query rows of one sequence; ``[H, G, rows, keys]`` with the query heads of a key head side by side."""
+    """Some query rows of one sequence; ``[H, G, rows, keys]`` with the query heads grouped by key head."""
 
     start: int
     """First query row."""
@@ -25,7 +25,7 @@ class WeightBlock(NamedTuple):
     scores: torch.Tensor
     weights: torch.Tensor
     visible: torch.Tensor
-    """``[rows, keys]``, bool: what causality and window let a query see. Later keys than that are left out."""
+    """``[rows, keys]``, bool, True where causality and window let a query see a key. Keys after the last query are left out."""
 
 
 def weight_blocks(
@@ -44,18 +44,18 @@ def weight_blocks(
         q: Queries ``[T, HQ, K]``; weights are computed in their dtype, in float32 at least.
         k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
-        tile_elements: Scores that exist at a time, at least; one query row of all heads is the least there can be.
+        tile_elements: Scores in memory at a time, but at least one query row of all heads.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     (T, HQ, K), (S, H, _) = q.shape, k.shape
     rows = max(1, tile_elements // (HQ * S))
-    # query heads of a group stand side by side: [H, G, T, K] against [H, 1, K, S]
+    # query heads grouped by key head: [H, G, T, K] against [H, 1, K, S]
     q = q.to(dtype).view(T, H, HQ // H, K).permute(1, 2, 0, 3)
     k = k.to(dtype).permute(1, 2, 0)[:, None]
     sink = None if sink_bias is None else sink_bias.to(dtype).view(H, HQ // H, 1, 1)
     for start in range(0, T, rows):
         end = min(start + rows, T)
-        # positions among the keys, of which those after the last query's are left out
+        # positions of queries and keys; keys after the last query are left out
         i = torch.arange(S - T + start, S - T + end, device=q.device)[:, None]
         j = torch.arange(S - T + end, device=q.device)
         visible = j <= i
@@ -68,5 +68,5 @@ def weight_blocks(
         z = d.sum(-1, keepdim=True) + c
         if sink is not None:
             z = z + torch.exp(sink - m)
-        # n <= d, so a zero denominator stands under zeros only
+        # n <= d, so where the denominator is 0 the numerators are too
         yield WeightBlock(start, end, x, n / z.masked_fill(z == 0, 1.0), visible)

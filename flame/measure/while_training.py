@@ -1,4 +1,4 @@
-"""`measure.counts` of a model under training: what its layers see and give over held-out sequences."""
+"""`measure.counts` of a model while it trains: attention and layer outputs on held-out sequences."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from flame.models.operator_override import replaced_operator
 
 
 class Observer:
-    """Counts what passes through a model's layers while `observe` is open.
+    """Accumulates statistics of a model's layers while `observe` is active.
 
     counts: `AttentionCounts` of each layer.
     powers: `power_sums` of the embedding, then of each layer's output, ``[1 + layers, 5]``.
@@ -26,7 +26,7 @@ class Observer:
         self.normalizer = normalizer
         self.counts = [AttentionCounts.empty(device) for _ in range(num_layers)]
         self.powers = torch.zeros(1 + num_layers, 5, dtype=torch.float64, device=device)
-        # off while what runs is padding that only keeps the processes in step
+        # off while the batch is padding that only keeps the processes in step
         self.is_counting = True
 
     def see_attention(
@@ -57,8 +57,10 @@ class Observer:
             self.powers[index] += power_sums(local_tensor(output))
 
     def reduce(self) -> None:
-        """Sums over all processes. What several of them hold alike counts several times in the numerator and in
-        the denominator, so that ratios stay right in any layout.
+        """All-reduces over every rank.
+
+        Ranks that hold replicas are counted more than once in both numerator and denominator, so ratios are
+        unaffected.
         """
         sums = torch.stack([c.sums for c in self.counts])
         maxima = torch.stack([c.max_score for c in self.counts])

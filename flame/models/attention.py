@@ -1,9 +1,9 @@
-"""The attention operators as transformers' models call them, under names of their own.
+"""Registers the attention operators with transformers, under their own names.
 
 ``attn_implementation="softpick"``, or another name of `IMPLEMENTATIONS`, makes any decoder of transformers that
 follows its attention interface (Llama, Qwen, Mistral, Gemma, GPT-NeoX and so on) compute that normaliser: causal
-attention with grouped heads, sliding windows, learned sinks, rows padded on either side, and every cache. What cannot be
-right is refused by name, since transformers would otherwise compute something else.
+attention with grouped heads, sliding windows, learned sinks, rows padded on either side, and every cache. What the
+operators cannot compute is refused by name, since transformers would otherwise compute something else.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import fla.ops.attn.softpick as softpick_ops
 from fla.ops.attn.softpick import NORMALIZERS
 from flame.base.errors import UsageError
-from flame.models.key_ranges import KeyRanges, attend, causal_key_ranges, weights
+from flame.models.key_ranges import (
+    KeyRanges,
+    MaskSentinel,
+    attend_key_ranges,
+    causal_key_ranges,
+    dense_attention_weights,
+)
 from flame.models.keywords import refuse_unknown
 from flame.models.packing import document_bounds
 
@@ -31,7 +37,7 @@ IMPLEMENTATIONS: dict[str, str] = {
     **{normalizer: f"parallel_{normalizer}_attn" for normalizer in NORMALIZERS},
     **{f"naive_{normalizer}": f"naive_{normalizer}_attn" for normalizer in NORMALIZERS},
 }
-"""What ``attn_implementation`` may be, and the operator that it is: ``softpick`` is Triton, ``naive_softpick`` PyTorch."""
+"""Values of ``attn_implementation`` -> operator: ``softpick`` is Triton, ``naive_softpick`` PyTorch."""
 
 # transformers' own implementations, all of them softmax
 _SOFTMAX_IMPLEMENTATIONS = (
@@ -78,7 +84,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
         query: torch.Tensor,  # [B, HQ, T, K]
         key: torch.Tensor,  # [B, H, S, K]
         value: torch.Tensor,  # [B, H, S, V]
-        attention_mask: KeyRanges | torch.Tensor | str | None,
+        attention_mask: KeyRanges | torch.Tensor | MaskSentinel | None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
@@ -108,6 +114,8 @@ def attention_forward(name: str) -> Callable[..., Any]:
             raise NotImplementedError(f"{name} does not cap scores, got softcap {softcap}")
         if position_bias is not None:
             raise NotImplementedError(f"{name} adds nothing to scores, got a position_bias")
+        # views: the operators take any strides. With head_first=True the output would lie in memory as
+        # [B, HQ, T, V], and the model, which joins the heads of each token, would copy it
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         B, T = q.shape[:2]
         cu_seqlens = document_bounds(
@@ -123,13 +131,13 @@ def attention_forward(name: str) -> Callable[..., Any]:
         )
         ranges = attention_mask if isinstance(attention_mask, KeyRanges) else None
         if cu_seqlens is not None and cu_seq_lens_q is None:
-            # rows that hold several documents each are one row that holds them all
+            # lay the rows end to end as one packed row
             q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))
         options = {"window_size": sliding_window, "sink_bias": s_aux}
         w = None
         if output_attentions:
-            # dense, by the reference, whatever the operator
-            w = weights(
+            # computed densely by the reference, whichever operator runs
+            w = dense_attention_weights(
                 q,
                 k,
                 v,
@@ -140,13 +148,13 @@ def attention_forward(name: str) -> Callable[..., Any]:
                 **options,
             )
             if w.shape[0] != B:
-                # each row's own block [T, T] of [B * T, B * T]
+                # the diagonal block [T, T] of each row in [B * T, B * T]
                 w = w[0].unflatten(2, (B, T)).unflatten(1, (B, T)).diagonal(dim1=1, dim2=3)
                 w = w.movedim(-1, 0)
         if ranges is None:
             o = operator(q, k, v, scaling, cu_seqlens, **options)
             return o.reshape(B, T, *o.shape[2:]), w
-        o = attend(
+        o = attend_key_ranges(
             q,
             k,
             v,

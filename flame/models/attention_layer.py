@@ -1,6 +1,6 @@
-"""Llama's attention with what the arms of an ablation add to it: a learned sink, an output gate, a scale with the length.
+"""Llama's attention with the additions of the arms: a learned sink, an output gate, a scale that depends on the length.
 
-The normaliser is the operator's. What is here is around it: what goes into the operator, and what becomes of its output.
+The operator computes the normaliser. This layer prepares its inputs and processes its output.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from flame.base.tensors import local_tensor
-from flame.models.key_ranges import KeyRanges, num_visible_keys
+from flame.models.key_ranges import KeyRanges, MaskSentinel, num_visible_keys
 from flame.models.keywords import refuse_unknown
 from flame.models.packing import document_bounds
 
@@ -24,8 +24,8 @@ LOG_SCALE_START = 0.3
 """Initial value of ``log_scale``. Source: arXiv:2504.20966, the ablation called scaled."""
 
 
-class SoftpickAttention(LlamaAttention):
-    """Attention of one layer; plain Llama where the configuration asks for none of the three.
+class NormalizedAttention(LlamaAttention):
+    """Attention of one layer with any normaliser; plain Llama if the configuration turns on none of the three additions.
 
     With ``q``, ``k``, ``v`` after RoPE and ``x`` the normalised input of the layer::
 
@@ -33,7 +33,7 @@ class SoftpickAttention(LlamaAttention):
         o_i  = sum_j n(s_ij) v_j / (c + sum_j d(s_ij))           attn_sink: c + e^sinks_h
         y_i  = W_o o_i                                           attn_gate: W_o (o_i * sigmoid(W_g x_i))
 
-    ``n_i`` is the number of keys that query ``i`` sees, itself included: of its own document and row alone.
+    ``n_i`` is the number of keys that query ``i`` sees in its document and row, itself included.
 
     sinks: ``[HQ]``, a score of each query head, as gpt-oss has it.
     log_scale: ``[HQ]``, a factor of each query head (SSMax, arXiv:2501.19399).
@@ -56,7 +56,7 @@ class SoftpickAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: KeyRanges | torch.Tensor | str | None = None,
+        attention_mask: KeyRanges | torch.Tensor | MaskSentinel | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         num_keys: torch.Tensor | None = None,
@@ -70,8 +70,8 @@ class SoftpickAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output ``[B, T, hidden]`` of ``hidden_states`` ``[B, T, hidden]``, and weights where they are asked for.
 
-        ``num_keys`` ``[1 or B, T]``, integers, are the ``n_i`` where the keys that are here do not tell: under
-        context parallelism, which gathers them later. ``cache`` is called ``past_key_values`` before transformers
+        ``num_keys`` ``[1 or B, T]``, integers, gives ``n_i`` if the local keys do not determine it: under context
+        parallelism, which gathers the keys later. ``cache`` is called ``past_key_values`` before transformers
         5.24. Everything else is as in Llama.
         """
         name = type(self).__name__
@@ -128,7 +128,7 @@ def _scale_by_length(
     q: torch.Tensor, log_scale: torch.Tensor, num_keys: torch.Tensor
 ) -> torch.Tensor:
     """Queries ``[B, HQ, T, K]`` times ``log_scale_h * log n_i``, which is a factor on their scores; like ``q``."""
-    # NOTE(numerics): the factor and the product in float32 at least, rounded to the dtype of q once
+    # NOTE(numerics): factor and product are computed in float32 at least, and rounded to the dtype of q once
     dtype = torch.promote_types(q.dtype, torch.float32)
     factor = log_scale.to(dtype)[:, None] * num_keys.to(dtype).log()[:, None]
     return (q.to(dtype) * factor[..., None]).to(q.dtype)

@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and on the names of the modules, and on nothing else.
+"""Initial weights, a function of the seed and the names of the modules only.
 
-Every process draws each parameter whole, on the CPU, and keeps its own shard. So the arms of an ablation
-start from the same values on any number of processes, in any layout, and on any device.
+Every process draws each whole parameter on the CPU and keeps its shard. The arms of an ablation therefore start from
+the same values on any number of processes, in any layout, and on any device.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ def initialize_weights(model: PreTrainedModel, seed: int) -> None:
 
     Args:
         model: Parameters on any device, plain or sharded (`DTensor`).
-        seed: Every module draws from a stream of its own, given by the seed and the module's name.
+        seed: Every module draws from a separate stream, given by the seed and the module's name.
 
-    Takes the memory of one module's own parameters, whole, at a time.
+    Needs memory for the whole parameters of one module at a time.
     """
     for name, module in model.named_modules():
-        # activation checkpointing wraps layers, which does not change what they are called elsewhere
+        # activation checkpointing wraps layers; the wrapper must not change the name
         name = name.replace(_CHECKPOINT_PREFIX, "")
         own = {key: p for key, p in module._parameters.items() if p is not None}
         whole = {
@@ -33,7 +33,7 @@ def initialize_weights(model: PreTrainedModel, seed: int) -> None:
             for key, parameter in own.items()
         }
         for buffer in module.buffers(recurse=False):
-            # left by the initialisation on meta
+            # set when the model was initialised on meta
             buffer._is_hf_initialized = False  # pyright: ignore[reportAttributeAccessIssue]  # tensors take attributes; transformers reads this one
         module._parameters.update(whole)
         try:
@@ -49,7 +49,7 @@ def initialize_weights(model: PreTrainedModel, seed: int) -> None:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    # 32 bits are what torch's generator on the CPU takes
+    # torch's generator on the CPU takes 32 bits
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 

@@ -1,11 +1,12 @@
-"""Which keys each row of a batch has: padding and static caches, for operators that mask by position alone.
+"""Key ranges of the rows of a batch, for operators that mask by position only: padding and static caches.
 
-transformers asks for a mask once a forward pass, and hands what it gets to every layer. The operators of this
-repository need none where all rows are whole; where some are padded, or a cache has room left, `KeyRanges`
-takes the place of the mask: the columns of the key tensor that hold a row's sequence.
+transformers creates a mask once per forward pass and hands it to every layer. The operators of this repository need
+no mask if all rows are whole. If some are padded, or a cache is not full, `KeyRanges` replaces the mask: the
+columns of the key tensor that hold a row's sequence.
 """
 
 import contextlib
+import enum
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,28 +30,34 @@ class KeyRanges(NamedTuple):
     stop: int | torch.Tensor
     """One past the column of the last query: a tensor while a static cache is decoded."""
     bounds: list[tuple[int, int]] | None
-    """``starts`` and ``ends`` on the host; None where looking at them would wait for the GPU at each token."""
+    """``starts`` and ``ends`` on the host; None where reading them would synchronise with the GPU at each token."""
 
-    # generate() makes the mask of a static cache itself, asks these two of it, and passes it to the model
+    # generate() makes the mask of a static cache, reads these two attributes, and passes it to the model
     ndim = 0
 
     def contiguous(self) -> "KeyRanges":
         return self
 
     def queries(self, T: int) -> list[tuple[int, int]]:
-        """First and one past the last of a row's ``T`` queries that are no padding: within its start and end."""
+        """For each row, first and one past the last of its ``T`` queries that are not padding."""
         begin: int = self.stop - T  # pyright: ignore[reportAssignmentType]  # an int where the bounds are known
         return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]  # pyright: ignore[reportOptionalIterable]  # known with the bounds
 
 
-MAYBE_PACKED = "packed"
-"""In place of a mask: positions restart within a row, or a graph is traced, where transformers cannot look whether they do.
+class MaskSentinel(enum.Enum):
+    """What transformers hands to the layers instead of a mask, where the operator has to find out more."""
 
-`flame.models.packing` finds the documents."""
+    MAYBE_PACKED = "packed"
+    """Positions may restart inside a row: they do, or a graph is traced and this cannot be checked here.
+
+    `flame.models.packing` finds the documents."""
+
+
+MAYBE_PACKED = MaskSentinel.MAYBE_PACKED
 
 
 class Reads:
-    """How much of the cached values decoding has read, or the reference would have had to read."""
+    """Share of the cached values that decoding has read, or would have to read in the reference."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -59,7 +66,7 @@ class Reads:
     def add(self, share: torch.Tensor) -> None:
         """Share of each row and key head ``[B, H]`` in one layer and step."""
         self.steps += 1
-        # on the device: a look at every step would wait for it
+        # kept on the device: reading it at every step would synchronise
         self._sum = self._sum.to(share.device) + share.mean()
 
     def share(self) -> float:
@@ -72,7 +79,7 @@ _reads: Reads | None = None
 
 @contextlib.contextmanager
 def count_reads() -> Iterator[Reads]:
-    """Counts what is read of the values while this lasts."""
+    """Context in which the reads of cached values are counted."""
     global _reads
     _reads = Reads()
     try:
@@ -97,19 +104,19 @@ def causal_key_ranges(
     dtype: torch.dtype | None = None,
     config: Any = None,
     device: torch.device | None = None,
-) -> KeyRanges | str | None:
-    """What transformers calls for a causal mask; None where position alone says it, outside of generation.
+) -> KeyRanges | MaskSentinel | None:
+    """Replaces transformers' causal mask; None if the position alone decides, outside of generation.
 
-    The arguments are all that transformers gives: ``local_size``, a window, comes to the operator too, and ``dtype``
-    and ``allow_is_bidirectional_skip`` say nothing here.
+    The arguments are those that transformers passes. ``local_size``, a window, also reaches the operator; ``dtype``
+    and ``allow_is_bidirectional_skip`` are not needed.
 
     Raises:
-        NotImplementedError: A mask that is neither causal nor packed nor padding, or holes within a row.
+        NotImplementedError: A mask that is neither causal nor packed nor padding, or a row with zeros between ones.
     """
     if isinstance(attention_mask, KeyRanges):
         return attention_mask
     is_static = isinstance(q_offset, torch.Tensor)
-    # for one query transformers forbids to leave a mask out where it compiles
+    # for a single query transformers forbids skipping the mask when it compiles
     if not allow_is_causal_skip and q_length > 1:
         # positions that restart come as an "and" around the whole mask; blocks that see each other as an "or"
         # (by __name__: Dynamo of torch 2.11 does not know the __qualname__ of a closure)
@@ -127,10 +134,10 @@ def causal_key_ranges(
     stop = q_offset + q_length - kv_offset
     padding = None
     if attention_mask is not None:
-        # [B, columns] of the keys that are there
+        # [B, columns], True where a key is not padding
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if not is_static:
-        # a step of generation is for the decoding operators, which take ranges
+        # a generation step goes to the decoding operators, which take ranges
         is_step = q_length < kv_length and not torch.is_grad_enabled()
         if stop == kv_length and not is_step and (padding is None or bool(padding.all())):
             return None
@@ -140,7 +147,7 @@ def causal_key_ranges(
             torch.tensor(x, dtype=torch.int32, device=device) for x in zip(*bounds, strict=True)
         )
         return KeyRanges(starts, ends, stop, bounds)  # pyright: ignore[reportArgumentType]  # stop is an int where q_offset is
-    # in a compiled or captured step nothing may be looked at; what is before the first step has been
+    # static cache: read nothing back during capture; the start of each row is its first unmasked column
     ends = stop.to(torch.int32).expand(batch_size)  # pyright: ignore[reportAttributeAccessIssue]  # stop is a tensor where q_offset is
     starts = torch.zeros_like(ends)
     if padding is not None:
@@ -166,29 +173,29 @@ def num_visible_keys(
     B: int,
     T: int,
     S: int,
-    ranges: KeyRanges | torch.Tensor | str | None,
+    ranges: KeyRanges | torch.Tensor | MaskSentinel | None,
     cu_seqlens: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
-    """How many keys each of ``T`` queries sees, itself included: ``[1 or B, T]`` integers, at least 1.
+    """Number of keys that each of ``T`` queries sees, itself included: ``[1 or B, T]`` integers, at least 1.
 
     Args:
-        S: Keys, of which the queries are the last without ``ranges``.
-        ranges: Which of them are a row's.
+        S: Number of keys; without ``ranges`` the queries are the last of them.
+        ranges: The keys of each row.
         cu_seqlens: Bounds ``[N + 1]`` of the sequences packed in ``B`` rows laid end to end, ``S == T``.
     """
     if cu_seqlens is not None:
-        places = torch.arange(B * T, device=device)
-        own = torch.searchsorted(cu_seqlens.to(places), places, right=True) - 1
-        return (places - cu_seqlens[own] + 1).view(B, T)
-    places = torch.arange(T, device=device)
+        positions = torch.arange(B * T, device=device)
+        sequences = torch.searchsorted(cu_seqlens.to(positions), positions, right=True) - 1
+        return (positions - cu_seqlens[sequences] + 1).view(B, T)
+    positions = torch.arange(T, device=device)
     if not isinstance(ranges, KeyRanges):
-        return (S - T + places + 1)[None]
+        return (S - T + positions + 1)[None]
     # a query that is padding sees none, and its output is not used
-    return (ranges.stop - T + places - ranges.starts[:, None] + 1).clamp(min=1)
+    return (ranges.stop - T + positions - ranges.starts[:, None] + 1).clamp(min=1)
 
 
-def attend(
+def attend_key_ranges(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -201,11 +208,11 @@ def attend(
     window_size: int | None,
     sink_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Causal attention of each row of a batch over its own keys; 0 for queries that are padding.
+    """Causal attention of each row of a batch over the keys of its range; 0 for queries that are padding.
 
     Args:
         q: ``[B, T, HQ, K]``; ``k [B, S, H, K]``, ``v [B, S, H, V]``.
-        ranges: Which columns of ``k`` and ``v`` are a row's.
+        ranges: The columns of ``k`` and ``v`` that belong to each row.
         operator: Attention whose queries are the last positions of the keys.
 
     Returns:
@@ -231,7 +238,7 @@ def attend(
         return operator(q, k[:, : ranges.stop], v[:, : ranges.stop], scale, **options)
     queries = ranges.queries(T)
     if ranges.stop == T:
-        # every row at once, as packed sequences
+        # all rows at once, as packed sequences
         rows = [torch.arange(a, b, device=q.device) + i * T for i, (a, b) in enumerate(queries)]
         rows = torch.cat(rows)
         lengths = torch.tensor([0, *(b - a for a, b in queries)], dtype=torch.int32)
@@ -245,14 +252,14 @@ def attend(
     for i, ((a, b), (first, end)) in enumerate(zip(queries, ranges.bounds, strict=True)):
         o = q.new_zeros(1, T, HQ, v.shape[-1])
         if a < b:
-            own = operator(
+            attended = operator(
                 q[i : i + 1, a:b],
                 k[i : i + 1, first:end],
                 v[i : i + 1, first:end],
                 scale,
                 **options,
             )
-            o = torch.cat((o[:, :a], own, o[:, b:]), 1)
+            o = torch.cat((o[:, :a], attended, o[:, b:]), 1)
         outputs.append(o)
     return torch.cat(outputs)
 
@@ -273,12 +280,12 @@ def _decode_and_count(
     o = naive_normalized_attn_decode(q, k, v, ranges.ends, scale, **options)
     starts = options.pop("starts")
     # [B, HQ, T, S] -> [B, H, S]
-    w = weights(q, k, v, ranges, scale=scale, **options)
+    w = dense_attention_weights(q, k, v, ranges, scale=scale, **options)
     is_used = (w != 0).unflatten(1, (k.shape[2], -1)).any(3).any(2)
     return o, is_used.sum(-1) / (ranges.ends - starts).clamp(min=1)[:, None]
 
 
-def weights(
+def dense_attention_weights(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -287,7 +294,7 @@ def weights(
     normalizer: str,
     **options: Any,
 ) -> torch.Tensor:
-    """Weights ``[B, HQ, T, S]`` of `attend`, 0 where a row has no such query or key; ``options`` as in the operators."""
+    """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key; ``options`` as in the operators."""
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         _, w = naive_normalized_attn(q, k, v, normalizer=normalizer, return_weights=True, **options)

@@ -1,7 +1,7 @@
-"""Keywords that transformers hands from a model's call to its attention, and that change nothing there.
+"""Keywords that transformers passes from a model's call to its attention, and that have no effect there.
 
-A keyword that is neither taken nor listed here is refused. transformers renames and adds some every few releases (the
-cache was ``past_key_values`` until 5.23 and is ``cache`` from 5.24 on), and one that is dropped in silence computes
+A keyword that is neither used nor listed here is refused. transformers renames and adds keywords every few releases
+(the cache was ``past_key_values`` until 5.23 and is ``cache`` from 5.24 on); silently dropping one would compute
 something else.
 """
 
@@ -16,7 +16,7 @@ HARMLESS = {
     "max_length_k": "the operators take lengths from cu_seq_lens_k",
     "deterministic": "the backward pass always is",
 }
-"""Keyword, and why it may be left alone."""
+"""Keyword -> why it may be ignored."""
 
 
 def refuse_unknown(name: str, keywords: Iterable[str]) -> None:

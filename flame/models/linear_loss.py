@@ -1,9 +1,9 @@
 """The training loss, cross-entropy, with the logits or without them: ``--training.loss``.
 
 The logits of 16 Ki tokens over a vocabulary of 32,000 take 1 GiB in bfloat16, and their gradient as much again.
-The linear variant multiplies the last hidden states by the vocabulary a piece at a time, and computes the
-gradients in the same pass. torch's own, `torch.nn.functional.linear_cross_entropy`, is not among the choices:
-it returns the loss in the dtype of the hidden states, and bfloat16 has three digits.
+The linear variant multiplies the last hidden states by the vocabulary matrix a piece at a time, and computes the
+gradients in the same pass. torch's own `torch.nn.functional.linear_cross_entropy` is not offered: it returns the
+loss in the dtype of the hidden states, and bfloat16 has three digits.
 """
 
 import warnings

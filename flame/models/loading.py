@@ -1,4 +1,4 @@
-"""Models from folders, whole or not at all."""
+"""Loads models from folders, and refuses a model whose weights are not complete."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ READING_ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, Saf
 def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
     """The model of a Hugging Face folder; ``options`` are those of ``from_pretrained``.
 
-    transformers draws weights that the folder lacks at random, and leaves out those that the model has no place for.
+    transformers itself draws missing weights at random and ignores weights that the model does not know.
 
     Raises:
-        UsageError: A weight is missing, has another shape, has no place in the model, or is not finite.
+        UsageError: A weight is missing, has another shape, is unknown to the model, or is not finite.
         READING_ERRORS: The files cannot be read.
     """
     model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with output_loading_info

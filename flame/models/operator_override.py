@@ -1,4 +1,4 @@
-"""Another function in the place of a registered attention operator, for as long as it is measured."""
+"""Replaces a registered attention operator by another function while a measurement runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def replaced_operator(attn_impl: str, function: Callable[..., object]) -> Iterator[None]:
     """Runs ``function`` where models ask transformers' table for ``attn_impl``, eagerly and without TF32."""
     precision = torch.get_float32_matmul_precision()
-    # an entry of this table's own, on top of the registered one
+    # a local entry of this table hides the registered one
     ALL_ATTENTION_FUNCTIONS[attn_impl] = function
     try:
         # NOTE(numerics): TF32 would round float32 scores and blur which of them are zero

@@ -1,7 +1,7 @@
-"""Where documents begin in rows that hold several, as transformers tells its attention.
+"""Bounds of the documents in packed rows, from the arguments that transformers passes to attention.
 
-`DataCollatorWithFlattening` and its like give bounds (``cu_seq_lens_q``, ``cu_seq_lens_k``), or positions that begin
-anew with each document. transformers looks at positions where it was given no cache, its flash attention always.
+`DataCollatorWithFlattening` and its like give bounds (``cu_seq_lens_q``, ``cu_seq_lens_k``), or positions that restart
+with each document. transformers reads positions if it has no cache; its flash attention always does.
 """
 
 import torch
@@ -16,7 +16,7 @@ _PASS_BOUNDS = (
     "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"
 )
 
-# what was found in positions: every layer of a forward pass is given the same tensor
+# bounds found in a tensor of positions: every layer of a forward pass gets the same tensor
 _found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -34,7 +34,7 @@ def document_bounds(
 ) -> torch.Tensor | None:
     """Bounds ``[N + 1]`` of the documents in ``B`` rows of ``T`` tokens laid end to end; None where each row is one.
 
-    Positions are looked at once a forward pass, which waits for the GPU, as transformers' own look does.
+    Positions are read once per forward pass, which synchronises with the GPU, as in transformers itself.
 
     Args:
         name: The operator, for messages.
@@ -43,11 +43,11 @@ def document_bounds(
         position_ids: ``[1 or B, T]``; a document ends where they do not go on by one.
         cu_seq_lens_q: Bounds that are known, for ``B == 1``; they win over positions.
         cu_seq_lens_k: The same bounds.
-        seq_idx: Numbers of the documents, taken beside bounds only.
+        seq_idx: Numbers of the documents; accepted only together with bounds.
 
     Raises:
         NotImplementedError: Documents in padded rows or behind keys of a cache, or bounds that cannot be known.
-        RuntimeError: Positions restart when a graph runs, which cannot look at them when it is made.
+        RuntimeError: Positions restart when a traced graph runs; tracing cannot read them.
     """
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         _require_equal(name, cu_seq_lens_q, cu_seq_lens_k)
@@ -57,7 +57,7 @@ def document_bounds(
     if seq_idx is not None:
         raise NotImplementedError(f"{name} got seq_idx without bounds: {_PASS_BOUNDS}")
     if position_ids is None:
-        if mask == MAYBE_PACKED:
+        if mask is MAYBE_PACKED:
             raise NotImplementedError(f"{name} {_RESTART}: {_PASS_BOUNDS}")
         return None
     # positions of several axes, as in models of images, do not tell documents
@@ -91,13 +91,13 @@ def _require_equal(name: str, q: torch.Tensor | None, k: torch.Tensor | None) ->
         if not torch.equal(q, k):
             raise NotImplementedError(message)
     else:
-        # no look, which would wait for the GPU in every layer
+        # an asynchronous check: reading back would synchronise in every layer
         torch._assert_async((q == k).all(), message)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
 
 
 def _look(position_ids: torch.Tensor, B: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Bounds as in `document_bounds`, and row and column of each restart."""
-    # a tensor of inference mode counts no versions, and may have been written to since
+    # a tensor of inference mode has no version counter, so a write would go unnoticed
     version = None if position_ids.is_inference() else (position_ids._version, B)
     found = _found.get(position_ids)
     if found is not None and version is not None and found[0] == version:

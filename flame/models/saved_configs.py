@@ -1,8 +1,8 @@
 """Makes a model's ``config.json`` say that it runs an operator of this repository.
 
-transformers reads ``attn_implementation`` from a ``config.json``, but writes none: weights trained under softpick would be
-loaded into softmax without a word. Written there, a plain ``from_pretrained`` runs the operator again where
-`flame.models` has been imported, and is refused, by name, where it has not. ``attn_implementation=...`` on loading wins.
+transformers reads ``attn_implementation`` from a ``config.json`` but does not write it, so weights trained under softpick
+would silently be loaded into softmax. With the field written, a plain ``from_pretrained`` runs the operator again if
+`flame.models` has been imported, and is refused by name if not. ``attn_implementation=...`` on loading wins.
 """
 
 from functools import wraps
@@ -14,7 +14,7 @@ from flame.models.attention import IMPLEMENTATIONS
 
 
 def implementation_of(config: PretrainedConfig) -> str | dict[str, str | None] | None:
-    """The ``attn_implementation`` under which ``config`` computes what it does now; None where transformers' own will do.
+    """The ``attn_implementation`` that ``config`` runs now; None if it runs none of `IMPLEMENTATIONS`.
 
     A dictionary, as ``from_pretrained`` takes it, where parts of a model (``text_config``) differ.
     """

@@ -1,7 +1,7 @@
-"""``softpick_transformer``: Llama's block (RMSNorm, RoPE, SwiGLU) with the attention as fields.
+"""``softpick_transformer``: Llama's block (RMSNorm, RoPE, SwiGLU) with a configurable attention operator.
 
-The operator is saved with the weights. Weights trained with one normaliser compute something else with
-another, so loading them with another is an error unless the field itself is set.
+The operator is saved with the weights. Weights trained with one normaliser compute something else with another, so
+loading them with another is an error unless ``attn_impl`` itself is set.
 """
 
 import copy
@@ -19,15 +19,15 @@ from transformers import initialization as init
 
 from flame.base.command_line import closest
 from flame.models.attention import IMPLEMENTATIONS, OPERATORS, normalizer_of
-from flame.models.attention_layer import LOG_SCALE_START, SoftpickAttention
+from flame.models.attention_layer import LOG_SCALE_START, NormalizedAttention
 
 ADDITIONS = ("attn_sink", "attn_gate", "attn_log_scale")
-"""Fields of the configuration that add something to the attention of every arm."""
+"""Fields of the configuration that add a component to the attention, whatever the normaliser."""
 
 
 @strict
 class SoftpickTransformerConfig(LlamaConfig):
-    """Llama's configuration with the fields in which the arms of an ablation differ; `SoftpickAttention` has the formulas.
+    """Llama's configuration with the fields in which the arms of an ablation differ; `NormalizedAttention` has the formulas.
 
     Args:
         attn_impl: Attention operator by name, see `flame.models.attention.OPERATORS`. Saved with the
@@ -55,15 +55,15 @@ class SoftpickTransformerConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved; additions that are off are not, so that models and runs from before they existed are the same."""
+        """The fields to save. Additions that are off are left out, so that older models and runs stay equal."""
         return {
             name: value
             for name, value in super().to_diff_dict().items()
             if value or name not in ADDITIONS
         }
 
-    # transformers reads and sets this property wherever it chooses an implementation, and would choose
-    # its own softmax where nothing was asked for
+    # transformers reads and sets this property when it selects an implementation, and would select its own
+    # softmax by default
     @property
     def _attn_implementation(self) -> str:
         return self._attn_implementation_internal or self.attn_impl
@@ -74,14 +74,14 @@ class SoftpickTransformerConfig(LlamaConfig):
 
 
 class _Initialized:
-    """Initial values of what `SoftpickAttention` adds to Llama's; a decoder initialises its own modules in transformers."""
+    """Initialises the parameters that `NormalizedAttention` adds to Llama's; transformers initialises the rest."""
 
     config: SoftpickTransformerConfig
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]  # of the model that this is mixed into
-        if isinstance(module, SoftpickAttention):
+        if isinstance(module, NormalizedAttention):
             if self.config.attn_sink:
                 # as in transformers' gpt-oss
                 init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
@@ -90,7 +90,7 @@ class _Initialized:
 
 
 class SoftpickTransformerModel(_Initialized, LlamaModel):
-    """Llama's decoder with `SoftpickAttention` in its layers."""
+    """Llama's decoder with `NormalizedAttention` in its layers."""
 
     config_class = SoftpickTransformerConfig
     config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # never set to another kind
@@ -98,7 +98,7 @@ class SoftpickTransformerModel(_Initialized, LlamaModel):
     def __init__(self, config: SoftpickTransformerConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            layer.self_attn = SoftpickAttention(config, index)
+            layer.self_attn = NormalizedAttention(config, index)
         # once more, for the new modules
         self.post_init()
 
@@ -129,7 +129,7 @@ class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
                 f"was made for attn_impl={attn_impl!r}; to change the function on purpose, pass attn_impl"
             )
         for field in ("attn_sink", "attn_log_scale"):
-            # they take no sinks, and masks that do not say where a row begins
+            # transformers' own implementations take no sinks, and their masks do not tell where a row begins
             if getattr(self.config, field) and requested not in IMPLEMENTATIONS:
                 raise ValueError(
                     f"attn_implementation={requested!r} does not go with {field}; take one of "
@@ -139,14 +139,14 @@ class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
 
 
 def read_config(path: str | Path) -> SoftpickTransformerConfig:
-    """Reads a model configuration and refuses what transformers would swallow.
+    """Reads a model configuration, and refuses errors that transformers would ignore.
 
     Args:
         path: JSON file, or a folder with a ``config.json``.
 
     Raises:
         ValueError: Not a readable JSON object, another ``model_type``, an unknown key, or a shape that
-            cannot be; one line that names file, key, value and what would be right.
+            is invalid; the message is one line with file, key, value and what is expected.
     """
     file = Path(path)
     try:
@@ -178,7 +178,7 @@ def read_config(path: str | Path) -> SoftpickTransformerConfig:
             # a copy, since a model marks its configuration with the operator it runs
             SoftpickTransformerForCausalLM(copy.deepcopy(config))
     except (KeyError, ValueError, AssertionError, RuntimeError) as error:
-        # names of functions and the like, which transformers looks up when it builds the model
+        # for example a name of an activation, which transformers looks up when it builds the model
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{file}: no model can be built from it: {problem}") from None
     return config

@@ -11,7 +11,7 @@ def check_layout(
     """Refuses degrees that do not fit the number of processes, the model or each other.
 
     Raises:
-        UsageError: Names the flags, their values, and what would be right.
+        UsageError: A degree does not fit; the message names the flags, their values and what is expected.
     """
     t = config.training
     tensor, context = t.tensor_parallel_degree, config.experimental.context_parallel_degree

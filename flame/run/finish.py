@@ -1,4 +1,4 @@
-"""The end of a run: the exported model, what it writes, and the commands that come next."""
+"""The end of a run: exports the model, prints a sample of it, and prints the commands that come next."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ from flame.titan.patches import DEVICE_TYPE
 def finish(
     config: JobConfig, inputs: RunInputs, asked: dict[str, Any], validation_loss: float | None
 ) -> None:
-    """Exports the newest checkpoint, lets it write, and says what there is and what to do next."""
+    """Exports the newest checkpoint, prints a sample of the model, its files, and the next commands."""
     checkpoints = config.dump_folder / config.checkpoint.folder
     checkpoint = newest_checkpoint(checkpoints) if config.checkpoint.enable_checkpoint else None
     if checkpoint is None:
@@ -38,7 +38,7 @@ def finish(
             out=out,
             dtype=getattr(torch, config.checkpoint.export_dtype),
         )
-    # safetensors has an error of its own for a full disk
+    # safetensors raises its own exception on a full disk
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"{out} could not be written: {error}; {checkpoint} is kept, which the same command exports"
@@ -64,14 +64,14 @@ def finish(
 
 
 def _offer_comparison(config: JobConfig, asked: dict[str, Any], twin: str) -> None:
-    """Says how to train the twin or, if that is done, how to compare the two."""
+    """Prints the command that trains the twin or, if the twin is finished, the one that compares both."""
     folder = twin_folder(config, twin)
     if not (folder / "hf" / "config.json").is_file():
         logger.info(f"its twin        {_twin_command(asked, twin, folder)}")
         return
     t, source = config.training, config.training.sources()[0]
     options = (source.name, source.data_dir, source.data_files)
-    # what is held out is the end of the data, where analyze looks
+    # the held-out part is the end of the data, from which flame.analyze samples
     has_end = len(t.sources()) == 1 and not any(options) and config.validation.share > 0
     # softpick first, whichever was trained first
     is_softpick = Path(twin).name.startswith("softmax_")
@@ -101,7 +101,7 @@ def twin_of(asked: dict[str, Any]) -> str | None:
 
 
 def twin_folder(config: JobConfig, twin: str) -> Path:
-    """Where the twin's run is, or else would be."""
+    """Folder of the twin's run, whether it exists or not."""
     if config.job.dump_folder is None:
         return Path("exp") / Path(twin).stem
     folder = config.dump_folder
@@ -121,7 +121,7 @@ def _twin_command(asked: dict[str, Any], twin: str, folder: Path) -> str:
     """The command of the same run with the other normaliser."""
     default = JobConfig().flags() | {"training.bos": DEFAULT_BOS}
     changed = {flag: value for flag, value in asked.items() if value != default[flag]}
-    # what a recipe file said is among the flags
+    # the values of the recipe file are among the flags
     changed |= {"model.config": twin, "job.config_file": None}
     if asked["job.dump_folder"] is not None:
         changed["job.dump_folder"] = str(folder)

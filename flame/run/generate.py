@@ -1,4 +1,4 @@
-"""An exported model continues a text."""
+"""Continues a text with an exported model."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_model(folder).to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
-    # what the folder says of sampling is not asked for
+    # ignore the sampling settings of the folder
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(
         **{name: getattr(model.generation_config, name) for name in ids}
@@ -28,9 +28,9 @@ def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt: what training put before a text, and the text; one id at least.
+    """Ids of a prompt: the tokens that training put before a text, then the text; at least one id.
 
-    A tokenizer that also ends a text would have the model write another one.
+    Tokens that the tokenizer adds after a text are left out, since the model would begin another text.
     """
     text = tokenizer(prompt, add_special_tokens=False).input_ids
     return [*before_prompt(tokenizer, "tokenizer"), *text] or [tokenizer.eos_token_id]  # pyright: ignore[reportReturnType]  # an id; transformers types all special tokens at once
@@ -52,9 +52,9 @@ def write(
 
     Args:
         temperature: 0 takes the likeliest token each time.
-        top_k: Sample from so many of the likeliest tokens. Default: from all.
+        top_k: Sample from this many of the likeliest tokens. Default: from all.
         top_p: Sample from the likeliest tokens that together have this probability. Default: from all.
-        streamer: Given the ids as they come.
+        streamer: Gets the ids one by one.
     """
     ids = torch.tensor([encode(tokenizer, prompt)], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}

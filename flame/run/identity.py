@@ -1,4 +1,4 @@
-"""The dump folder belongs to one run: what makes a run, where that is written, and when it is refused."""
+"""A dump folder belongs to one run: the run's fingerprint, where it is written, and when a folder is refused."""
 
 import contextlib
 import json
@@ -8,12 +8,13 @@ from typing import IO, Any
 
 from flame.base.errors import UsageError, is_full_disk
 from flame.base.files import temporary_name, write_atomically
-from flame.base.folder_lock import LOCK_FILE, hold
+from flame.base.folder_lock import LOCK_FILE, lock_folder
 from flame.base.log import logger
 from flame.checkpoints.step_folder import newest_checkpoint, remove
 from flame.config.sections import DEFAULT_BOS, JobConfig
+from flame.config.upstream_flags import ONLY_VALUES
 from flame.data.bos import BEFORE_THE_FLAG
-from flame.data.tokenizer import IDENTITY_KEY
+from flame.data.tokenizer import TOKENIZER_KEY
 from flame.models import SoftpickTransformerConfig
 
 RUN_FILE = "run.json"
@@ -67,15 +68,18 @@ _FREE_FLAGS = (
     "checkpoint.create_seed_checkpoint",
 )
 
-# a stream's checkpoint knows which of its files were read
+# with streaming the checkpoint decides which files may change
 _FREE_OF_STREAMS = ("training.data_files",)
-# keys of earlier versions for what is compared so today
-_LEFT_TO_STREAMS = ("the files", *(f"--{flag}" for flag in _FREE_OF_STREAMS))
+# keys that earlier versions wrote and that are compared through the checkpoint today
+_COMPARED_BY_STREAMS = ("the files", *(f"--{flag}" for flag in _FREE_OF_STREAMS))
 
-# Keys that run.json did not always have, and what earlier runs had; None: they did not say.
-_LATER_KEYS = {BOS_KEY: BEFORE_THE_FLAG, IDENTITY_KEY: None}
+# Flags that took one value, which run.json of earlier versions names.
+_FORMER_KEYS = tuple(f"--{flag}" for flag in ONLY_VALUES)
 
-# what a run writes before its first checkpoint, as patterns
+# Keys that older run.json files lack, and the value those runs had; None: unknown.
+_LATER_KEYS = {BOS_KEY: BEFORE_THE_FLAG, TOKENIZER_KEY: None}
+
+# glob patterns of what a run writes before its first checkpoint
 _LOGS = (
     "metrics*.jsonl*",
     "tb",
@@ -87,19 +91,19 @@ _LOGS = (
     "wandb*",
 )
 
-# what transformers adds to a configuration and an upgrade may change
+# keys that transformers writes and that may differ between its versions; not part of the fingerprint
 NOT_SHAPE = ("transformers_version", "architectures", "dtype")
 _SHAPE = "--model.config, "
 
 
-def identity(
+def fingerprint(
     config: JobConfig,
     *,
     model: SoftpickTransformerConfig,
     data: dict[str, Any],
     global_batch_size: int,
 ) -> dict[str, Any]:
-    """What must stay the same for a run to be continued, by flag."""
+    """Values that must not change when the run is continued, by flag: the content of ``run.json``."""
     free = (*_FREE_FLAGS, *(_FREE_OF_STREAMS if config.training.streaming else ()))
     flags = {
         f"--{flag}": value
@@ -114,8 +118,8 @@ def identity(
     return {**flags, BATCH_KEY: global_batch_size, **data, **shape}
 
 
-def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
-    """Makes the dump folder this run's, as long as the file that it returns stays open.
+def claim_run_folder(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
+    """Reserves the dump folder for this run while the returned file stays open.
 
     Raises:
         UsageError: The folder is another run's, in use, or cannot be written.
@@ -125,11 +129,11 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
         require_same_run(folder, run)
         _check_checkpoints(config)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = hold(folder)
-        # while this run waited for the lock, another may have written
+        lock = lock_folder(folder)
+        # another run may have written while this one waited for the lock
         require_same_run(folder, run)
-        _make_way(folder, run)
-        # in one move: with this file the folder counts as a run's
+        _delete_abandoned_run(folder, run)
+        # written atomically: this file makes the folder a run's
         write_atomically(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(config.to_toml(), encoding="utf-8")
     except OSError as error:
@@ -138,7 +142,7 @@ def claim(config: JobConfig, run: dict[str, Any]) -> IO[bytes]:
 
 
 def require_same_run(folder: Path, run: dict[str, Any]) -> None:
-    """Raises UsageError unless ``folder`` is new, empty, holds this very run, or one that saved nothing."""
+    """Raises UsageError unless ``folder`` is new, is empty, or holds this run or one that saved nothing."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -155,7 +159,7 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     if _saved_nothing(folder, earlier):
         return
     for key in {**earlier, **run}:
-        if key not in run and key.startswith(_LEFT_TO_STREAMS):
+        if key not in run and (key in _FORMER_KEYS or key.startswith(_COMPARED_BY_STREAMS)):
             continue
         if key in _LATER_KEYS and key not in earlier:
             earlier[key] = run.get(key) if _LATER_KEYS[key] is None else _LATER_KEYS[key]
@@ -193,7 +197,7 @@ def model_of(run: dict[str, Any]) -> SoftpickTransformerConfig:
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in, by the ``run.json`` above it."""
+    """The folder of the run that wrote a checkpoint: the nearest parent with a ``run.json``."""
     folders = list(checkpoint.resolve().parents)[:3]
     return next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
 
@@ -215,15 +219,15 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _saved_nothing(folder: Path, run: dict[str, Any]) -> bool:
-    """Whether ``run``, which the folder belongs to, ended before its first checkpoint, and so cannot be continued."""
+    """Whether ``run``, the owner of the folder, ended before its first checkpoint, so that it cannot be continued."""
     # a run without checkpoints leaves its metrics as its result
     if not run.get("--checkpoint.enable_checkpoint") or (folder / "hf").exists():
         return False
     return newest_checkpoint(folder / run["--checkpoint.folder"]) is None
 
 
-def _make_way(folder: Path, run: dict[str, Any]) -> None:
-    """Deletes what another run than ``run`` wrote into the folder before it ended without a checkpoint."""
+def _delete_abandoned_run(folder: Path, run: dict[str, Any]) -> None:
+    """Deletes the files of an earlier, different run that ended without a checkpoint."""
     if not (folder / RUN_FILE).is_file():
         return
     earlier = read_run(folder)
@@ -241,7 +245,7 @@ def _make_way(folder: Path, run: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(config: JobConfig) -> Iterator[None]:
-    """Turns a disk that is full into a `UsageError` that says from where the same command continues."""
+    """Turns a full disk into a `UsageError` that says which checkpoint the same command continues from."""
     try:
         yield
     except OSError as error:
@@ -256,7 +260,7 @@ def explain_full_disk(config: JobConfig) -> Iterator[None]:
 
 
 def _check_checkpoints(config: JobConfig) -> None:
-    """Raises UsageError if the run would go on beside newer checkpoints of its own."""
+    """Raises UsageError if the run would ignore newer checkpoints in its folder."""
     folder, step = config.dump_folder / config.checkpoint.folder, config.checkpoint.load_step
     if folder.exists() and not folder.is_dir():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What a run reads before it starts: model, tokenizer and data, each checked against the flags and this machine."""
+"""Reads model, tokenizer and data before a run starts, and checks them against the flags and this machine."""
 
 from dataclasses import dataclass
 
@@ -25,17 +25,17 @@ class RunInputs:
 
 
 def read_model(config: JobConfig, num_processes: int) -> SoftpickTransformerConfig:
-    """The model of a run of ``num_processes``, if it and the flags fit each other and this machine.
+    """The model of a run of ``num_processes``.
 
     Raises:
-        UsageError: They do not.
+        UsageError: The model, the flags or this machine do not fit together.
     """
     try:
         model = read_config(config.model.config)
     except ValueError as error:
         raise UsageError(f"--model.config: {error}") from None
     require_device(model.attn_impl, DEVICE_TYPE)
-    # refuses what this machine does not have
+    # raises if this machine cannot compute the loss
     linear_loss(config.training.loss, DEVICE_TYPE)
     if config.metrics.enable_wandb:
         require_wandb()
@@ -59,10 +59,10 @@ def read_model(config: JobConfig, num_processes: int) -> SoftpickTransformerConf
 
 
 def read_tokenizer(config: JobConfig, model: SoftpickTransformerConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer, if its ids fit the model.
+    """The tokenizer of the run.
 
     Raises:
-        UsageError: It cannot be read, or they do not.
+        UsageError: It cannot be read, or it has more ids than the model's vocabulary.
     """
     try:
         tokenizer = load_tokenizer(config.model.tokenizer_path)
@@ -82,7 +82,7 @@ def read_inputs(config: JobConfig) -> RunInputs:
     """Reads and checks everything the run needs.
 
     Raises:
-        UsageError: A flag or file that the user must mend.
+        UsageError: A flag or file that the user must correct.
     """
     model = read_model(config, world_size())
     tokenizer = read_tokenizer(config, model)
@@ -94,6 +94,6 @@ def read_inputs(config: JobConfig) -> RunInputs:
 
 
 def set_precision(config: JobConfig) -> None:
-    """Sets the dtype that this machine's runs compute in where no flag does."""
+    """Sets ``training.mixed_precision_param`` to the default of this machine if no flag sets it."""
     if config.training.mixed_precision_param is None:
         config.training.mixed_precision_param = "float32" if DEVICE_TYPE == "cpu" else "bfloat16"

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+"""Writers of the metrics of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from flame.base.files import write_atomically
 from flame.config.sections import JobConfig
 
 METRICS_FILE = "metrics.jsonl"
-"""Of a run's folder."""
+"""Name of the file in the dump folder."""
 
 
 class Writer(Protocol):
@@ -27,7 +27,7 @@ class Writer(Protocol):
 
 
 def strict_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON as the standard has it: numbers that are not finite become null."""
+    """Standard JSON: numbers that are not finite become null."""
 
     def finite(x: Any) -> Any:
         if isinstance(x, dict):
@@ -40,10 +40,10 @@ def strict_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """What `JsonLines` wrote, of a run that may be writing it, or that a kill ended within a line.
+    """The records that `JsonLines` wrote. The last line may be unfinished, by a running or a killed run.
 
     Raises:
-        UsageError: It cannot be read, or another line than the last, unfinished one is damaged.
+        UsageError: The file cannot be read, or a line other than an unfinished last one is damaged.
     """
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -66,10 +66,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 class JsonLines:
     """One object a line: ``step``, ``time`` (seconds since 1970) and the numbers, written out at once.
 
-    Opening drops what a continued run is about to repeat, and a line that a kill cut short.
+    Opening drops the steps that a continued run will repeat, and an unfinished last line.
 
     Args:
-        file: Made if it is not there.
+        file: Created if it does not exist.
         start_step: Step of the checkpoint that the run continues from; 0 for a new one.
     """
 
@@ -83,17 +83,17 @@ class JsonLines:
                 if record["step"] == start_step:
                     self.done |= record.keys()
         write_atomically(file, "".join(kept))
-        # without a buffer, so that a full disk is told by the write that meets it, and by nothing after it
+        # unbuffered, so that a full disk raises in the write that hits it, not later
         self.stream = open(file, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
 
     def write(self, scalars: dict[str, float], step: int) -> None:
         if step == self.start_step and scalars.keys() <= self.done:
-            # a finished run that is started again measures its last step anew
+            # a finished run that is started again measures its last step again
             return
         record = {"step": step, "time": round(time.time(), 3), **scalars}
         line = memoryview((strict_json(record) + "\n").encode())
         while line:
-            # a disk takes a part when it has no room for the whole
+            # a nearly full disk accepts only a part of the line
             line = line[self.stream.write(line) :]
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars by name. A continued run hides the steps that it is about to repeat."""
+    """Scalars by name. A continued run hides the steps that it will repeat."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         _silence_failed_threads()
@@ -116,7 +116,7 @@ class TensorBoard:
 
 
 def _silence_failed_threads() -> None:
-    """TensorBoard's thread fails with a traceback and, in the main thread, with the same error again: one is enough."""
+    """Drops the traceback of TensorBoard's thread on an OSError, which the main thread raises again."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -136,7 +136,7 @@ def require_wandb() -> None:
 
 
 class WeightsAndBiases:
-    """The run under one id for its whole life, so that a continuation continues its curves."""
+    """Logs the run to wandb under one id, so that a continued run continues its curves."""
 
     def __init__(self, config: JobConfig) -> None:
         import wandb  # pyright: ignore[reportMissingImports]  # not among the dependencies; --metrics.enable_wandb asks for it

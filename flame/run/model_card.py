@@ -1,4 +1,4 @@
-"""``README.md`` of an exported model: what it is, how it is opened, and how it was trained."""
+"""``README.md`` of an exported model: what it is, how to load it, and how it was trained."""
 
 import json
 from pathlib import Path
@@ -51,13 +51,13 @@ def model_card(
     folder: Path,
     run: Path | None,
 ) -> str:
-    """The page, with what the files of the run say.
+    """The text of the card, with facts from the files of the run.
 
     Args:
         bos: Mode of `flame.data.bos` it was trained in.
-        parameters: Number of its weights.
+        parameters: Number of the model's weights.
         checkpoint: Folder ``step-N`` that is exported.
-        folder: Where the model will lie.
+        folder: Folder of the exported model.
         run: Folder of the run; None where it is not known.
     """
     normalizer = normalizer_of(config.attn_impl)
@@ -91,7 +91,7 @@ def model_card(
 
 
 def _of_run(run: Path, step: int) -> tuple[dict[str, Any], list[str]]:
-    """Facts about the training, and the names of data that the hub has."""
+    """Facts about the training, and the datasets that are on the hub."""
     made = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
     seq_len, batch = made["--training.seq_len"], made[BATCH_KEY]
     facts = {
@@ -127,5 +127,5 @@ def _is_on_hub(dataset: str) -> bool:
 
 
 def _cell(value: object) -> str:
-    """Text that does not end a cell of the table."""
+    """The value as text on one line, escaped for a table cell."""
     return " ".join(str(value).split()).replace("|", "\\|")

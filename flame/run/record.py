@@ -68,7 +68,7 @@ _ENVIRONMENT = (
     "WORLD_SIZE",
 )
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
-# what decides how a run computes, beside what git tracks
+# paths whose untracked files also decide what a run computes
 _CODE = ("flame", "fla", "configs", "train.sh", "setup.py", "pyproject.toml")
 
 
@@ -110,7 +110,7 @@ def write_record(config: JobConfig, argv: list[str]) -> Path:
 
 
 def command(argv: list[str]) -> str:
-    """What was typed, as a line for a shell."""
+    """The command that was typed, as a line for a shell."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return shlex.join([os.path.basename(sys.executable), "-m", "flame.train", *argv])
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -149,9 +149,9 @@ def _device() -> str:
 
 
 def _git(root: Path) -> tuple[dict[str, Any], bytes]:
-    """Commit, branch and changed files of the checkout at ``root``, and what `git apply` makes of the commit this code.
+    """Commit, branch and changed files of the checkout at ``root``, and a patch for `git apply` that turns the commit into this code.
 
-    Code that was installed rather than checked out has no commit; the reason stands in its place.
+    Code that was installed rather than checked out has no commit; its entry says why.
     """
 
     def git(*words: str, **kwargs: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Everything that can be known to go wrong before the first run of a sweep starts."""
+"""Checks that a sweep makes before its first run starts."""
 
 import argparse
 import copy
@@ -22,7 +22,7 @@ from flame.config.sections import JobConfig
 from flame.data import open_data
 from flame.data.bos import for_inference
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
-from flame.run.identity import CONFIG_FILE, RUN_FILE, identity, require_same_run, set_bos
+from flame.run.identity import CONFIG_FILE, RUN_FILE, fingerprint, require_same_run, set_bos
 from flame.run.inputs import read_model, read_tokenizer, set_precision
 from flame.sweeps.plan import Arm, Run, Sweep
 from flame.sweeps.report import analysis_flags
@@ -36,21 +36,21 @@ from flame.titan.patches import DEVICE_TYPE
 class Size:
     parameters: int
     flops_per_token: int
-    """Of training, by torchtitan's convention, see `flame.titan.model.ModelArgs`."""
+    """Training FLOPs of a token by torchtitan's convention, see `flame.titan.model.ModelArgs`."""
 
 
 def measure_arms(sweep: Sweep) -> dict[str, Size]:
-    """Size of each arm's model, if every one can be built.
+    """Size of each arm's model.
 
     Raises:
-        UsageError: One cannot; the message names the arm and the key.
+        UsageError: A model cannot be built; the message names the arm and the key.
     """
     with _model_files(sweep) as folder:
         return {arm.name: _measure(sweep, arm, folder) for arm in sweep.arms}
 
 
 def _measure(sweep: Sweep, arm: Arm, folder: Path) -> Size:
-    with _named(sweep, arm.name, folder):
+    with _name_arm_in_errors(sweep, arm.name, folder):
         try:
             config = read_config(folder / f"{arm.name}.json")
         except ValueError as error:
@@ -72,7 +72,7 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
     """The flags that `flame.analyze` will get, defaults included.
 
     Raises:
-        UsageError: It would refuse one.
+        UsageError: `flame.analyze` would refuse one.
     """
     if sweep.analyze is None:
         return None
@@ -85,7 +85,7 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
 
 
 def _check_analysis(sweep: Sweep, tokenizer: Tokenizer, bos: str) -> None:
-    """Finds what the analysis will need beside the models: its text, and a package."""
+    """Checks that the analysis will find its text and an optional package."""
     if (args := _analysis(sweep)) is None:
         return
     tokenizer = for_inference(tokenizer, bos)
@@ -110,23 +110,23 @@ def _check_analysis(sweep: Sweep, tokenizer: Tokenizer, bos: str) -> None:
 
 
 def check_runs(sweep: Sweep) -> None:
-    """Checks each arm on this machine, the data, and every run folder that is there.
+    """Checks each arm on this machine, the data, and every existing run folder.
 
     Raises:
-        UsageError: Something would stop a run, or make it another one than its folder holds.
+        UsageError: A run could not start, or would differ from the run in its folder.
     """
     data = None
     with _model_files(sweep) as folder:
         _require_one_bos(sweep, [_resolved(run, folder) for run in sweep.runs])
         for run in sweep.runs:
             config = _resolved(run, folder)
-            with _named(sweep, run.arm, folder):
+            with _name_arm_in_errors(sweep, run.arm, folder):
                 # the runs differ in arm, seed and rate, none of which the data depend on
                 model = read_model(config, sweep.ngpu)
                 tokenizer = read_tokenizer(config, model)
                 if data is None:
                     try:
-                        data = open_data(config, tokenizer).identity
+                        data = open_data(config, tokenizer).fingerprint
                     except ValueError as error:
                         raise UsageError(str(error)) from None
                     first = tokenizer
@@ -136,10 +136,10 @@ def check_runs(sweep: Sweep) -> None:
 
 
 def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:
-    """Refuses to add runs to those of an earlier version, which began documents otherwise.
+    """Refuses to mix runs whose documents begin differently, such as those of an earlier version.
 
     Raises:
-        UsageError: Some runs have another --training.bos than others.
+        UsageError: The runs differ in --training.bos.
     """
     modes = {config.training.bos: config.dump_folder for config in configs}
     if len(modes) > 1:
@@ -158,7 +158,9 @@ def _check_folder(
     data: dict[str, object],
 ) -> None:
     batch = global_batch_size(config, sweep.ngpu)
-    require_same_run(run.folder, identity(config, model=model, data=data, global_batch_size=batch))
+    require_same_run(
+        run.folder, fingerprint(config, model=model, data=data, global_batch_size=batch)
+    )
     _require_same_steps(run)
     if not read_state(run).is_finished:
         check_start(config, model, DEVICE_TYPE)
@@ -167,10 +169,10 @@ def _check_folder(
 
 
 def _require_same_steps(run: Run) -> None:
-    """Refuses a run that is there with another number of steps.
+    """Refuses an existing run with another number of steps.
 
-    `flame.run.identity` would continue it, but on another learning-rate schedule than runs that start with that
-    number, so that the runs of the sweep would not compare.
+    `flame.run.identity` would continue it, but its learning-rate schedule would differ from that of new runs, so the
+    runs of the sweep would not be comparable.
 
     Raises:
         UsageError: They differ, or the folder's record cannot be read.
@@ -194,7 +196,7 @@ def _require_same_steps(run: Run) -> None:
 
 
 def _resolved(run: Run, models: Path) -> JobConfig:
-    """The flags as the run will have them, with the model's file where it is now."""
+    """The flags of the run with defaults resolved, and the model file in the temporary folder ``models``."""
     config = copy.deepcopy(run.config)
     set_precision(config)
     set_bos(config)
@@ -204,7 +206,7 @@ def _resolved(run: Run, models: Path) -> JobConfig:
 
 @contextmanager
 def _model_files(sweep: Sweep) -> Iterator[Path]:
-    """The arms' model files in a folder that goes away: nothing is written to `out` before all is checked."""
+    """Temporary folder with the arms' model files, so that nothing is written to `out` before all checks pass."""
     with tempfile.TemporaryDirectory() as folder:
         for arm in sweep.arms:
             (Path(folder) / f"{arm.name}.json").write_text(model_json(sweep, arm), encoding="utf-8")
@@ -217,8 +219,8 @@ def model_json(sweep: Sweep, arm: Arm) -> str:
 
 
 @contextmanager
-def _named(sweep: Sweep, arm: str, folder: Path) -> Iterator[None]:
-    """Errors of an arm name the sweep's file, the arm, and where its model file will be."""
+def _name_arm_in_errors(sweep: Sweep, arm: str, folder: Path) -> Iterator[None]:
+    """Context that adds the sweep's file and the arm to a UsageError, and the final path of its model file."""
     try:
         yield
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""What a sweep takes: tokens, FLOPs, hours and disk."""
+"""Cost of a sweep: tokens, FLOPs, hours and disk."""
 
 import heapq
 import math
@@ -18,7 +18,7 @@ _EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 @dataclass(frozen=True, slots=True)
 class Cost:
     lines: list[str]
-    """For the reader."""
+    """The estimate as lines of text for the log."""
     missing_bytes: int
     """Disk that the unfinished runs need beyond what is free; 0 if it is enough."""
 
@@ -38,11 +38,11 @@ def estimate(
     Args:
         sweep: What to run.
         states: State of each run, by its name.
-        parameters: Of each arm's model.
-        flops_per_token: Of training each arm.
-        sequences: In an optimizer step.
-        slots: Runs at a time.
-        tokens_per_second: Of one run; None: measured from the runs that are there.
+        parameters: Number of parameters of each arm's model.
+        flops_per_token: Training FLOPs per token of each arm.
+        sequences: Sequences in an optimizer step.
+        slots: Number of runs at a time.
+        tokens_per_second: Speed of one run; None: measured from the runs that exist.
     """
     left = [run for run in sweep.runs if not states[run.name].is_finished]
     tokens = {run.name: _tokens(run, sequences) for run in sweep.runs}
@@ -65,7 +65,7 @@ def estimate(
         f"time    {_time(left, states, tokens, sequences, slots, tokens_per_second)}",
     ]
     needed = sum(_bytes(run, parameters[run.arm]) - _used(run.folder) for run in left)
-    # each run that saves holds one checkpoint more while it is written
+    # a run that is saving holds one more checkpoint
     needed += slots * _STATE_BYTES * max(parameters.values()) if left else 0
     needed, free = max(0, needed), _free(sweep.out)
     lines.append(
@@ -76,7 +76,7 @@ def estimate(
 
 
 def require_disk(sweep: Sweep, cost: Cost) -> None:
-    """Raises UsageError where the disk would fill."""
+    """Raises UsageError if the disk would fill up."""
     if cost.missing_bytes:
         raise UsageError(
             f"{sweep.file}: out {sweep.out} needs {cost.missing_bytes / 2**30:.2f} GiB more than its disk has free; "
@@ -110,7 +110,7 @@ def _time(
         per_step = sequences * left[0].config.training.seq_len
         speed = per_step * len(measured) / sum(measured)
         source = f"as measured in {len(measured)} finished runs"
-    # each run goes where it can start first
+    # greedy schedule: each run takes the slot that is free first
     ends = [0.0] * slots
     for run in left:
         share = 1 - states[run.name].step / run.config.training.steps
@@ -122,7 +122,7 @@ def _time(
 
 
 def _bytes(run: Run, parameters: int) -> int:
-    """What a finished run leaves."""
+    """Bytes on disk of a finished run: checkpoints and exports."""
     checkpoint = run.config.checkpoint
     saves = math.ceil(run.config.training.steps / checkpoint.interval)
     kept = min(saves, checkpoint.keep_latest_k or saves)
@@ -136,7 +136,7 @@ def _used(folder: Path) -> int:
 
 
 def _free(folder: Path) -> int:
-    """Bytes free where ``folder`` is or will be."""
+    """Free bytes on the disk of ``folder``, which may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

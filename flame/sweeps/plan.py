@@ -1,4 +1,4 @@
-"""The file of a sweep, and the runs that it stands for."""
+"""The file of a sweep, and the runs that it defines."""
 
 import json
 import math
@@ -15,23 +15,23 @@ from flame.config.parse import flags_of_sections, parse_args
 from flame.config.sections import JobConfig
 
 REFERENCE_ARM = "softmax"
-"""The arm that the others' losses are compared with."""
+"""The arm that the losses of all others are compared with."""
 
-# [base] flags that a sweep sets itself, each with where its value comes from
+# flags that a sweep sets itself and [base] must not, each with the source of its value
 _OWN_FLAGS = {
     "job.config_file": "the [base] tables are the recipe",
     "job.dump_folder": "each run has a folder of its own below `out`",
     "optimizer.lr": "`learning_rates` lists them",
     "training.seed": "`seeds` lists them",
 }
-# flags under which nothing would be trained or kept, each with its only value here
+# flags with a fixed value in a sweep, since otherwise nothing would be trained or kept
 _FIXED_FLAGS = {
     "checkpoint.enable_checkpoint": True,
     "checkpoint.create_seed_checkpoint": False,
     "checkpoint.load_step": -1,
     "memory_estimation.enabled": False,
 }
-# what the sweep itself writes into `out`
+# names that the sweep itself uses in `out`
 _RESERVED = ("models", "report", "report.log", "lock")
 
 
@@ -46,7 +46,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Analyze:
-    """What `flame.analyze` is given; None and () stand for its own defaults."""
+    """What `flame.analyze` is given; None and () mean its defaults."""
 
     data: str
     held_out: bool = False
@@ -92,12 +92,12 @@ class Sweep:
         return self.out / "models" / f"{arm}.json"
 
     def model_keys(self, arm: Arm) -> dict[str, Any]:
-        """The arm's model configuration: the base's keys and its own."""
+        """The arm's model configuration: the keys of the base, overridden by those of the arm."""
         return json.loads(self.base_model.read_text(encoding="utf-8")) | arm.model
 
 
 class _Table:
-    """A table of the file: takes its keys one by one, and refuses what is left over."""
+    """A table of the file: `take` reads its keys one by one, `end` refuses unknown ones."""
 
     def __init__(self, file: Path, where: str, table: object) -> None:
         self.file, self.where = file, where
@@ -106,30 +106,34 @@ class _Table:
         self.rest = dict(table)
         self.known: list[str] = []
 
-    def fail(self, key: str, value: object, right: str) -> UsageError:
-        return UsageError(f"{self.file}, {self.where}: {key} must be {right}, got {value!r}")
+    def fail(self, key: str, value: object, expected: str) -> UsageError:
+        return UsageError(f"{self.file}, {self.where}: {key} must be {expected}, got {value!r}")
 
-    def take(self, key: str, right: str, is_right: Any, default: Any = ...) -> Any:
-        """The value of ``key``; without one the default, or with ``...`` an error."""
+    def take(self, key: str, expected: str, is_valid: Any, default: Any = ...) -> Any:
+        """The value of ``key``, or ``default`` if it is missing; with ``...`` a missing key is an error."""
         self.known.append(key)
         if key not in self.rest:
             if default is ...:
-                raise UsageError(f"{self.file}, {self.where}: {key} is missing; it must be {right}")
+                raise UsageError(
+                    f"{self.file}, {self.where}: {key} is missing; it must be {expected}"
+                )
             return default
         value = self.rest.pop(key)
-        if not is_right(value):
-            raise self.fail(key, value, right)
+        if not is_valid(value):
+            raise self.fail(key, value, expected)
         return value
 
-    def numbers(self, key: str, right: str, is_right: Any, default: Any = ...) -> tuple[Any, ...]:
-        """A list without repetition whose entries are all right."""
+    def numbers(
+        self, key: str, expected: str, is_valid: Any, default: Any = ...
+    ) -> tuple[Any, ...]:
+        """A list without repetition whose entries are all valid."""
         value = self.take(
             key,
-            f"a list, without repetition, of {right}",
+            f"a list, without repetition, of {expected}",
             lambda x: (
                 isinstance(x, list)
                 and len(x) > 0
-                and all(is_right(entry) for entry in x)
+                and all(is_valid(entry) for entry in x)
                 and len(set(x)) == len(x)
             ),
             default,
@@ -165,10 +169,10 @@ _RATES = "positive numbers"
 
 
 def read_sweep(file: Path) -> Sweep:
-    """Reads the file of a sweep, and checks all of it that needs neither the models nor the machine.
+    """Reads the file of a sweep, and checks everything that needs neither the models nor the machine.
 
     Raises:
-        UsageError: Names the file, the table, the key, the value and what would be right.
+        UsageError: The message names the file, the table, the key, the value and what is expected.
     """
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -251,7 +255,7 @@ def _arm(
     seeds = table.numbers("seeds", _SEEDS, _is_integer(0), seeds)
     rates = table.numbers("learning_rates", _RATES, _is_rate, rates)
     if "attn_impl" not in table.rest:
-        # without it an arm would be the base under another name
+        # without it an arm would be a copy of the base
         raise UsageError(
             f"{file}, {where}: attn_impl is missing; each arm says its operator, such as "
             'attn_impl = "parallel_softmax_attn"'
@@ -281,10 +285,10 @@ def _run(
 
 def _check_base(sweep: Sweep, config: JobConfig) -> None:
     values = config.flags()
-    for flag, right in _FIXED_FLAGS.items():
-        if values[flag] != right:
+    for flag, expected in _FIXED_FLAGS.items():
+        if values[flag] != expected:
             raise UsageError(
-                f"{sweep.file}, [base]: {flag} must be {json.dumps(right)}, its default, in a sweep, got "
+                f"{sweep.file}, [base]: {flag} must be {json.dumps(expected)}, its default, in a sweep, got "
                 f"{json.dumps(values[flag])}"
             )
     if not config.validates:

@@ -1,4 +1,4 @@
-"""How a sweep ends: a table of the losses, and `flame.analyze` on each arm's best models."""
+"""The results of a sweep: a table of the losses, and `flame.analyze` on each arm's best models."""
 
 import os
 import shlex
@@ -11,12 +11,12 @@ from pathlib import Path
 from flame.base.log import logger
 from flame.base.stop_signals import end_with_parent
 from flame.sweeps.plan import REFERENCE_ARM, Analyze, Arm, Run, Sweep
-from flame.sweeps.runner import last_words
+from flame.sweeps.runner import last_error_line
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State
 
 ANALYZER = [sys.executable, "-m", "flame.analyze"]
-# written when the analysis is done, so that a repeated sweep need not do it again
+# written when the analysis is done, so that a repeated sweep skips it
 _DONE_FILE = "command.txt"
 LOSS_TABLE = "losses.md"
 
@@ -24,19 +24,19 @@ LOSS_TABLE = "losses.md"
 def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
     """The runs of each arm's best learning rate, one a seed.
 
-    The best has the lowest mean validation loss over the seeds, among the rates of which all seeds are finished.
+    The best rate has the lowest mean validation loss over the seeds, among rates whose seeds are all finished.
     An arm without such a rate is left out.
     """
     best = {}
     for arm in sweep.arms:
-        rates = [_at(sweep, arm, rate) for rate in arm.learning_rates]
+        rates = [_runs_at_rate(sweep, arm, rate) for rate in arm.learning_rates]
         whole = [runs for runs in rates if all(states[run.name].is_finished for run in runs)]
         if whole:
             best[arm.name] = min(whole, key=lambda runs: statistics.fmean(_losses(runs, states)))
     return best
 
 
-def _at(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
+def _runs_at_rate(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
     return [run for run in sweep.runs if run.arm == arm.name and run.learning_rate == rate]
 
 
@@ -80,7 +80,7 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
     lines.append("|---|---|---|---|---|")
     for arm in sweep.arms:
         for rate in arm.learning_rates:
-            runs = _at(sweep, arm, rate)
+            runs = _runs_at_rate(sweep, arm, rate)
             done = [run for run in runs if states[run.name].is_finished]
             cells = [arm.name, f"{rate}", f"{len(done)} of {len(runs)}"]
             cells += _mean_and_spread(_losses(done, states))
@@ -136,20 +136,20 @@ def report_folder(sweep: Sweep) -> Path:
 
 
 def forget_report(sweep: Sweep) -> None:
-    """Before a run of the sweep is trained: a report on the same folders will have to be made again."""
+    """Marks the report as outdated, before a run of the sweep is trained."""
     (report_folder(sweep) / _DONE_FILE).unlink(missing_ok=True)
 
 
 def analyze(sweep: Sweep, runs: list[Run], slot: Slot) -> str | None:
-    """Writes the report on ``runs`` into `out`/report, unless they have one.
+    """Writes the report on ``runs`` into `out`/report, unless it exists already.
 
     Args:
-        sweep: Says what to measure.
-        runs: The models, as of `best_runs`.
-        slot: Its GPUs are used.
+        sweep: The sweep, which defines the measurements.
+        runs: The models, from `best_runs`.
+        slot: Provides the GPUs.
 
     Returns:
-        What went wrong and where to read on, or None.
+        The error and the path of the log, or None.
     """
     flags = analysis_flags(sweep, runs)
     command = shlex.join(["python", "-m", "flame.analyze", *flags])
@@ -157,7 +157,7 @@ def analyze(sweep: Sweep, runs: list[Run], slot: Slot) -> str | None:
     if done.is_file() and done.read_text(encoding="utf-8") == command + "\n":
         logger.info(f"report {report_folder(sweep)}: there already")
         return None
-    # the analysis refuses a folder that holds what is not its own
+    # flame.analyze refuses a folder with files other than its own
     for name in (_DONE_FILE, LOSS_TABLE):
         (report_folder(sweep) / name).unlink(missing_ok=True)
     log = sweep.out / "report.log"
@@ -172,6 +172,6 @@ def analyze(sweep: Sweep, runs: list[Run], slot: Slot) -> str | None:
             preexec_fn=partial(end_with_parent, os.getpid()),
         ).returncode
     if code:
-        return f"exit code {code}: {last_words(log)}; log {log}"
+        return f"exit code {code}: {last_error_line(log)}; log {log}"
     done.write_text(command + "\n", encoding="utf-8")
     return None

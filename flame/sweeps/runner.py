@@ -1,4 +1,4 @@
-"""The processes of a sweep: starts runs in slots, passes signals on to them, says what they do."""
+"""The processes of a sweep: starts runs in slots, passes signals on to them, and logs their progress."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State, read_state
 
-# what `bash train.sh` is
+# same as `bash train.sh`
 LAUNCHER = [sys.executable, "-m", "flame.launch"]
 _POLL_S = 0.2
 
 
 def environment(sweep: Sweep, run: Run, slot: Slot) -> dict[str, str]:
-    """What a run's processes get beside the sweep's own environment."""
+    """Variables that the processes of a run get in addition to the environment of the sweep."""
     env = slot.env | {"NGPU": str(sweep.ngpu)}
     if run.config.metrics.enable_wandb:
         # the folder's name, which is wandb's default, lacks the arm
@@ -54,14 +54,14 @@ class _Job:
 
 
 class Runner:
-    """Runs that are left to do, over the slots.
+    """Executes the unfinished runs of a sweep in its slots.
 
     Args:
-        sweep: Whose runs they are.
-        runs: Those to do, in order.
-        slots: Where they may run; one run each at a time.
-        done: Runs of the sweep that are finished already.
-        summary_s: Seconds between two lines on all that is running.
+        sweep: The sweep of the runs.
+        runs: The unfinished runs, in order.
+        slots: Each takes one run at a time.
+        done: Number of runs that are finished already.
+        summary_s: Seconds between two log lines on all running runs.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class Runner:
         self.running: list[_Job] = []
         self.done = done
         self.failed: dict[str, str] = {}
-        """Name of a run -> what went wrong and where to read on."""
+        """Name of a run -> the error and the path of its log."""
         self.stopped: signal.Signals | None = None
         self._heard: list[int] = []
         self._num_slots = len(slots)
-        # seconds that runs took from start to export
+        # seconds from start to export of finished runs
         self._durations: list[float] = []
         self._summary_s = summary_s
         self._next_summary = time.monotonic() + summary_s
 
     def run(self) -> None:
-        """Returns when all runs have ended, or after a signal those that had been started."""
+        """Returns when all runs have ended; after a signal, when the started ones have."""
         with self._listening():
             while self.running or (self.waiting and self.stopped is None):
                 self._pass_on()
@@ -95,7 +95,7 @@ class Runner:
                     self._next_summary = time.monotonic() + self._summary_s
                     logger.info(self._summary())
                 time.sleep(_POLL_S)
-            # what was heard while the last run ended
+            # a signal that arrived while the last run ended
             self._pass_on()
 
     @contextlib.contextmanager
@@ -111,7 +111,7 @@ class Runner:
                 signal.signal(s, handler)
 
     def _pass_on(self) -> None:
-        """Sends the runs what was heard; they save and end, at a second Ctrl-C at once."""
+        """Passes received signals on to the runs, which save and end; a second Ctrl-C ends them immediately."""
         while self._heard:
             number = signal.Signals(self._heard.pop(0))
             self.stopped = self.stopped or number
@@ -151,12 +151,12 @@ class Runner:
             if job.is_new:
                 self._durations.append(time.time() - job.start)
             logger.info(
-                f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {_span(time.time() - job.start)}"
+                f"{run.name}: finished, validation loss {state.validation_loss:.4f}, after {format_duration(time.time() - job.start)}"
             )
         elif self.stopped is not None and _is_stop(code):
             logger.info(f"{run.name}: stopped at step {state.step}")
         else:
-            why = f"exit code {code}: {last_words(run.log, job.log_start)}"
+            why = f"exit code {code}: {last_error_line(run.log, job.log_start)}"
             if code == 0:
                 why = f"its folder has no export, or no finite validation loss of the last step: {state}"
             self.failed[run.name] = f"{why}; log {run.log}"
@@ -168,11 +168,11 @@ class Runner:
         if self.failed:
             counts += f", {len(self.failed)} failed"
         if self._durations:
-            counts += f", about {_span(self._seconds_left(states))} left"
+            counts += f", about {format_duration(self._seconds_left(states))} left"
         return " | ".join([counts, *(f"{job.run.name} {_progress(job, s)}" for job, s in states)])
 
     def _seconds_left(self, states: list[tuple[_Job, State]]) -> float:
-        """Until all runs have ended, if those to come take as long as those that were run whole."""
+        """Seconds until all runs have ended, from the mean duration of the runs that ran from start to end."""
         mean = sum(self._durations) / len(self._durations)
         shares = (1 - state.step / job.run.config.training.steps for job, state in states)
         return mean * (sum(shares) + len(self.waiting)) / self._num_slots
@@ -184,17 +184,17 @@ def _progress(job: _Job, state: State) -> str:
     if state.loss is not None:
         words.append(f"loss {state.loss:.4f}")
     if state.seconds_per_step is not None:
-        words.append(f"{_span(state.seconds_per_step * (steps - state.step))} left")
+        words.append(f"{format_duration(state.seconds_per_step * (steps - state.step))} left")
     return ", ".join(words)
 
 
 def _is_stop(code: int) -> bool:
-    """Whether a process ended by a stop signal: of its own accord, or before it listened to them."""
+    """Whether a process ended by a stop signal, either after it saved or before it handled signals."""
     return code in {128 + s for s in STOP_SIGNALS} | {-s for s in STOP_SIGNALS}
 
 
-def last_words(log: Path, start: int = 0) -> str:
-    """The error that a program ended with, as far as its log says it on one line behind byte ``start``."""
+def last_error_line(log: Path, start: int = 0) -> str:
+    """The last error line of a log after byte ``start``, else its last line."""
     with open(log, "rb") as stream:
         stream.seek(start)
         lines = [x for x in stream.read().decode(errors="replace").splitlines() if x.strip()]
@@ -202,6 +202,7 @@ def last_words(log: Path, start: int = 0) -> str:
     return (errors or lines or ["it printed nothing"])[-1].removeprefix("flame: error: ").strip()
 
 
-def _span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds as ``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

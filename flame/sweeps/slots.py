@@ -1,4 +1,4 @@
-"""Where runs of a sweep may run at the same time: groups of GPUs that share none, each within one NUMA group."""
+"""Slots for runs of a sweep that run at the same time: disjoint sets of GPUs, each within one NUMA group."""
 
 import os
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from flame.machine.numa import TopologyError
 class Slot:
     name: str
     env: dict[str, str] = field(default_factory=dict)
-    """Variables that the processes in it get."""
+    """Environment variables of the processes in the slot."""
 
 
-# what a sweep sets for each of its runs, or what would make two runs one
+# variables that a sweep sets for each run, or that would give two runs the same name
 _OWN_VARIABLES = (
     "NGPU",
     "NNODE",
@@ -33,7 +33,7 @@ _OWN_VARIABLES = (
 
 
 def require_own_variables(env: Mapping[str, str]) -> None:
-    """Raises UsageError where a variable is set that a sweep sets for each run."""
+    """Raises UsageError if one of `_OWN_VARIABLES` is set."""
     for name in _OWN_VARIABLES:
         if name in env:
             raise UsageError(
@@ -49,9 +49,9 @@ def find_slots(
 
     Args:
         ngpu: GPUs a run.
-        parallel: Whether runs go side by side.
-        allow_cross_numa: Where the NUMA groups cannot be read, take all GPUs for one group.
-        env: Environment of the sweep, whose visible GPUs are dealt out.
+        parallel: Whether several runs may run at the same time.
+        allow_cross_numa: If the NUMA groups cannot be read, treat all GPUs as one group.
+        env: Environment of the sweep, which decides the visible GPUs.
 
     Raises:
         UsageError: No group has ``ngpu`` visible GPUs, or the groups cannot be read.
@@ -63,7 +63,7 @@ def find_slots(
     slots = []
     for group, members, cpus in _groups(visible, allow_cross_numa):
         chunks = [members[i : i + ngpu] for i in range(0, len(members) - len(members) % ngpu, ngpu)]
-        # a run takes its group's cores for its own, which several of them cannot
+        # a single run uses all cores of its group; several runs of a group have to share them
         threads = (
             max(1, len(cpus) // (ngpu * len(chunks))) if parallel and len(chunks) > 1 else None
         )
@@ -84,9 +84,9 @@ def find_slots(
 
 
 def _names(count: int, env: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The variable that picks GPUs, and what each of the ``count`` visible ones is called in it."""
+    """The variable that selects GPUs, and the name of each of the ``count`` visible ones in it."""
     variable = "CUDA_VISIBLE_DEVICES"
-    # HIP reads CUDA's variable too, where its own is not set
+    # HIP also reads CUDA's variable, if HIP_VISIBLE_DEVICES is not set
     if torch.version.hip and (variable not in env or "HIP_VISIBLE_DEVICES" in env):
         variable = "HIP_VISIBLE_DEVICES"
     if variable not in env:
@@ -102,7 +102,7 @@ def _names(count: int, env: Mapping[str, str]) -> tuple[str, list[str]]:
 def _groups(
     visible: list[str], allow_cross_numa: bool
 ) -> list[tuple[str, list[int], frozenset[int]]]:
-    """Name, GPUs by their place among the visible ones, and usable CPUs of each group that has visible GPUs."""
+    """Name, GPUs by their index among the visible ones, and usable CPUs of each group that has visible GPUs."""
     usable = frozenset(os.sched_getaffinity(0))
     every = list(range(len(visible)))
     try:

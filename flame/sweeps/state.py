@@ -1,4 +1,4 @@
-"""What a run's folder says of the run; a sweep keeps no record of its own."""
+"""The state of a run, read from its folder; a sweep keeps no state of its own."""
 
 import json
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from flame.sweeps.plan import Run
 @dataclass(frozen=True, slots=True)
 class State:
     step: int
-    """The last one that was logged."""
+    """The last logged step."""
     loss: float | None
-    """Training loss at the last step that was logged with one."""
+    """Training loss of the last logged step that has one."""
     validation_loss: float | None
-    """Of the trained model, in nats a token; None before the last step."""
+    """Validation loss of the trained model, in nats a token; None before the last step."""
     is_exported: bool
     seconds_per_step: float | None
-    """Between the first and the last step logged, validation and saving included, start-up not; None with fewer
-    than two of them."""
+    """Mean between the first and the last logged step, with validation and saving, without start-up; None with
+    fewer than two logged steps."""
 
     @property
     def is_finished(self) -> bool:
-        # the export is the last thing that a run writes, and appears under its name when it is whole
+        # a run writes the export last, and atomically
         return self.is_exported and self.validation_loss is not None
 
 
 def read_state(run: Run, since: float = 0.0) -> State:
-    """The state of a run, with the speed of what it did after the time ``since``."""
+    """The state of a run, with its speed after the time ``since``."""
     file = run.folder / METRICS_FILE
     records = read_metrics(file) if file.is_file() else []
     steps = run.config.training.steps
@@ -63,9 +63,9 @@ def _seconds_per_step(
 ) -> float | None:
     seconds = steps = 0
     for before, after in zip(trained, trained[1:], strict=False):
-        # between two lines that lie around a start the run stood still
-        stood = any(before["time"] < start <= after["time"] for start in starts)
-        if before["time"] >= since and not stood:
+        # skip intervals that contain a restart
+        has_restart = any(before["time"] < start <= after["time"] for start in starts)
+        if before["time"] >= since and not has_restart:
             seconds += after["time"] - before["time"]
             steps += after["step"] - before["step"]
     return seconds / steps if steps else None

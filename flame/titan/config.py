@@ -8,7 +8,7 @@ from flame.config.sections import JobConfig
 
 
 def titan_config(config: JobConfig) -> TitanConfig:
-    """The configuration as torchtitan's sections; the only place that knows their names."""
+    """The configuration as torchtitan's sections; their names are known only here."""
     c, t = TitanConfig(), config.training
     c.job.dump_folder = str(config.dump_folder)
     c.job.description = config.job.description
@@ -20,7 +20,7 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.optimizer.eps = config.optimizer.eps
     c.optimizer.weight_decay = config.optimizer.weight_decay
     c.optimizer.implementation = config.optimizer.implementation
-    # more than there are would be shortened as well, with a warning of every process
+    # torchtitan would shorten more warm-up steps than steps too, with a warning from every process
     c.lr_scheduler.warmup_steps = min(config.lr_scheduler.warmup_steps, t.steps)
     c.lr_scheduler.decay_ratio = config.lr_scheduler.decay_ratio
     c.lr_scheduler.decay_type = config.lr_scheduler.decay_type
@@ -30,7 +30,7 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.training.seq_len = t.seq_len
     c.training.max_norm = t.max_norm
     c.training.steps = t.steps
-    # what torchtitan's autocast is given; `FlameTrainer` takes it away for float32
+    # the dtype of torchtitan's autocast; `FlameTrainer` turns autocast off for float32
     c.training.mixed_precision_param = "bfloat16"
     c.training.enable_cpu_offload = t.enable_cpu_offload
     c.training.gc_freq = t.gc_freq
@@ -38,8 +38,8 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.debug.deterministic = t.deterministic
     c.compile.enable = t.compile
     if t.tensor_parallel_degree > 1:
-        # torch 2.13 caches a compiled loss over sharded logits with the first word of the shard in it: the
-        # next run would take another process's, and twice the loss, without an error
+        # torch 2.13 caches a compiled loss over sharded logits with the first vocabulary index of the shard in it: the
+        # next run would silently use that of another process, and compute twice the loss
         c.compile.components = ["model"]
     c.parallelism.data_parallel_replicate_degree = t.data_parallel_replicate_degree
     c.parallelism.data_parallel_shard_degree = t.data_parallel_shard_degree
@@ -50,9 +50,9 @@ def titan_config(config: JobConfig) -> TitanConfig:
     c.activation_checkpoint.selective_ac_option = config.activation_checkpoint.selective_ac_option
     # nothing in the model draws random numbers
     c.activation_checkpoint.preserve_rng_state = False
-    # `Checkpointer` takes the place of torchtitan's, which is built before it
+    # `Checkpointer` replaces torchtitan's, which is built before it
     c.checkpoint.enable = False
-    # what torchtitan's loop passes to it
+    # torchtitan's loop passes it to `Checkpointer`
     c.checkpoint.load_step = config.checkpoint.load_step
     c.metrics.log_freq = config.metrics.log_freq
     c.metrics.disable_color_printing = config.metrics.disable_color_printing

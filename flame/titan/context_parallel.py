@@ -1,11 +1,11 @@
 """Context parallelism: the processes of a group share every sequence.
 
-Each process holds its queries and gathers the keys and values of all. A query needs the keys before it,
-and the operators take queries as the last rows of their keys, so attention over ``keys[:end]`` of the
-queries that end there is what one process computes: nothing has to be merged.
+Each process holds a part of the queries and gathers all keys and values. The operators take queries as the last
+positions of their keys, so a process computes attention of the queries that end at ``end`` over ``keys[:end]``, and
+no results have to be merged.
 
 Later queries see more keys, so the sequence is cut into 2N chunks and process ``r`` of N holds the chunks
-``r`` and ``2N - 1 - r``: ``r + 1`` and ``2N - r`` chunks of keys, in sum the same for every ``r``.
+``r`` and ``2N - 1 - r``. They see ``r + 1`` and ``2N - r`` chunks of keys; the sum is the same for every ``r``.
 """
 
 from collections.abc import Callable
@@ -53,8 +53,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient, since forward gives one tensor
-        # NOTE(numerics): the sum over processes is in the dtype of x; each process's share of dk, dv is summed
-        # over its queries in float32 by the kernel, and rounded once
+        # NOTE(numerics): the sum over processes is in the dtype of x; the kernel sums each process's part of dk and dv
+        # over its queries in float32, and rounds it once
         ops = torch.ops._c10d_functional
         x = ops.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.size, ctx.group)
         return ops.wait_tensor(x), None, None
@@ -74,7 +74,7 @@ def gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     return torch.cat((*first, *second), dim=-2)
 
 
-def attend(
+def attend_local_queries(
     attention: Callable[..., tuple[torch.Tensor, None]],
     module: nn.Module,
     query: torch.Tensor,
@@ -110,7 +110,7 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Makes the attention of ``model`` take its keys and values from all processes of ``mesh``."""
     attention = ALL_ATTENTION_FUNCTIONS[model.config.attn_impl]
     rank, size = mesh.get_local_rank(), mesh.size()
-    # by name: what is registered lives to the end of the process, where a group must not be found alive
+    # by name: the registered function lives until the process exits, and must not keep the group alive
     group = str(mesh.get_group().group_name)
 
     def forward(
@@ -121,9 +121,11 @@ def apply_context_parallel(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        # one collective for both, which have one shape in every model here
+        # one collective for both: keys and values have the same shape in every model here
         key, value = gather(torch.stack((key, value)), size, group)
-        o = attend(attention, module, query, key, value, *args, rank=rank, size=size, **kwargs)
+        o = attend_local_queries(
+            attention, module, query, key, value, *args, rank=rank, size=size, **kwargs
+        )
         return o, None
 
     AttentionInterface.register(_NAME, forward)

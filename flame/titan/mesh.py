@@ -9,8 +9,8 @@ from torchtitan.distributed import ParallelDims
 class Layout(ParallelDims):
     """torchtitan's degrees and meshes, with one mesh more: weights are always handled by FSDP2.
 
-    DDP is FSDP2 with shards over one process, that is, whole copies, and so is tensor parallelism alone.
-    Gradients, mixed precision and names are then treated alike in every layout of several processes.
+    DDP is FSDP2 with shards over one process, that is, with whole copies; tensor parallelism alone is the same.
+    Gradients, mixed precision and parameter names are then handled alike in every layout of several processes.
     """
 
     @classmethod
@@ -18,13 +18,13 @@ class Layout(ParallelDims):
         return cls(**{f.name: getattr(dims, f.name) for f in fields(dims) if f.name[0] != "_"})
 
     def _mesh_exist(self, name: str, degree: int) -> bool:
-        # the others get a fake process group where they have one process
+        # ParallelDims gives size-1 meshes a fake process group; FSDP needs a real one
         return name == "fsdp" or super()._mesh_exist(name, degree)
 
     def get_all_one_dimensional_meshes(self) -> dict[str, DeviceMesh]:
         """Meshes of more than one process, without the experts' one.
 
-        Nothing has experts, and torch warns that the timeout of its fake process group cannot be set.
+        The model has no experts, and torch warns that the timeout of its fake process group cannot be set.
         """
         meshes = super().get_all_one_dimensional_meshes()
         return {name: mesh for name, mesh in meshes.items() if name != "efsdp"}

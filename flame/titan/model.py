@@ -1,4 +1,4 @@
-"""Our model and configuration in the form that torchtitan's trainer expects."""
+"""Adapts the model and its configuration to torchtitan's trainer."""
 
 import copy
 
@@ -25,8 +25,8 @@ class ModelArgs(BaseModelArgs):
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and training FLOPs of a token by torchtitan's own convention.
 
-        6 for every weight that is multiplied, and the attention products without the causal half taken
-        off (PaLM, arXiv:2204.02311, appendix B), so that MFU compares with others' figures.
+        6 for every weight in a matrix product, plus the attention products without subtracting the causal half (PaLM,
+        arXiv:2204.02311, appendix B), so that MFU is comparable with other projects.
         """
         c = self.config
         num_parameters = sum(p.numel() for p in model.parameters())
@@ -51,7 +51,7 @@ class TitanModel(ModelProtocol):
         # a copy, since a model marks its configuration with the attention it runs
         hf = SoftpickTransformerForCausalLM(copy.deepcopy(model_args.config))
         self.model, self.lm_head = hf.model, hf.lm_head
-        # outside the module tree, where it would give every parameter a second name
+        # kept outside the module tree, since as a submodule it would give every parameter a second name
         self.__dict__["hf"] = hf
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
@@ -72,11 +72,11 @@ class TitanModel(ModelProtocol):
     ) -> torch.Tensor:
         """Logits ``[B, T, vocabulary]`` of tokens ``[B, T]``, or with ``labels`` ``[B, T]`` their ``linear_loss``.
 
-        With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the
-        rows are one packed row for the layers, and attention sees the own sequence alone. ``positions`` ``[1, T]``
-        without are the places of the tokens in their sequence, 0 to ``T - 1`` by default.
+        With ``positions`` ``[B, T]`` and ``cu_seqlens`` ``[N + 1]``, bounds in the rows laid end to end, the layers
+        get one packed row, and a token attends to its own sequence only. Without ``cu_seqlens``, ``positions``
+        ``[1, T]`` are those of the tokens in their sequence, by default 0 to ``T - 1``.
 
-        The decoder's loop stands here because Llama's own forward derives a mask from the positions,
+        The decoder's loop is repeated here because Llama's own forward derives a mask from the positions,
         which makes the host wait for the GPU in every micro-batch.
         """
         decoder = self.model

@@ -1,4 +1,4 @@
-"""How a `TitanModel` is spread over processes, compiled, and made to compute activations again."""
+"""Shards a `TitanModel` over processes, compiles it, and sets up activation checkpointing."""
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ _SAVED_OPS = {
 
 
 def parallelize(model: TitanModel, layout: Layout, config: JobConfig) -> TitanModel:
-    """Spreads and compiles ``model``, on the meta device, in place; parameters keep their names."""
+    """Shards and compiles ``model``, which is on the meta device, in place; parameters keep their names."""
     if layout.tp_enabled:
         _apply_tensor_parallel(
             model, layout.get_mesh("tp"), loss_parallel=not config.training.disable_loss_parallel
@@ -59,7 +59,8 @@ def _apply_fsdp(model: TitanModel, mesh: DeviceMesh, config: JobConfig) -> None:
     t = config.training
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, t.mixed_precision_param),  # pyright: ignore[reportArgumentType]  # run/inputs.py has filled it in
-        reduce_dtype=getattr(torch, t.mixed_precision_reduce),
+        # NOTE(numerics): sums of gradients over processes are not rounded to the parameters' dtype
+        reduce_dtype=torch.float32,
     )
     offload = CPUOffloadPolicy() if t.enable_cpu_offload else OffloadPolicy()
     # None leaves the choice to torch: free the layers' weights, keep the root's
@@ -122,12 +123,12 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
         del layer_plan["self_attn.g_proj"]
     for layer in model.model.layers:
         parallelize_module(layer, mesh, layer_plan)
-        # what is one number a head goes with its head
+        # parameters with one number a head are sharded like the heads
         for name, x in layer.self_attn.named_parameters(recurse=False):  # pyright: ignore[reportAttributeAccessIssue]  # a module of transformers
             shards = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]))
             layer.self_attn.register_parameter(name, shards)  # pyright: ignore[reportAttributeAccessIssue]  # a module of transformers
-    # the embedding's result is on its way still (AsyncCollectiveTensor); as the input of a compiled layer it
-    # would get no gradient, without an error (torch 2.13)
+    # the output of the embedding is an AsyncCollectiveTensor; as the input of a compiled layer it would silently get
+    # no gradient (torch 2.13), so it is cloned
     model.model.embed_tokens.register_forward_hook(lambda module, args, hidden: hidden.clone())
-    # embedding and head have been given separate shards where they were one parameter
+    # parallelize_module gave tied embedding and head separate shards
     model.hf.tie_weights(recompute_mapping=False)

@@ -1,7 +1,6 @@
-"""Everything that torchtitan 0.2.2 needs to be told; import this module before torchtitan.
+"""Patches of torchtitan 0.2.2; `flame.titan` imports this module before torchtitan.
 
-Each entry names the error it prevents. Whatever else of ours touches torchtitan is in `titan.py`,
-`trainer.py` and `parallelize.py`.
+Each entry quotes the error that it prevents.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ DEVICE_TYPE: str = titan_utils.device_type
 
 
 class _HostMemoryMonitor:
-    """Peak memory of this process, in the place of the GPU's."""
+    """Peak memory of this process, instead of the GPU's."""
 
     device_name = "cpu"
     device_capacity_gib = float("nan")
@@ -109,7 +108,7 @@ def _init_distributed(
 
 
 # it makes comm_traces/ in the dump folder before rank 0 has checked whose folder that is; here
-# `flame.training.step` makes it, at the first step
+# `flame.training.lost_processes` makes it, at the first step
 titan_distributed.init_distributed = _init_distributed
 
 

@@ -1,4 +1,4 @@
-"""The trace of a training step, on a GPU and on a CPU; torchtitan's own takes a GPU for granted."""
+"""Traces of training steps, on a GPU or a CPU; torchtitan's own profiling requires a GPU."""
 
 import contextlib
 import os
@@ -19,9 +19,9 @@ def trace_steps(folder: Path, every: int, first_step: int) -> Iterator[torch.pro
     """Writes ``iteration_N/rankR_trace.json`` of one step in ``every``; call ``step()`` after each step.
 
     Args:
-        folder: Made if it is not there.
+        folder: Created if it does not exist.
         every: Steps from one trace to the next, at least `WARMUP_STEPS` and `TRACED_STEPS` together.
-        first_step: Steps that were done before.
+        first_step: Steps before the first call of ``step()``.
     """
 
     def write(profiler: torch.profiler.profile) -> None:
@@ -31,7 +31,7 @@ def trace_steps(folder: Path, every: int, first_step: int) -> Iterator[torch.pro
         profiler.export_chrome_trace(str(file))
         logger.info(f"trace of step {step} in {file}")
 
-    # lines of the profiler's own and a warning, about what is wanted: one step a file
+    # silences lines of the profiler and a warning about tracing one step a file, which is intended
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     warnings.filterwarnings("ignore", message=".*Profiler clears events")
     activities = [torch.profiler.ProfilerActivity.CPU]

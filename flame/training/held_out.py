@@ -1,4 +1,4 @@
-"""What is measured on the held-out sequences while a run trains: the validation loss and attention."""
+"""Measurements on the held-out sequences during training: validation loss and attention statistics."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def validation_loss(trainer: "FlameTrainer") -> float:
             labels = labels.to(trainer.device)
             with trainer.train_context(), trainer.maybe_enable_amp:
                 total[0] += local_tensor(trainer.summed_loss(input_dict, labels))
-            # processes that share a sequence count its labels each, and its loss in parts
+            # under context parallelism each process has a part of the loss, but counts all labels
             total[1] += (labels != IGNORE_INDEX).sum() / dims.cp
         dist.all_reduce(total)
         loss, num_tokens = total.tolist()
@@ -49,7 +49,7 @@ def validation_loss(trainer: "FlameTrainer") -> float:
 def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     """Statistics of every layer's attention on the first ``metrics.attention_sequences`` held-out sequences.
 
-    The same sequences whatever the number of processes, which all take part.
+    The sequences do not depend on the number of processes. All processes must call it.
     """
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     attn_impl = trainer.inputs.model.attn_impl
@@ -64,7 +64,7 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
         for i, (input_dict, labels) in enumerate(batches):
             if i * size >= trainer.config.metrics.attention_sequences:
                 break
-            # a process without a sequence left runs along, since layers are gathered together
+            # a process without a sequence left still runs the model, since gathering layers is a collective
             is_asked = i * size + rank < trainer.config.metrics.attention_sequences
             observer.is_counting = is_asked and bool((labels != IGNORE_INDEX).any())
             on_device = {name: x.to(trainer.device) for name, x in input_dict.items()}
@@ -72,20 +72,20 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     model.train()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # without a backward pass the outermost weights would stay gathered
+            # without a backward pass the weights of the root module would stay gathered
             module.reshard()
     observer.reduce()
     return observer.scalars()
 
 
 class Validator(BaseValidator):
-    """Measures the validation loss within the loop; the last step's is measured when the loop has ended."""
+    """Measures the validation loss inside the loop, except after the last step, when `flame.train` does."""
 
     def __init__(
         self,
         *,
         trainer: "FlameTrainer",
-        # what torchtitan gives besides, of which the trainer has all that is needed
+        # arguments that torchtitan passes; the trainer holds what is needed of them
         job_config: TitanConfig,
         dp_world_size: int,
         dp_rank: int,

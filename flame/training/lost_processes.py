@@ -1,4 +1,4 @@
-"""The error of a run of which a process ended or hangs: what was waited for, and the trace of what led up to it."""
+"""Reports a run in which a process ended or hangs: the collective that failed, and the trace before it."""
 
 import contextlib
 import os
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from flame.training.trainer import FlameTrainer
 
 TRACE_FOLDER = "comm_traces"
-# what gloo says of a collective that the other processes did not join
+# gloo's messages for a collective that other processes did not join
 _LOST = re.compile(
     r"[Tt]imed out|[Tt]imeout|Connection closed by peer|Connection reset|Broken pipe"
 )
 
 
 def make_trace_folder(config: JobConfig) -> None:
-    """Makes the folder in which NCCL, too, leaves its trace; rank 0 has made sure that the dump folder is this run's."""
+    """Creates the trace folder, into which NCCL writes too; rank 0 has reserved the dump folder before."""
     if config.comm.trace_buf_size:
         _trace_folder(config).mkdir(exist_ok=True)
 
@@ -37,9 +37,9 @@ def _trace_folder(config: JobConfig) -> Path:
 
 @contextlib.contextmanager
 def explain_lost_processes(trainer: "FlameTrainer") -> Iterator[None]:
-    """Turns gloo's words for a collective that was not joined into a `TrainingError`, with what led up to it.
+    """Turns gloo's error for a collective that others did not join into a `TrainingError`, and writes the trace.
 
-    Where NCCL is what waits, it writes its trace and ends the process itself.
+    NCCL writes its trace and ends the process by itself.
     """
     try:
         yield
@@ -57,8 +57,8 @@ def explain_lost_processes(trainer: "FlameTrainer") -> Iterator[None]:
 
 
 def _write_trace(config: JobConfig) -> Path | None:
-    """Writes this process's flight recorder as NCCL would, or for gloo alone, which torchfrtrace does not
-    read, as JSON.
+    """Writes the flight recorder of this process: as NCCL does, or with gloo only as JSON, since torchfrtrace does
+    not read gloo's.
     """
     folder = _trace_folder(config)
     if not config.comm.trace_buf_size or not folder.is_dir():
@@ -68,7 +68,7 @@ def _write_trace(config: JobConfig) -> Path | None:
     if torch.cuda.is_available():
         file.write_bytes(c10d._dump_nccl_trace())
         return file
-    # made by this very process; its own form as JSON leaves the stacks out
+    # safe to unpickle, since this process made it; torch's own JSON leaves out the stacks
     entries = pickle.loads(c10d._dump_fr_trace())["entries"]
     file = file.with_suffix(".json")
     file.write_text(strict_json(entries, indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
 """``--memory_estimation.enabled``: the peak memory of one process, from two steps that are simulated.
 
-The model is built, spread and trained as in a run, but with tensors that have a shape and no data and among
-processes that do not exist (`torch.distributed._tools`). One step more than one, since the first makes the
-optimizer's state. Layers run eagerly: what torch.compile would save is not taken off. The batch is the run's
-first one; what cannot be simulated, such as a kernel without a shape function, is refused.
+The model is built, sharded and trained as in a run, but with fake tensors, which have no data, and a fake process
+group (`torch.distributed._tools`). Two steps, since the first creates the optimizer's state. Layers run eagerly, so
+the estimate leaves out what torch.compile saves. The batch is the first one of the run. What cannot be simulated,
+such as a kernel without a fake implementation, is refused.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
     for flag, degree in others.items():
         if degree > 1:
             raise UsageError(
-                f"--memory_estimation.enabled knows one process and FSDP, not {flag} {degree}"
+                f"--memory_estimation.enabled supports one process and FSDP, not {flag} {degree}"
             )
     dist_utils.init_fake_mode(world_size())
     try:
@@ -78,12 +78,12 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
             etp=1,
             world_size=world_size(),
         )
-        # its ranks are numbers, which fake tensors do not have
+        # built with real tensors: the mesh reads its ranks as numbers
         dims.build_mesh()
         batch = _first_batch(inputs)
         mode = FakeTensorMode() if is_fake else None
         with mode or contextlib.nullcontext():
-            # a run goes by meta to the device; fake parameters cost nothing and cannot be moved
+            # a run builds on meta and moves to the device; fake parameters cost nothing and cannot be moved
             with torch.device(DEVICE_TYPE if is_fake else "meta"):
                 model = TitanModel(ModelArgs(inputs.model, config.training.seed))
             model = parallelize(model, dims, config)
@@ -111,7 +111,7 @@ def estimate_memory(config: JobConfig, inputs: RunInputs) -> dict[str, float]:
 
 
 def _first_batch(inputs: RunInputs) -> dict[str, torch.Tensor]:
-    """What the first process trains on first, and its ``labels``, on the host."""
+    """The first batch of the first process, with its ``labels``, on the host."""
     loader = inputs.data.loader(dp_rank=0, dp_world_size=world_size())
     try:
         tensors, labels = next(iter(loader))
@@ -151,7 +151,7 @@ def _peak(
         for _ in range(STEPS):
             optimizers.zero_grad()
             for _ in range(t.gradient_accumulation_steps):
-                # it keeps statistics of one forward pass of a module, not of several
+                # the tracker supports one forward pass of a module, not several
                 tracker.reset_mod_stats()
                 with amp:
                     if linear is None:
@@ -162,6 +162,6 @@ def _peak(
             dist_utils.clip_grad_norm_(list(model.parameters()), t.max_norm, foreach=True)
             optimizers.step()
     peak = tracker.get_tracker_snapshot("peak")
-    # on a CPU the device has no index
+    # matched by type, since a CPU device has no index
     (snapshot,) = (s for where, s in peak.items() if where.type == DEVICE_TYPE)
     return {getattr(kind, "value", kind): size / 2**20 for kind, size in snapshot.items()}

@@ -1,4 +1,4 @@
-"""What is measured while training: one line on the screen and one set of scalars every `log_freq` steps."""
+"""Metrics of training: one line on the screen and one set of scalars every `log_freq` steps."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ from flame.titan.upstream import MetricsProcessor, NoColor, ParallelDims, TitanC
 
 
 class RunMetrics(MetricsProcessor):
-    """torchtitan's counters with our own line and scalars."""
+    """torchtitan's counters, with this project's log line and scalars."""
 
     def __init__(
         self, titan_config: TitanConfig, parallel_dims: ParallelDims, config: JobConfig
@@ -26,10 +26,10 @@ class RunMetrics(MetricsProcessor):
             self.color = NoColor()
         # step and time of the first line: what comes before is start-up and compilation
         self.first_log: tuple[int, float] | None = None
-        # opened by the first measurement, when it is known which step the run continues from
+        # opened at the first measurement, when the step that the run continues from is known
         self.writers: list[Writer] | None = None
         self.start_step = 0
-        # at once: who has no account is to hear of it before the model is built
+        # open wandb before building the model, so that a missing login fails early
         is_first = dist.get_rank() == 0
         self.wandb = WeightsAndBiases(config) if config.metrics.enable_wandb and is_first else None
 
@@ -66,7 +66,7 @@ class RunMetrics(MetricsProcessor):
         steps = self.config.training.steps
         color = self.color
         skipped = extra_metrics.get("skipped_steps")
-        # in their order, with what counts most first in importance
+        # (rank of importance, colour, text), in the order in which they are printed
         pieces = [
             (0, color.red, f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}"),
             (1, color.green, f"loss {global_avg_loss:.4f}"),
@@ -142,7 +142,7 @@ class RunMetrics(MetricsProcessor):
 
 
 def _short(number: float) -> str:
-    """At most 5 characters, as long as it is below a billion."""
+    """The number in at most 5 characters, if it is below a billion."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if number >= 10 * size:
             return f"{number / size:,.0f}{unit}"
@@ -150,12 +150,12 @@ def _short(number: float) -> str:
 
 
 def _columns() -> int:
-    """Of the terminal; what goes to a file is read in one of 80."""
+    """Width of the terminal; 80 where the output is a file."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
 
 
 def _fitting(pieces: list[tuple[int, str, str]], width: int) -> str:
-    """The pieces (rank, colour, text) in their order, without those of the last ranks that do not fit."""
+    """The pieces (rank, colour, text) in order; where they exceed ``width``, the least important are left out."""
     chosen: list[tuple[int, str, str]] = []
     for piece in sorted(piece for piece in pieces if piece[2]):
         if sum(len(text) + 2 for _, _, text in [*chosen, piece]) - 2 <= width:

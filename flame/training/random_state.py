@@ -1,4 +1,4 @@
-"""The random state of a run: Python's, numpy's and torch's generators, of every rank."""
+"""The random state of a run: the generators of Python, numpy and torch on every rank."""
 
 import pickle
 import random
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 
 def seed_host(seed: int) -> None:
-    """Seeds Python's and numpy's generators; torchtitan seeds torch's alone."""
+    """Seeds the generators of Python and numpy; torchtitan seeds those of torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
@@ -19,9 +19,9 @@ def seed_host(seed: int) -> None:
 class RandomState(Stateful):
     """The generators' states as part of a checkpoint.
 
-    All ranks' states are one entry, so that any number of ranks can read it: rank ``r`` continues with the
-    state that rank ``r`` had; a rank that did not exist is seeded by ``seed`` and ``r``. The GPU's generator
-    is seeded so too where the checkpoint was written by another type of device.
+    One entry holds the states of all ranks, so any number of ranks can read it. Rank ``r`` continues with the state
+    of rank ``r``; a rank that did not exist is seeded from ``seed`` and ``r``. So is the generator of the GPU if the
+    checkpoint was written on another type of device.
 
     Args:
         group: Gloo group of all ranks, which must save and load together.
@@ -43,7 +43,7 @@ class RandomState(Stateful):
             own["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         states: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(states, own, group=self.group)
-        # bytes, since the entries of a checkpoint that are tensors must keep their shape
+        # as bytes, since a tensor in a checkpoint must keep its shape
         return {"states": pickle.dumps(states)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What happens when a step's loss or gradients are not what they should be: a dump, a skipped step, or the end."""
+"""Handles loss spikes and steps that are not finite: writes a dump, counts a skipped step, or ends the run."""
 
 import io
 import math
@@ -21,7 +21,7 @@ SPIKE_FOLDER = "spikes"
 
 
 class SpikeDetector:
-    """Tells a spike from the losses of the steps before."""
+    """Detects a spike from the losses of the previous steps."""
 
     def __init__(self, *, window: int, deviations: float) -> None:
         self.deviations = deviations
@@ -29,17 +29,17 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=window)
 
     def threshold(self) -> float:
-        """The loss above which the next step is a spike; infinite as long as the window is not full."""
+        """The loss above which the next step is a spike; infinite until the window is full."""
         if not self.deviations or len(self.losses) < self.window:
             return math.inf
         return statistics.fmean(self.losses) + self.deviations * statistics.pstdev(self.losses)
 
 
 class StepCheck:
-    """Looks at loss and gradient norm of every step of a run.
+    """Checks loss and gradient norm of every step of a run.
 
     skipped_steps: Steps without an update since the start of the run.
-    skipped_in_a_row: Steps without an update since the last one with.
+    skipped_in_a_row: Steps without an update since the last update.
     """
 
     def __init__(self, config: JobConfig, model: nn.Module, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class StepCheck:
     def check(
         self, step: int, *, loss: float, grad_norm: float, lr: float, microbatches: list[Microbatch]
     ) -> None:
-        """Dumps a step that is a spike or not finite, and counts one that was skipped.
+        """Writes a dump of a step that is a spike or not finite, and counts a skipped step.
 
         Raises:
             TrainingError: Loss or gradient norm is not finite and the step is not to be skipped, or
@@ -73,31 +73,31 @@ class StepCheck:
             threshold = self.detector.threshold()
             if loss > threshold:
                 seen["threshold"] = threshold
-                dumped = self._write_dump(step, seen, "spike", microbatches)
+                dump_note = self._write_spike_dump(step, seen, "spike", microbatches)
                 logger.info(
-                    f"step {step}: loss {loss:.4f} is a spike, above {threshold:.4f}{dumped}"
+                    f"step {step}: loss {loss:.4f} is a spike, above {threshold:.4f}{dump_note}"
                 )
             self.detector.losses.append(loss)
             return
-        dumped = self._write_dump(step, seen, "not finite", microbatches)
+        dump_note = self._write_spike_dump(step, seen, "not finite", microbatches)
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}"
         if not training.skip_nan_inf:
             raise TrainingError(
-                f"{what}{dumped}; --training.skip_nan_inf would leave such steps out"
+                f"{what}{dump_note}; --training.skip_nan_inf would leave such steps out"
             )
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= training.max_skipped_steps:
             raise TrainingError(
-                f"{what}{dumped}; {self.skipped_in_a_row} steps in a row were skipped "
+                f"{what}{dump_note}; {self.skipped_in_a_row} steps in a row were skipped "
                 f"(--training.max_skipped_steps {training.max_skipped_steps})"
             )
-        logger.info(f"{what}: no update{dumped}")
+        logger.info(f"{what}: no update{dump_note}")
 
-    def _write_dump(
+    def _write_spike_dump(
         self, step: int, seen: dict[str, float], reason: str, microbatches: list[Microbatch]
     ) -> str:
-        """Writes what the step saw to ``spikes/step-N``; returns the end of a message, which says where."""
+        """Writes the batch and norms of the step to ``spikes/step-N``; returns a message suffix with the folder."""
         if self.num_dumps >= self.config.metrics.max_dumps:
             return ""
         self.num_dumps += 1
@@ -109,11 +109,11 @@ class StepCheck:
             "inputs": [inputs for inputs, _ in microbatches],
             "labels": [labels for _, labels in microbatches],
         }
-        # torch's own writer says nothing of a full disk
+        # through a buffer, since torch's writer does not report a full disk as an OSError
         buffer = io.BytesIO()
         torch.save(batch, buffer)
         (folder / f"batch.rank{rank}.pt").write_bytes(buffer.getbuffer())
-        # norms are collectives where parameters are sharded
+        # on every rank: norms of sharded parameters are collectives
         norms = self._norms(seen["gradient_norm"])
         if rank == 0:
             summary = {"step": step, "reason": reason, **seen, "parameters": norms}
@@ -123,7 +123,7 @@ class StepCheck:
 
     @torch.no_grad()
     def _norms(self, total: float) -> dict[str, dict[str, float]]:
-        """Norms of every parameter and of its gradient as it was before clipping."""
+        """Norms of every parameter and of its gradient before clipping."""
         max_norm = self.config.training.max_norm
         scale = max(1.0, (total + 1e-6) / max_norm) if math.isfinite(total) else 1.0
         named = list(self.model.named_parameters())

@@ -1,4 +1,4 @@
-"""Parts of an optimizer step: its micro-batches, clipped gradients, numbers for the host."""
+"""Parts of an optimizer step: reading micro-batches, clipping gradients, copying numbers to the host."""
 
 from collections.abc import Iterator
 
@@ -16,11 +16,11 @@ Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class DataError(ValueError):
-    """No step can be made of the data that come next; the message is the same on every process."""
+    """The next data cannot be read; the message is the same on every process."""
 
 
 class HostCopy:
-    """Numbers of the device that the host waits for without waiting for what is queued after them."""
+    """Copies numbers to the host; `wait` does not wait for work that is queued after the copy."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values.to("cpu", non_blocking=True)
@@ -37,11 +37,11 @@ class HostCopy:
 def read_stream(
     batches: Iterator[Microbatch], count: int, *, loader: StreamLoader, stop: StopRequest
 ) -> list[Microbatch]:
-    """The next ``count`` micro-batches of a stream, on all processes or on none.
+    """The next ``count`` micro-batches of a stream. Either all processes get theirs, or all raise.
 
     Raises:
-        DataError: One process could not read its own, such as from a shard that is damaged on its machine alone.
-            The loader is back where the step began.
+        DataError: A process could not read its micro-batches, for example from a shard that is damaged on one machine.
+            The loader is reset to the start of the step.
     """
     mark = loader.mark()
     microbatches, problem = [], None
@@ -59,9 +59,9 @@ def read_stream(
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales gradients down to ``max_norm``; returns their norm before, a scalar of the device.
+    """Scales gradients down to ``max_norm``; returns the norm before clipping, a scalar on the device.
 
-    Gradients whose norm is not finite are left as they are, so that a dump shows which layer it came from.
+    If the norm is not finite, gradients stay unchanged, so that a dump shows the layer that caused it.
     """
     norm = full_tensor(
         get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)

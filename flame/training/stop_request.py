@@ -1,4 +1,4 @@
-"""A signal ends the training after the step under way, on all ranks after the same one."""
+"""Ends the training after the current step on a signal, at the same step on all ranks."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ _SAME_REQUEST_S = 5
 
 
 class StopRequest:
-    """What this process has heard, and what all ranks have agreed on.
+    """Stop signals of this process, and the agreement of all ranks on them.
 
     Args:
         timeout: How long a rank waits for the others to agree.
@@ -31,20 +31,20 @@ class StopRequest:
         self.group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportAttributeAccessIssue]  # an int where this process is none of the group, which holds all
 
     def listen(self) -> None:
-        """From now on a stop signal is noted; before, it ends the process at once."""
+        """From now on a stop signal is recorded; before, it ends the process immediately."""
         if not self._handlers:
             self._handlers = {s: signal.signal(s, self._hear) for s in stop_signals()}
 
     def close(self) -> None:
-        """From now on a stop signal ends the process at once again."""
+        """From now on a stop signal ends the process immediately again."""
         for s, handler in self._handlers.items():
             signal.signal(s, handler)
         self._handlers = {}
 
     def exit_if_told(self, seconds: float) -> None:
-        """Ends the process by the signal that it has heard, or hears in the next ``seconds``.
+        """Exits if a signal was received, or is received within ``seconds``.
 
-        torchrun sends one to all processes when one has failed, and that one has said why.
+        When a process fails, torchrun signals all others; the failed process has reported the error.
         """
         self.close()
         deadline = time.monotonic() + seconds
@@ -58,13 +58,13 @@ class StopRequest:
         if self.signal is None:
             self.signal, self._time = signal.Signals(number), now
         elif number == signal.SIGINT and now - self._time > _SAME_REQUEST_S:
-            # Ctrl-C again: at once, without waiting for a save under way, which a kill cannot harm.
-            # Other signals come twice by themselves, as Slurm's warning and then its time limit do.
+            # a second Ctrl-C ends immediately, without waiting for a save in progress, which a kill cannot damage.
+            # Other signals may come twice by themselves, such as Slurm's warning and then its time limit.
             os._exit(128 + number)
 
     def agree(self, failed: bool) -> tuple[signal.Signals | None, bool]:
-        """The signal that any rank has heard, and whether any rank has ``failed``; the same on every rank."""
-        # one process may hear the signal a step before another
+        """The signal that any rank has received, and whether any rank has ``failed``; the same on every rank."""
+        # a process may receive the signal one step before another
         heard = torch.tensor([self.signal or 0, failed])
         dist.all_reduce(heard, dist.ReduceOp.MAX, group=self.group)
         number, any_failed = heard.tolist()

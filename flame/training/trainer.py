@@ -1,4 +1,4 @@
-"""torchtitan's trainer with our model, data, validation, and a stop that loses nothing."""
+"""torchtitan's trainer with this project's model, data and validation; a stop signal loses no step."""
 
 import contextlib
 import math
@@ -56,7 +56,7 @@ class FlameTrainer(Trainer):
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
         self.config, self.inputs = config, inputs
         self.linear_loss = linear_loss(config.training.loss, DEVICE_TYPE)
-        # step of the checkpoint that the run continues from, known when it is loaded
+        # step of the checkpoint that the run continues from, set when it is loaded
         self.start_step: int | None = None
         train_spec._extra_train_specs["flame"] = train_spec.TrainSpec(
             model_cls=TitanModel,
@@ -114,7 +114,7 @@ class FlameTrainer(Trainer):
         Raises:
             TrainingError: Loss or gradient norm is not finite and the step is not to be skipped, or
                 ``training.max_skipped_steps`` were skipped in a row. The same on every process.
-            DataError: The data of a stream cannot be read; its loader is where the step began.
+            DataError: The data of a stream cannot be read; its loader is reset to the start of the step.
         """
         training, dims = self.config.training, self.parallel_dims
         is_first = self.start_step is not None and self.step == self.start_step + 1
@@ -143,7 +143,7 @@ class FlameTrainer(Trainer):
             dist.all_reduce(loss, group=dims.get_mesh("loss").get_group())
         parameters = [p for part in self.model_parts for p in part.parameters()]
         grad_norm = clip_gradients(parameters, training.max_norm)
-        # the norm is on the host already where gradients are
+        # the norm is already on the host if gradients are offloaded
         on_host = HostCopy(torch.stack([loss.float(), grad_norm.float().to(self.device)]))
         self.checkpointer.maybe_wait_for_staging()
         if not training.skip_nan_inf:
@@ -181,10 +181,10 @@ class FlameTrainer(Trainer):
             raise
 
     def _shorten_timeouts(self) -> None:
-        """After the first step, which compiles, a process that keeps the others waiting is stuck."""
+        """Shortens timeouts after the first step, which compiles: from then on a late process is stuck."""
         timeout = timedelta(seconds=self.config.comm.train_timeout_seconds)
         if self.step != 1:
-            # torchtitan does so after step 1 alone, not in a run that continues
+            # torchtitan does so only after step 1, not in a run that continues
             dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
         dist.distributed_c10d._set_pg_timeout(timeout, self.stop.group)
 
@@ -195,7 +195,7 @@ class FlameTrainer(Trainer):
         labels: torch.Tensor,
         global_valid_tokens: torch.Tensor,
     ) -> torch.Tensor:
-        """Summed loss of a micro-batch over the tokens of the step, with its gradients accumulated."""
+        """Summed loss of a micro-batch divided by the tokens of the step; accumulates its gradients."""
         with self.train_context():
             with self.maybe_enable_amp:
                 loss = self.summed_loss(input_dict, labels) / global_valid_tokens
@@ -210,7 +210,7 @@ class FlameTrainer(Trainer):
             input_dict, labels = shard_batch(input_dict, labels, mesh)
         rest = {name: x for name, x in input_dict.items() if name != "input"}
         model, inputs = self.model_parts[0], input_dict["input"]
-        # a linear loss computes its gradients along with it
+        # a linear loss always computes its gradients too
         if self.linear_loss is None or not torch.is_grad_enabled():
             return self.loss_fn(model(inputs, **rest), labels)
         return model(inputs, **rest, labels=labels, linear_loss=self.linear_loss)
@@ -225,7 +225,7 @@ class FlameTrainer(Trainer):
             else:
                 self.checkpointer.save_before_stop(self.step)
         except DataError as error:
-            # torchtitan counts a step before its data are there
+            # torchtitan counts a step before it reads the data
             self.step -= 1
             self.checkpointer.save_before_stop(self.step)
             newest = newest_checkpoint(self.checkpointer.folder)
@@ -242,15 +242,15 @@ class FlameTrainer(Trainer):
                 logger.info(f"step {self.step} of {self.config.training.steps} is done already")
         stopped, failed = self.stop.agree(self.checkpointer.has_failed())
         if self.step > self.start_step:
-            # every rank has done a step, so there is something to save
+            # every rank has finished a step, so there is something to save
             self.stop.listen()
         if failed:
-            # on all ranks after the same step, since one that goes on alone would wait for the others
+            # on all ranks after the same step: a rank that continued alone would wait for the others
             self.checkpointer.wait()
         return super().should_continue_training() and stopped is None
 
     def state_dict(self) -> dict[str, Any]:
-        # of all data-parallel ranks, so that another number of them can go on counting
+        # the total over data-parallel ranks, so that another number of ranks can continue it
         tokens = {"ntokens_seen": self.ntokens_seen * self._data_ranks()}
         return super().state_dict() | self.step_check.state_dict() | tokens
 
@@ -276,7 +276,7 @@ class FlameTrainer(Trainer):
 
 
 def describe(trainer: FlameTrainer) -> None:
-    """Prints what is about to happen."""
+    """Logs model, layout, steps, data and folder of the run."""
     config, t = trainer.config, trainer.config.training
     num_parameters = sum(p.numel() for p in trainer.model_parts[0].parameters())
     dims = trainer.parallel_dims

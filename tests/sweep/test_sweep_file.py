@@ -71,7 +71,7 @@ def test_runs_of_a_file(write, tmp_path):
             "training.steps = 0",
             "--training.steps must be at least 1, got 0",
         ),
-        ("training.steps = 300", "steps = 300", "[base]: key 'steps' stands outside a [section]"),
+        ("training.steps = 300", "steps = 300", "[base]: key 'steps' is outside a [section]"),
         (
             "training.steps = 300",
             "training.seed = 3",

@@ -18,7 +18,7 @@ import sweep_standins
 from sweep_standins import run_main, said, starts
 
 from flame.base.errors import UsageError
-from flame.base.folder_lock import hold
+from flame.base.folder_lock import lock_folder
 from flame.machine import list_gpus, placement
 from flame.sweeps import report, runner
 from flame.sweeps.plan import read_sweep
@@ -53,7 +53,7 @@ def test_slots_are_disjoint_and_within_a_group(build, ngpu, visible, groups):
     assert one.env == {"HIP_VISIBLE_DEVICES": groups[0]}
     for slot in slots:
         # what the launch of a run says to them; on the CPUs of their group, all together
-        places = placement.place(
+        places = placement.bind_processes(
             ngpu=ngpu,
             is_rocm=True,
             allow_cross_numa=False,
@@ -186,7 +186,7 @@ def test_a_failed_analysis_is_tried_again(write, standins, monkeypatch, capsys, 
 def test_a_second_sweep_in_the_same_folder_is_refused(write, standins, monkeypatch, capsys):
     found = read_sweep(write())
     found.out.mkdir()
-    with hold(found.out, who="sweep"):
+    with lock_folder(found.out, who="sweep"):
         assert run_main(monkeypatch, found.file) == 2
     assert f"is in use by another sweep (pid {os.getpid()} on " in capsys.readouterr().err
     assert starts(standins) == []

@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: tables, and charts drawn from the records."""
+"""The report as one self-contained HTML page: tables and charts drawn from the records."""
 
 import math
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def _figure(title: str, unit: str, drawing: str) -> str:
 
 
 def _grid(figures: list[str], results: Results | None, kind: str = "") -> str:
-    """Figures side by side, as many as there is room for, with the legend of the arms above."""
+    """Figures in a row that wraps, with the legend of the arms above."""
     figures = [figure for figure in figures if figure]
     if not figures:
         return ""
@@ -99,13 +99,13 @@ def _lines(
 
 def _scaled(points: dict[float, Mean], factor: float) -> dict[float, Mean]:
     return {
-        place: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
-        for place, m in points.items()
+        x: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
+        for x, m in points.items()
     }
 
 
 def _layers(results: Results, first: int = 0) -> Axis:
-    """Whole numbers, not too many; ``first`` is -1 where the embedding is a layer too."""
+    """Evenly spaced integers as ticks; ``first`` is -1 if the embedding counts as a layer."""
     last = max(r["layer"] for r in results.where("kurtosis") if r["layer"] is not None)
     ticks = [-1] * (first < 0) + list(range(0, last + 1, 1 + last // 8))
     return Axis("layer (−1: embedding)" if first < 0 else "layer", ticks=tuple(ticks))
@@ -231,7 +231,7 @@ def _weights(results: Results) -> str:
     position = Axis("query position (0 as 0.5)", log=True, ticks=ticks)
 
     def middle(r: Record) -> float:
-        # the geometric middle of a bucket; position 0 has no logarithm
+        # the geometric mean of a bucket's bounds; position 0 has no logarithm
         start, end = r["position_start"], r["position_end"] - 1
         return math.sqrt(start * end) if start else 0.5
 
@@ -339,7 +339,7 @@ def _robustness(results: Results) -> str:
         records = [r for r in results.where("perplexity") if "bits" in r]
         length, bits = max(r["length"] for r in records), sorted({r["bits"] for r in records})
         keys = {"length": length, "layer": None, "head": None}
-        # the unquantised stand at the end, as 32 bits
+        # unquantised weights are drawn last, as 32 bits
         lines = _lines(results, "perplexity", lambda r: r.get("bits", 32), **keys)
         ticks = (*bits, 32)
         drawing = line_chart(

@@ -10,7 +10,7 @@ from flame.analysis.records import Mean
 WIDTH, HEIGHT = 380, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
 HUES = 7
-"""Colours and markers before dashes tell lines apart too."""
+"""Number of colour/marker pairs; further lines reuse them with dashes."""
 _DASHES = ("", "6 3", "2 2")
 LEVELS = 20
 """Shades of a heat map."""
@@ -22,7 +22,7 @@ class Line:
     """One arm in a chart."""
 
     index: int
-    """Decides colour, marker and dash, the same in every chart."""
+    """Selects colour, marker and dash, the same in every chart."""
     label: str
     points: dict[float, Mean]
 
@@ -34,11 +34,11 @@ class Axis:
     label: str
     log: bool = False
     ticks: tuple[float, ...] = ()
-    """Where they are wanted; otherwise round numbers."""
+    """Positions of the ticks; empty: round numbers."""
     low: float | None = None
-    """Where it is to begin; otherwise what fits."""
+    """Lower end of the axis; None: fitted to the data."""
     high: float | None = None
-    """Where it is to end, though rounding may have carried a number past it; otherwise what fits."""
+    """Upper end of the axis; None: fitted to the data. Values slightly above are clipped."""
 
 
 def tick_text(x: float) -> str:
@@ -54,7 +54,7 @@ def tick_text(x: float) -> str:
 
 
 class _Scale:
-    """Values to places between two ends."""
+    """Maps values to positions between two ends."""
 
     def __init__(
         self, axis: Axis, values: Sequence[float], start: float, end: float, count: int
@@ -66,7 +66,7 @@ class _Scale:
         if axis.log:
             low, high = math.log10(low), math.log10(high)
         if high - low < 1e-12:
-            # shares that are all 0 have nothing below
+            # an axis of zeros starts at 0
             below, above = (0.5, 0.5) if low or axis.log else (0.0, 1.0)
             low, high = low - (below if axis.low is None else 0.0), high + above
         if axis.ticks:
@@ -77,14 +77,14 @@ class _Scale:
             step = round_up((high - low) / count)
             low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
             self.ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
-            # what is 0 but for rounding is 0
+            # rounding errors around 0 become 0
             self.ticks = [0.0 if abs(x) < step / 1e6 else float(f"{x:.10g}") for x in self.ticks]
         self.low, self.high = low, high
 
     def __call__(self, x: float) -> float:
         x = math.log10(x) if self.axis.log else x
-        place = (x - self.low) / (self.high - self.low)
-        return round(self.start + min(max(place, 0.0), 1.0) * (self.end - self.start), 1)
+        fraction = (x - self.low) / (self.high - self.low)
+        return round(self.start + min(max(fraction, 0.0), 1.0) * (self.end - self.start), 1)
 
 
 def round_up(least: float) -> float:
@@ -110,11 +110,11 @@ def _log_ticks(low: float, high: float, count: int) -> tuple[list[float], float,
 
 
 def _usable(lines: Iterable[Line], x: Axis, y: Axis) -> list[Line]:
-    """Without the points that are not finite, or have no logarithm."""
+    """The lines without points that are not finite, or that have no logarithm on a log axis."""
 
-    def fits(place: float, value: Mean) -> bool:
-        is_finite = math.isfinite(place) and math.isfinite(value.mean)
-        return is_finite and (not x.log or place > 0) and (not y.log or value.mean > 0)
+    def fits(x_value: float, value: Mean) -> bool:
+        is_finite = math.isfinite(x_value) and math.isfinite(value.mean)
+        return is_finite and (not x.log or x_value > 0) and (not y.log or value.mean > 0)
 
     return [
         Line(line.index, line.label, {a: m for a, m in line.points.items() if fits(a, m)})
@@ -146,11 +146,11 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis) -> str:
         at = to_x(tick)
         parts.append(f'<path class="axis" d="M{at} {HEIGHT - _BOTTOM}v4"/>')
         text = tick_text(tick)
-        # as many as have room
+        # skip labels that would overlap
         if at - last >= 7 * len(text) + 8:
-            place = "end" if at > WIDTH - _RIGHT - 8 else "middle"
+            anchor = "end" if at > WIDTH - _RIGHT - 8 else "middle"
             parts.append(
-                f'<text class="tick {place}" x="{at}" y="{HEIGHT - _BOTTOM + 17}">{text}</text>'
+                f'<text class="tick {anchor}" x="{at}" y="{HEIGHT - _BOTTOM + 17}">{text}</text>'
             )
             last = at
     parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
@@ -165,7 +165,7 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis) -> str:
 def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
     hue, dash = line.index % HUES, _DASHES[line.index // HUES % len(_DASHES)]
     points = line.points
-    places = [(to_x(a), to_y(m.mean)) for a, m in points.items()]
+    points_xy = [(to_x(a), to_y(m.mean)) for a, m in points.items()]
     few = len(points) <= _MARKS_AT_MOST
     parts = []
     spreads = [
@@ -179,12 +179,12 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
         there = " ".join(f"{a},{high}" for a, _, high in bars)
         back = " ".join(f"{a},{low}" for a, low, _ in reversed(bars))
         parts.append(f'<polygon class="band" points="{there} {back}"/>')
-    if len(places) > 1:
-        d = " ".join(f"{a},{b}" for a, b in places)
+    if len(points_xy) > 1:
+        d = " ".join(f"{a},{b}" for a, b in points_xy)
         parts.append(f'<polyline stroke-dasharray="{dash}" points="{d}"/>')
     stride = 1 if few else math.ceil(len(points) / 6)
-    for n, ((a, mean), (px, py)) in enumerate(zip(points.items(), places, strict=True)):
-        # several lines would put their markers on top of each other
+    for n, ((a, mean), (px, py)) in enumerate(zip(points.items(), points_xy, strict=True)):
+        # offset by line, so that the markers of several lines do not overlap
         if few or n % stride == (line.index * 2) % stride:
             spread = "" if mean.std is None else f" ± {mean.std:.4g}"
             title = f"{line.label}, {a:g}: {mean.mean:.6g}{spread}"
@@ -195,7 +195,7 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
 
 
 def _kind(index: int) -> str:
-    """Classes of an arm: its colour, and hollow markers where the colours begin anew."""
+    """CSS classes of an arm: its colour, and hollow markers once the colours repeat."""
     return f"s s{index % HUES}" + (" hollow" if index >= HUES else "")
 
 
@@ -227,12 +227,12 @@ def legend(labels: Sequence[str]) -> str:
 
 
 def level(share: float) -> int:
-    """Shade of a share in [0, 1]: 0 for 0 exactly, 1 to `LEVELS` for what is more."""
+    """Shade of a share in [0, 1]: 0 for exactly 0, else 1 to `LEVELS`."""
     return 0 if share <= 0 else min(LEVELS, max(1, math.ceil(share * LEVELS)))
 
 
 def heat_map(values: list[list[float]], rows: str, columns: str, what: str, most: float) -> str:
-    """One cell a number in [0, most]; ``values[row][column]``, row 0 on top."""
+    """One cell for each number in [0, most]; ``values[row][column]``, row 0 on top."""
     n, m = len(values), len(values[0])
     side = min(30.0, (WIDTH - 46) / m, 330 / n)
     left, top = 40, 4
@@ -287,9 +287,9 @@ def triangle_map(cells: list[list[float]], length: int, what: str) -> str:
         parts.append(
             f'<text class="tick end" x="{left - 5}" y="{top + max(10, at):g}">{text}</text>'
         )
-        place = "end" if share == 1 else "middle" if share else "start"
+        anchor = "end" if share == 1 else "middle" if share else "start"
         parts.append(
-            f'<text class="tick {place}" x="{left + at:g}" y="{top + side + 14}">{text}</text>'
+            f'<text class="tick {anchor}" x="{left + at:g}" y="{top + side + 14}">{text}</text>'
         )
     label = "key position →, query position ↓"
     parts.append(f'<text class="label" x="{left}" y="{top + side + 30}">{label}</text>')
@@ -297,7 +297,7 @@ def triangle_map(cells: list[list[float]], length: int, what: str) -> str:
 
 
 def color_bar(marks: dict[float, str], title: str) -> str:
-    """The shades from none to all; ``marks``: share -> text."""
+    """A bar of all shades from 0 to 1, with labels ``marks``: share -> text."""
     left, width, height = 4, 210, 12
     parts = [
         f'<rect class="l{n}" x="{left + (n - 1) * width / LEVELS:.1f}" y="2" width="{width / LEVELS + 0.3:.2f}" height="{height}"/>'
@@ -305,9 +305,9 @@ def color_bar(marks: dict[float, str], title: str) -> str:
     ]
     parts.append(f'<path class="frame" d="M{left} 2h{width}v{height}h-{width}z"/>')
     for share, text in marks.items():
-        place = "start" if share == 0 else "end" if share == 1 else "middle"
+        anchor = "start" if share == 0 else "end" if share == 1 else "middle"
         parts.append(
-            f'<text class="tick {place}" x="{left + share * width:g}" y="{height + 15}">{text}</text>'
+            f'<text class="tick {anchor}" x="{left + share * width:g}" y="{height + 15}">{text}</text>'
         )
     return _svg(left + width + 4, height + 20, title, parts, grow=False)
 

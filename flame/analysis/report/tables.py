@@ -1,4 +1,4 @@
-"""The tables of a report, as cells of text: `report.md` and the page show the same ones."""
+"""The tables of a report as cells of text, for `report.md` and the page."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class _Column:
 
 
 def number(x: float, digits: int = 4) -> str:
-    """With so many digits."""
+    """The number with ``digits`` significant digits."""
     if not math.isfinite(x):
         return "not finite"
     if x == 0:
@@ -62,7 +62,7 @@ def cell(value: Mean | None, show: Callable[[float], str], factor: float = 1.0) 
     text = show(value.mean * factor)
     if value.std is None:
         return text
-    # of a spread two digits say enough
+    # two digits suffice for a spread
     spread = show(value.std * factor) if show is not number else number(value.std, digits=2)
     return f"{text} ± {spread}"
 
@@ -71,7 +71,7 @@ def _columns(results: Results) -> list[_Column]:
     sinks, small = results.setup["sink_eps"], results.setup["sparsity_eps"]
     return [
         _Column("loss", "loss", loss),
-        # without the quantised
+        # only the unquantised model
         _Column("ppl", "perplexity", number, keys={"bits": None}),
         *(_Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}) for e in sinks),
         _Column("kurtosis", "kurtosis", number),
@@ -112,12 +112,12 @@ def summary(results: Results, length: int) -> Table:
 
 
 def attention(results: Results, length: int) -> Table:
-    """What else the heads do at one length, in the mean over heads (the largest: over all of them)."""
+    """Further attention metrics at one length: means over heads, or maxima for the largest score and output."""
     return _by_label(results, f"Attention at {length:,} tokens", _ATTENTION, length)
 
 
 def quantized(results: Results) -> Table | None:
-    """Perplexity by bits a weight, or None where it was not measured."""
+    """Perplexity by bits per weight; None if it was not measured."""
     bits = sorted({r["bits"] for r in results.where("perplexity") if "bits" in r}, reverse=True)
     if not bits:
         return None
@@ -131,7 +131,7 @@ def quantized(results: Results) -> Table | None:
 
 
 def passkey(results: Results) -> Table | None:
-    """Share of passkeys retrieved, %, by length and depth, or None where it was not measured."""
+    """Share of passkeys retrieved, %, by length and depth; None if it was not measured."""
     records = results.where("passkey")
     if not records:
         return None
@@ -146,7 +146,7 @@ def passkey(results: Results) -> Table | None:
 
 
 def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[float, Mean]:
-    """Length -> a number of passkeys: mean over the depths of a model, then over the seeds."""
+    """Length -> a passkey metric: mean over the depths of a model, then over the seeds."""
     by_model: dict[int, dict[str, list[float | None]]] = {}
     for r in results.where(metric, label=label, **keys):
         by_model.setdefault(r["length"], {}).setdefault(r["model"], []).append(r["value"])
@@ -157,11 +157,11 @@ def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[
 
 
 PLANTED = ("with_key", "other_key", "without_key")
-"""What stands in the text when the key is asked for."""
+"""What the text holds when the key is asked for."""
 
 
 def passkey_losses(results: Results) -> Table | None:
-    """What the key costs as the answer, or None where it was not measured."""
+    """Loss of the key as the answer; None if it was not measured."""
     if not results.where("passkey_loss"):
         return None
     rows = []
@@ -176,7 +176,7 @@ def passkey_losses(results: Results) -> Table | None:
 
 
 def all_tables(results: Results) -> list[Table]:
-    """Longest length first: what a reader looks for stands on top."""
+    """Longest length first, since readers look for it first."""
     lengths = sorted(results.lengths, reverse=True)
     found = [summary(results, n) for n in lengths] + [attention(results, n) for n in lengths]
     more = (quantized(results), passkey(results), passkey_losses(results))
@@ -190,9 +190,9 @@ def report(results: Results) -> str:
 
 
 def facts(results: Results) -> list[str]:
-    """How the numbers came about, a sentence each."""
+    """Facts about the measurement, one sentence each."""
     setup = results.setup
-    # records of before --training.bos have no words for it
+    # records older than --training.bos lack the key "begins"
     first = {"text": "a token of the text", "bos": "bos", "eos": "eos"}
     begins = setup.get("begins") or first[setup["first_token"]]
     seeds = any(sum(r["label"] == x for r in results.models) > 1 for x in results.labels)

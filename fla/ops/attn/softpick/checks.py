@@ -1,11 +1,11 @@
-"""What references and kernels do with their arguments alike: autocast and checks."""
+"""Autocast and argument checks, shared by references and kernels."""
 
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# "meta", for one, knows no autocast; torch.amp.is_autocast_available breaks the graph of torch.compile
+# Other devices, such as "meta", have no autocast. torch.amp.is_autocast_available would break torch.compile's graph.
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -21,7 +21,7 @@ def autocast_inputs(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Operations inside run in the dtype of their inputs."""
+    """Context in which operations run in the dtype of their inputs."""
     if device.type not in _AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -40,7 +40,7 @@ def check_inputs(
 ) -> None:
     """Raises ValueError, naming the argument and the value seen, unless the call is well-formed.
 
-    The numbers in cu_seqlens are for `check_bounds`, since they may have to come from a GPU.
+    Reads no values: those of cu_seqlens may be on a GPU and are checked by `check_bounds`.
     """
     if normalizer not in normalizers:
         raise ValueError(f"normalizer must be one of {', '.join(normalizers)}; got {normalizer!r}")
@@ -65,7 +65,7 @@ def check_inputs(
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"v must have the shape of k but for the last dimension, got {tuple(v.shape)} "
-            f"beside {tuple(k.shape)} in layout {layout}"
+            f"and {tuple(k.shape)} in layout {layout}"
         )
     T, S, HQ, H = q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     if 0 in (HQ, H, q.shape[-1], v.shape[-1]):
@@ -129,7 +129,7 @@ def check_decode_inputs(
 ) -> None:
     """Raises ValueError, naming the argument and the value seen, unless the call of a decoder is well-formed.
 
-    The numbers in lengths, starts and block_table are for `check_decode_bounds`, since they come from a GPU.
+    Reads no values: those of lengths, starts and block_table may be on a GPU and are checked by `check_decode_bounds`.
     """
     time, head = (2, 1) if head_first else (1, 2)
     is_paged = block_table is not None
@@ -140,7 +140,7 @@ def check_decode_inputs(
             )
         if k.shape[time] == 0:
             raise ValueError(f"k must have pages of at least one token, got {tuple(k.shape)}")
-        # for the checks a page is a batch row; there may be more of them, or fewer
+        # check_inputs takes a page as a batch row, but there may be more or fewer pages than sequences
         rows = min(q.shape[0], k.shape[0])
         inputs = q[:rows], k[:rows], v[:rows]
     else:
@@ -150,7 +150,7 @@ def check_decode_inputs(
     num_rows = T * (HQ // H)
     if num_rows > max_rows:
         raise ValueError(
-            f"q must have at most {max_rows} query tokens times query heads a key head, got {T} x {HQ // H}; "
+            f"q must have at most {max_rows} query rows (query tokens times query heads per key head), got {T} x {HQ // H}; "
             "for more, call parallel_..._attn with q shorter than k"
         )
     for name, x in (("lengths", lengths), ("starts", starts)):
@@ -182,11 +182,11 @@ def check_decode_bounds(
     num_pages: int,
     page_size: int,
 ) -> None:
-    """Raises ValueError, naming the sequence and the value, unless a decoder's numbers lie in the cache.
+    """Raises ValueError, naming the sequence and the value, unless lengths, starts and pages lie in the cache.
 
     Args:
-        lengths: See `normalized_attn_decode`; so ``starts`` and ``block_table``.
-        capacity: Tokens that a sequence has room for.
+        lengths: As in `normalized_attn_decode`; likewise ``starts`` and ``block_table``.
+        capacity: The most tokens of a sequence.
         num_pages: Pages of the cache.
         page_size: Tokens in a page.
     """

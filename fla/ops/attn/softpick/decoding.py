@@ -4,17 +4,17 @@ The kernels are in `decoding_kernels.py`. There is no gradient.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from fla.ops.attn.softpick.checks import check_decode_bounds, check_decode_inputs
 from fla.ops.attn.softpick.decoding_kernels import normalized_attn_decode_launch
+from fla.ops.attn.softpick.named_operators import bind_normalizer
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 from fla.ops.attn.softpick.parallel import check_kernel_inputs
 from fla.ops.attn.softpick.tiles import empty_rows
 
-# Rows of queries that share a tile of keys.
+# Most query rows of a key head: query tokens times query heads of the group.
 MAX_ROWS = 128
 
 _LIBRARY = torch.library.Library("softpick", "FRAGMENT")
@@ -71,10 +71,10 @@ def normalized_attn_decode(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     r"""Attention of the last tokens of sequences to their cache, with any normaliser of the family.
 
-    What `parallel_normalized_attn` gives for each sequence with its ``lengths`` keys, for a few queries: the
-    keys are split over the GPU, and the heads of a group share what is read. With ``T * HQ / H <= 16`` query rows,
-    rows of ``v`` that none of them gives weight are not read. No host synchronisation, so a call can be captured in a CUDA graph, after one
-    outside it; equal inputs give bitwise equal outputs.
+    Equals `parallel_normalized_attn` on the first ``lengths`` keys of each sequence, for ``T * HQ / H <= 128`` query
+    rows. The keys of a sequence are split over the GPU, and the heads of a group share one read of the cache. With
+    at most 16 query rows, rows of ``v`` that get no weight are not read. Nothing synchronises with the host, so a call
+    can be captured in a CUDA graph, after a first call outside it. Equal inputs give bitwise equal outputs.
 
     Args:
         q: Queries ``[B, T, HQ, K]``, float32, float16 or bfloat16, the last ``T`` tokens of each sequence;
@@ -82,8 +82,8 @@ def normalized_attn_decode(
         k: Cache of keys, dtype and device of ``q``, last dimension contiguous: ``[B, S, H, K]``, or with
             ``block_table`` pages ``[num_pages, page_size, H, K]`` of any size. ``HQ`` is a multiple of ``H``.
         v: Cache of values, like ``k`` with a last dimension ``V``; ``K``, ``V <= 256``.
-        lengths: One past the last key of each sequence in the cache ``[B]``, int32 or int64, those of the queries
-            counted. A length beyond the capacity ``S`` (or of the block table) counts as the capacity, one below 0
+        lengths: One past the last key of each sequence in the cache ``[B]``, int32 or int64; the keys of the queries
+            count. A length beyond the capacity ``S`` (or of the block table) counts as the capacity, one below 0
             as 0. A query before the start of its sequence gives 0.
         scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
         head_first: ``q``, ``k``, ``v`` and the output are ``[B, H, T, D]`` instead, pages ``[num_pages, H,
@@ -96,9 +96,9 @@ def normalized_attn_decode(
         window_size: A query sees itself and the ``window_size - 1`` keys before it, with 0 no key. Default: all.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
         return_lse: Also return the natural logarithm of the denominator ``[B, HQ, T]``, float32.
-        return_stats: Also return the share of the sequence's rows of ``v`` that were read ``[B, H]``, float32.
-        check_bounds: Also refuse lengths, starts and pages that are not in the cache. Waits for the GPU, so leave
-            it out of a CUDA graph or a compiled model.
+        return_stats: Also return the share of the rows of ``v`` of a sequence that were read ``[B, H]``, float32.
+        check_bounds: Also refuse lengths, starts and pages that are not in the cache. It waits for the GPU, so it
+            cannot be used in a CUDA graph or a compiled model.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``, then what was asked for.
@@ -107,8 +107,8 @@ def normalized_attn_decode(
         ValueError: An argument breaks a condition, or needs a gradient; the message names it and shows the value.
 
     Numerics:
-        As `parallel_softpick_attn` with ``safe=True``: exact for every finite input. Sums of splits merge in
-        float32, each with its own shift.
+        As `parallel_softpick_attn` with ``safe=True``: exact for every finite input. The sums of splits, each with a
+        shift of its own, merge in float32.
     """
     check_decode_inputs(
         q,
@@ -127,8 +127,8 @@ def normalized_attn_decode(
     check_kernel_inputs(q, k, v, head_first)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
-            "q, k and v must not require gradients, which decoding does not have: call it under torch.no_grad(), "
-            f"or parallel_{normalizer}_attn"
+            "q, k and v must not require gradients, since decoding has none: call it under torch.no_grad(), "
+            f"or call parallel_{normalizer}_attn"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1:
@@ -157,48 +157,9 @@ def normalized_attn_decode(
     return (o, *extra) if extra else o
 
 
-def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    def decode(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor,
-        scale: float | None = None,
-        head_first: bool = False,
-        *,
-        starts: torch.Tensor | None = None,
-        block_table: torch.Tensor | None = None,
-        window_size: int | None = None,
-        sink_bias: torch.Tensor | None = None,
-        return_lse: bool = False,
-        return_stats: bool = False,
-        check_bounds: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return normalized_attn_decode(
-            q,
-            k,
-            v,
-            lengths,
-            scale,
-            head_first,
-            normalizer=normalizer,
-            starts=starts,
-            block_table=block_table,
-            window_size=window_size,
-            sink_bias=sink_bias,
-            return_lse=return_lse,
-            return_stats=return_stats,
-            check_bounds=check_bounds,
-        )
-
-    decode.__name__ = decode.__qualname__ = f"{normalizer}_attn_decode"
-    decode.__doc__ = f'`normalized_attn_decode` with ``normalizer="{normalizer}"``.'
-    return decode
-
-
-softpick_attn_decode = _named("softpick")
-relu_softpick_attn_decode = _named("relu_softpick")
-abs_softpick_attn_decode = _named("abs_softpick")
-softmax_attn_decode = _named("softmax")
-softmax_plus_one_attn_decode = _named("softmax_plus_one")
-rectified_attn_decode = _named("rectified")
+softpick_attn_decode = bind_normalizer(normalized_attn_decode, "softpick")
+relu_softpick_attn_decode = bind_normalizer(normalized_attn_decode, "relu_softpick")
+abs_softpick_attn_decode = bind_normalizer(normalized_attn_decode, "abs_softpick")
+softmax_attn_decode = bind_normalizer(normalized_attn_decode, "softmax")
+softmax_plus_one_attn_decode = bind_normalizer(normalized_attn_decode, "softmax_plus_one")
+rectified_attn_decode = bind_normalizer(normalized_attn_decode, "rectified")

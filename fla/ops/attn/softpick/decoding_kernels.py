@@ -1,17 +1,18 @@
-"""Kernels of decoding and their launcher: a few query tokens a sequence against a cache of keys and values, without reading V rows of no weight.
+"""Decoding kernels and their launcher: attention of a few query tokens a sequence to a cache of keys and values.
 
-Time goes into reading the cache. The keys of a sequence are split over programs, whose sums merge exactly in a
-second, small kernel. The query heads of a group share a tile, so the cache is read once; where queries take several
-tiles, these run next to each other and find in L2 what the first has read. With few query rows a row of V is loaded
-only where some of them gives it weight, which after a softpick is a few rows in a hundred.
+Reading the cache takes most of the time. The keys of a sequence are split over programs; a second, small kernel
+merges their sums exactly. The query heads of a group share a tile, so the cache is read once. Queries that fill
+several tiles run in neighbouring programs, which find the keys of the first in L2. With few query rows, a row of V
+is loaded only if some query gives it weight; after softpick that is a few rows in a hundred.
 
 Legend: as in `parallel_fwd.py`, and
     R                  query rows of a key head: T query tokens times G heads
     BT                 rows of a tile, a power of two, at least 16
     NR                 tiles of rows
     NS                 splits of a sequence
-    S                  tokens that a sequence has room for
-    P                  tokens in a page of a paged cache, NP its pages
+    S                  capacity of the cache: the most tokens of a sequence
+    P NP               tokens in a page of a paged cache, number of pages
+    b_p                [BT, BS] n(s) * 2**-b_m in the dtype of v
     o_part             [B, H, NS, R, V] fp32 sums, times 2**-m_part; m_part, z_part [B, H, NS, R]
 """
 
@@ -29,26 +30,26 @@ from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
     denominator_constant,
-    scores,
+    numerator_and_denominator_terms,
+    scores_and_sign,
     smallest_shift,
-    weights,
 )
 from fla.ops.attn.softpick.tiles import empty_rows, feature_tile, strides_bth, visible
 
-# Query rows of a key head up to which values without weight are not read. Some row of a larger tile gives weight to
-# nearly every key, and loads that wait for no weight run ahead of their use.
+# With at most this many query rows a key head, values without weight are not read. In a larger tile some row gives
+# weight to nearly every key, and loads that do not depend on the weights can be issued early.
 MAX_SKIPPING_ROWS = 16
-# A split of fewer keys costs more to start and to merge than it saves.
-LEAST_SPLIT = 256
-# Rounds of resident programs that splitting may take.
-MOST_ROUNDS = 4
+# Keys of a split at least: a smaller one costs more to start and to merge than it saves.
+MIN_SPLIT_KEYS = 256
+# Splitting may take at most this many rounds (waves) of resident programs.
+MAX_ROUNDS = 4
 # Splits that the merging kernel loads at a time.
 MERGED_SPLITS = 16
 
 
 @triton.jit
 def _load_cache_rows(p, page, o_p, m_s, s_b, s_t, D: tl.constexpr, BD: tl.constexpr):
-    """[BS, BD] rows o_p of the pages (contiguous: 0), zeros and not read where not m_s."""
+    """[BS, BD] rows o_p of the pages (page 0 in a contiguous cache); 0 and not read where m_s is False."""
     o_d = tl.arange(0, BD)
     at = page * s_b + o_p.to(tl.int64) * s_t
     return tl.load(
@@ -102,14 +103,14 @@ def normalized_attn_decode_kernel(
     SKIPS_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a tile of BT query rows, a key head and a split of its keys: its part of their outputs."""
-    # the tiles of rows that read the same keys are neighbours
+    """Computes the partial outputs of BT query rows over one split of the keys of one key head a program."""
+    # tiles of rows that read the same keys are neighbours in the grid
     i_part = tl.program_id(0).to(tl.int64) // NR
     i_split = i_part % NS
     i_bh = i_part // NS
     i_b = i_bh // H
     i_h = i_bh % H
-    # before the cast, which would wrap
+    # clamp before the cast, which would wrap
     length = tl.minimum(tl.load(lengths + i_b), S).to(tl.int32)
     q += i_b * sq_b + i_h * G * sq_h
     k += i_h * sk_h
@@ -120,7 +121,7 @@ def normalized_attn_decode_kernel(
         k += i_b * sk_b
         v += i_b * sv_b
 
-    # the heads of a group are neighbours, so that a row is token T_r and head G_r
+    # row r is token r // G and head r % G of the group
     o_r = tl.program_id(0) % NR * BT + tl.arange(0, BT)
     R = T * G
     m_r = o_r < R
@@ -154,18 +155,20 @@ def normalized_attn_decode_kernel(
         o_p = o_s
         if IS_PAGED:
             page = tl.load(table + o_s // P, mask=m_k, other=0).to(tl.int64)
-            # a page that the cache does not have
+            # no weight for a page that the cache does not have
             m_k = m_k & (page >= 0) & (page < NP)
             o_p = o_s % P
         b_k = _load_cache_rows(k, page, o_p, m_k, sk_b, sk_t, K, BK)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
         b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_s = visible(o_q[:, None], o_s[None, :], W, HAS_WINDOW) & m_k[None, :] & m_r[:, None]
-        b_s, _ = scores(b_r, m_s, scale, NORMALIZER, True, False)
+        b_s, _ = scores_and_sign(b_r, m_s, scale, NORMALIZER, True, False)
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
         b_f = tl.exp2(b_m - b_m_new)
         b_m = b_m_new
-        b_n, b_d = weights(b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
+        b_n, b_d = numerator_and_denominator_terms(
+            b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER
+        )
         b_z = b_z * b_f + tl.sum(b_d, 1)
         b_p = b_n.to(v.dtype.element_ty)
         m_v = m_k
@@ -208,7 +211,7 @@ def normalized_attn_merge_kernel(
     EPS: tl.constexpr,
     HAS_SINK: tl.constexpr,
 ):
-    """One program a row: the sums of its splits, in their order, and the division."""
+    """One program a query row: adds the sums of its splits in order, then divides by the denominator."""
     R = T * G
     i_r = tl.program_id(0) % R
     i_bh = (tl.program_id(0) // R).to(tl.int64)
@@ -237,7 +240,7 @@ def normalized_attn_merge_kernel(
         b_o = b_o * b_f + tl.sum(b_o_part * b_f_part[:, None], 0)
         b_m = b_m_new
     b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
-    # a zero denominator stands under zeros only
+    # n <= d, so where the denominator is 0 the numerators are too
     b_o = b_o / tl.where(b_z == 0, 1.0, b_z)
     p_o = o + i_b * so_b + i_t * so_t + i_hq * so_h + o_v
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=o_v < V)
@@ -247,19 +250,21 @@ def normalized_attn_merge_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def num_splits(heads: int, S: int, programs: int) -> int:
-    """Splits of a cache of S tokens a sequence, whatever the lengths are.
+    """Number of splits per sequence, from the capacity S only: lengths may change under a captured CUDA graph.
 
-    As few as leave hardly a place idle: a GPU that holds `programs` at a time runs `heads` times as many in rounds, and
-    a last round of a few takes as long as a full one.
+    Returns the smallest count that reaches 95 % of the best occupancy. ``heads * splits`` programs run in rounds of
+    ``programs``, and a last round that is not full takes as long as a full one.
 
     Args:
         heads: Programs of one split: key heads of all sequences times tiles of rows.
-        S: Tokens that a sequence has room for.
-        programs: Programs that are resident on the GPU at a time.
+        S: Capacity of the cache, in tokens a sequence.
+        programs: Resident programs of the whole GPU.
     """
-    most = max(1, min(MOST_ROUNDS * programs // heads, triton.cdiv(S, LEAST_SPLIT)))
-    shares = [heads * n / (triton.cdiv(heads * n, programs) * programs) for n in range(1, most + 1)]
-    return 1 + next(i for i, share in enumerate(shares) if share >= 0.95 * max(shares))
+    max_splits = max(1, min(MAX_ROUNDS * programs // heads, triton.cdiv(S, MIN_SPLIT_KEYS)))
+    occupancies = [
+        heads * n / (triton.cdiv(heads * n, programs) * programs) for n in range(1, max_splits + 1)
+    ]
+    return 1 + next(i for i, x in enumerate(occupancies) if x >= 0.95 * max(occupancies))
 
 
 def normalized_attn_decode_launch(
@@ -280,7 +285,7 @@ def normalized_attn_decode_launch(
 
     Returns:
         Outputs like ``q`` with the last dimension of ``v``, the base-2 lse ``[B, HQ, T]`` float32, and the rows of V
-        that a tile of query rows reads, in the mean over tiles, ``[B, H]`` float32, ``[B, 0]`` without ``has_stats``.
+        that a tile of query rows reads, averaged over tiles, ``[B, H]`` float32; ``[B, 0]`` without ``has_stats``.
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, HQ, H = q.shape[0], q.shape[time], q.shape[head], k.shape[head]
@@ -359,6 +364,6 @@ def normalized_attn_decode_launch(
             num_warps=4,
         )
     if not has_stats:
-        # no kernel to sum nothing
+        # saves the launch of a sum over nothing
         return o, lse, lse.new_empty(B, 0)
     return o, lse, rows_read.sum((-1, -2)) / NR

@@ -1,8 +1,8 @@
 """Launch shapes of the kernels, by architecture, kernel, precision and head dimension.
 
 A table, read at launch: nothing is searched at run time, and nothing touches a driver at import.
-docs/softpick/KERNELS.md says which rows were timed. Up to head dimension 128 they compile without spilled
-registers, but for 8 at most where that was timed, and within the card's shared memory: `pytest -m compile`.
+docs/softpick/KERNELS.md says which rows were timed. `pytest -m compile` checks the table: up to head dimension 128
+a shape spills no registers (at most 8 where it was timed), and all fit the card's shared memory.
 """
 
 import functools
@@ -17,8 +17,10 @@ from fla.ops.attn.softpick.tiles import feature_tile
 
 
 class LaunchShape(NamedTuple):
-    """Rows of the tile that a program owns and of the tile that it streams, warps, pipeline stages, and on
-    NVIDIA the registers that a thread may take, where a little fewer let one more program onto a multiprocessor.
+    """Launch shape of a forward, dq or dkv kernel.
+
+    BT: rows of the program's tile. BS: rows of a tile that it streams. num_warps, num_stages, maxnreg (NVIDIA
+    only) as in Triton; maxnreg is set where slightly fewer registers fit one more program on a multiprocessor.
     """
 
     BT: int
@@ -26,14 +28,15 @@ class LaunchShape(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
-    # streamed tiles come through tensor descriptors (TMA), which need no registers for addresses
+    # load streamed tiles through tensor descriptors (TMA), which need no registers for addresses
     HAS_DESCRIPTORS: bool = False
 
 
 class DecodeShape(NamedTuple):
-    """Programs of which a multiprocessor has registers and shared memory for at least as many at a time, query rows
-    of a program, keys of the tile that it streams, warps, pipeline stages, and on NVIDIA the registers that a thread
-    may take.
+    """Launch shape of the decoding kernel.
+
+    programs: minimum of resident programs per multiprocessor (occupancy). BT: query rows of a program. BS: keys of
+    a tile that it streams. num_warps, num_stages, maxnreg (NVIDIA only) as in Triton.
     """
 
     programs: int
@@ -44,13 +47,13 @@ class DecodeShape(NamedTuple):
     maxnreg: int | None = None
 
 
-# kernel and precision -> shapes for head dimensions up to 64, 128 and 256, and for those that are no
-# multiple of 16: their rows start anywhere and are loaded in small pieces, which takes registers
-Shape = LaunchShape | DecodeShape
-Shapes = dict[tuple[str, str], tuple[Shape, Shape, Shape, Shape]]
+# (kernel, precision) -> four shapes: for head dimensions up to 64, 128 and 256, and for those that are no multiple
+# of 16, whose unaligned rows are loaded in small pieces, which takes registers
+KernelShape = LaunchShape | DecodeShape
+ShapeTable = dict[tuple[str, str], tuple[KernelShape, KernelShape, KernelShape, KernelShape]]
 
 
-def _shapes(**rows: tuple[tuple[int | None, ...], ...]) -> Shapes:
+def _shape_table(**rows: tuple[tuple[int | None, ...], ...]) -> ShapeTable:
     shapes = {}
     for name, row in rows.items():
         kernel, precision = name.split("_")
@@ -60,9 +63,9 @@ def _shapes(**rows: tuple[tuple[int | None, ...], ...]) -> Shapes:
     return shapes
 
 
-# A bound on registers also keeps ptxas from spilling a few to fit one more program, as it does without one.
-# IEEE products of float32 run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile
-_NVIDIA = _shapes(
+# Without a bound on registers, ptxas spills a few to fit one more program; with one it does not.
+# IEEE products of float32 run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile.
+_NVIDIA = _shape_table(
     fwd_16bit=((128, 64, 8, 3), (128, 64, 8, 3), (64, 16, 4, 2), (32, 32, 8, 1)),
     dq_16bit=((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
@@ -79,9 +82,9 @@ _NVIDIA = _shapes(
     chunk_tf32=((2, 16, 32, 4, 2), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
     chunk_ieee=((2, 16, 16, 4, 1), (2, 16, 16, 4, 1), (1, 16, 16, 8, 1), (1, 16, 16, 8, 1)),
 )
-# one stage, since more take shared memory that gfx90a and gfx942 lack; 16 rows a warp, since otherwise
-# warps repeat each other's matrix instructions
-_AMD = _shapes(
+# One stage, since more need shared memory that gfx90a and gfx942 lack. 16 rows a warp, since with fewer the warps
+# repeat each other's matrix instructions.
+_AMD = _shape_table(
     fwd_16bit=((128, 64, 4, 1), (128, 64, 8, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     dq_16bit=((64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     dkv_16bit=((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
@@ -93,14 +96,14 @@ _AMD = _shapes(
     chunk_16bit=((2, 64, 64, 4, 1), (2, 64, 64, 4, 1), (2, 16, 32, 4, 1), (2, 16, 32, 4, 1)),
     chunk_ieee=((4, 16, 32, 4, 1), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
 )
-# at most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can take them too
-_SM_80 = _NVIDIA | _shapes(
+# At most 99 KB of shared memory, so that sm_86, sm_89 and sm_120 can use these shapes too.
+_SM_80 = _NVIDIA | _shape_table(
     fwd_16bit=((128, 64, 8, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 16, 8, 1)),
     dq_16bit=((128, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1)),
     chunk_16bit=((2, 64, 32, 4, 2, 168), (2, 64, 32, 4, 2), (2, 16, 32, 4, 2), (2, 16, 32, 4, 1)),
 )
-_SM_90 = _NVIDIA | _shapes(
+_SM_90 = _NVIDIA | _shape_table(
     fwd_16bit=((128, 64, 8, 3, 128), (64, 64, 4, 3, None, True), (64, 16, 4, 2), (32, 32, 8, 1)),
     dq_16bit=((128, 64, 8, 3, 128), (128, 64, 8, 3, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 64, 4, 3), (64, 64, 4, 2, None, True), (32, 32, 4, 1), (32, 32, 8, 1)),
@@ -112,16 +115,16 @@ _SM_90 = _NVIDIA | _shapes(
         (2, 16, 32, 4, 1),
     ),
 )
-_GFX90A = _AMD | _shapes(
+_GFX90A = _AMD | _shape_table(
     fwd_16bit=((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     dkv_16bit=((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
 )
-# the one AMD card here with TF32
+# the only AMD card of the table with TF32
 _GFX942 = _AMD | {
     (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv", "decode", "chunk")
 }
 
-TABLE: dict[str, Shapes] = {
+TABLE: dict[str, ShapeTable] = {
     "sm_80": _SM_80,
     "sm_90": _SM_90,
     "sm_100": _NVIDIA,
@@ -137,10 +140,10 @@ _ROW_OF_CAPABILITY: dict[int | str, str] = {
 
 @functools.cache
 def architecture(device: int | None) -> str:
-    """The row of `TABLE` for a GPU by its index.
+    """The key of `TABLE` for the GPU of this index.
 
     Raises:
-        ValueError: There is none.
+        ValueError: `TABLE` has no row for its architecture.
     """
     if knobs.runtime.interpret:
         return "sm_90"
@@ -158,21 +161,29 @@ def architecture(device: int | None) -> str:
 
 @functools.cache
 def num_processors(device: int | None) -> int:
-    """Multiprocessors (compute units) of a GPU by its index."""
+    """Multiprocessors (AMD: compute units) of the GPU of this index."""
     if knobs.runtime.interpret:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dot_precision(dtype: torch.dtype, architecture: str) -> str:
-    """Precision of a float32 ``tl.dot``: torch's own matmul setting decides, where the card has TF32."""
+    """``input_precision`` of ``tl.dot``: "tf32" for float32 if torch's matmul setting allows it and the card has it."""
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32" if ("fwd", "tf32") in TABLE[architecture] else "ieee"
 
 
-def shape_of(row: str, kernel: str, precision: str, K: int, V: int) -> Shape:
-    """The shape of `TABLE` for a kernel, "16bit" or the precision of float32, and head dimensions."""
+def select_launch_shape(row: str, kernel: str, precision: str, K: int, V: int) -> KernelShape:
+    """Looks a launch shape up in `TABLE`.
+
+    Args:
+        row: Architecture, a key of `TABLE`.
+        kernel: "fwd", "dq", "dkv", "decode" or "chunk".
+        precision: "16bit", or the precision of float32, "tf32" or "ieee".
+        K: Head dimension of queries and keys.
+        V: Head dimension of values.
+    """
     D = max(feature_tile(K), feature_tile(V))
     return TABLE[row][kernel, precision][
         3 if K % 16 or V % 16 else 0 if D <= 64 else 1 if D <= 128 else 2
@@ -180,16 +191,18 @@ def shape_of(row: str, kernel: str, precision: str, K: int, V: int) -> Shape:
 
 
 def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]:
-    """Keyword arguments of a launch of "fwd", "dq", "dkv" or "decode" for inputs like ``q`` with values of size V, and
-    HAS_DESCRIPTORS, for `tiles.streamed_descriptors`, or the resident programs, for `decoding_kernels.num_splits`.
+    """Keyword arguments of the launch of a kernel for inputs like ``q`` with values of size ``V``.
+
+    One entry is not the kernel's and must be removed: HAS_DESCRIPTORS by `tiles.streamed_descriptors`, or for "decode" and
+    "chunk" the resident ``programs``, which `decoding_kernels.num_splits` needs.
     """
     row = architecture(q.device.index)
     precision = dot_precision(q.dtype, row)
     kind = precision if q.dtype == torch.float32 else "16bit"
-    shape = shape_of(row, kernel, kind, q.shape[-1], V)
+    shape = select_launch_shape(row, kernel, kind, q.shape[-1], V)
     options = {name: x for name, x in shape._asdict().items() if x is not None}
     options["PRECISION"] = precision
     if row.startswith("gfx"):
-        # the default, 32, repeats matrix instructions and takes more registers
+        # Triton's default, 32, repeats matrix instructions and takes more registers
         options["matrix_instr_nonkdim"] = 16
     return options

@@ -1,7 +1,7 @@
 """Dense PyTorch references for softpick attention and its relatives.
 
-Every score is materialised, so memory grows with T * S: for tests, for small models and as the
-definition that the Triton kernels are held to. Runs on any device, in any float dtype, without Triton.
+These functions define what the Triton kernels must compute, and serve tests and small models. Every score is
+materialised, so memory grows with T * S. They run on any device, in any float dtype, without Triton.
 
 Shape letters: ``B`` batch, ``T`` queries, ``S`` keys, ``HQ`` query heads, ``H`` key heads, ``K`` and
 ``V`` the dimensions of a key and of a value.
@@ -18,14 +18,15 @@ from fla.ops.attn.softpick.checks import (
     check_inputs,
     without_autocast,
 )
+from fla.ops.attn.softpick.named_operators import bind_normalizer
 
-# Added to the unshifted denominator. One value for reference and kernels: it is part of the function.
+# Added to the unshifted denominator, in reference and kernels alike: it is part of the function.
 EPS = 1e-6
 INF = float("inf")
 
 
 class Terms(NamedTuple):
-    """n(s), d(s) and the constant c of a row, all times e^-m, and m."""
+    """n(s), d(s) and the constant c, all times e^-m, and the shift m of each row."""
 
     n: torch.Tensor
     d: torch.Tensor
@@ -41,7 +42,7 @@ def _exponentials(
     masked: float,
     floor: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``x`` with ``masked`` where a key is not visible, ``e^(x - m)`` and m = max(floor, row maximum)."""
+    """``x`` filled with ``masked`` where a key is not visible, ``e^(x - m)``, and m = max(floor, row maximum)."""
     if visible is not None:
         x = x.masked_fill(~visible, masked)
     shape = list(x.shape)
@@ -123,12 +124,12 @@ shift m must cover too, or -inf."""
 def _normalize(
     terms: Terms, dim: int, sink_bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and the log of the denominator; ``e^sink_bias`` stands in the denominator alone."""
+    """Weights and the log of the denominator; ``e^sink_bias`` is added to the denominator only."""
     n, d, c, m = terms
     z = d.sum(dim, keepdim=True) + c
     if sink_bias is not None:
         z = z + torch.exp(sink_bias - m)
-    # n <= d, so a zero denominator stands under zeros only
+    # n <= d, so where the denominator is 0 the numerators are too
     is_empty = z == 0
     z = z.masked_fill(is_empty, 1.0)
     return n / z, (m + z.log()).masked_fill(is_empty, -INF)
@@ -164,7 +165,7 @@ def visible_keys(
     cu_seqlens: torch.Tensor | None = None,
     window_size: int | None = None,
 ) -> torch.Tensor:
-    """Mask ``[T, S]``, bool: which keys a query sees. Queries are the last ``T`` of ``S`` positions."""
+    """Mask ``[T, S]``, bool, True where a query sees a key. Queries are the last ``T`` of ``S`` positions."""
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)[None, :]
     visible = j <= i
@@ -256,7 +257,7 @@ def naive_normalized_attn(
         k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     visible = visible_keys(T, S, q.device, cu_seqlens, window_size)
-    # NOTE(numerics): inputs are in autocast's dtype already; the scores are not to be cast again
+    # NOTE(numerics): inputs have autocast's dtype already; the scores must not be cast again
     with without_autocast(q.device):
         scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * factor
         if sink_bias is not None:
@@ -272,44 +273,9 @@ def naive_normalized_attn(
     return (o, *extra) if extra else o
 
 
-def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    def attn(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        head_first: bool = False,
-        *,
-        safe: bool = True,
-        window_size: int | None = None,
-        sink_bias: torch.Tensor | None = None,
-        return_lse: bool = False,
-        return_weights: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return naive_normalized_attn(
-            q,
-            k,
-            v,
-            scale,
-            cu_seqlens,
-            head_first,
-            normalizer=normalizer,
-            safe=safe,
-            window_size=window_size,
-            sink_bias=sink_bias,
-            return_lse=return_lse,
-            return_weights=return_weights,
-        )
-
-    attn.__name__ = attn.__qualname__ = f"naive_{normalizer}_attn"
-    attn.__doc__ = f'`naive_normalized_attn` with ``normalizer="{normalizer}"``.'
-    return attn
-
-
-naive_softpick_attn = _named("softpick")
-naive_relu_softpick_attn = _named("relu_softpick")
-naive_abs_softpick_attn = _named("abs_softpick")
-naive_softmax_attn = _named("softmax")
-naive_softmax_plus_one_attn = _named("softmax_plus_one")
-naive_rectified_attn = _named("rectified")
+naive_softpick_attn = bind_normalizer(naive_normalized_attn, "softpick")
+naive_relu_softpick_attn = bind_normalizer(naive_normalized_attn, "relu_softpick")
+naive_abs_softpick_attn = bind_normalizer(naive_normalized_attn, "abs_softpick")
+naive_softmax_attn = bind_normalizer(naive_normalized_attn, "softmax")
+naive_softmax_plus_one_attn = bind_normalizer(naive_normalized_attn, "softmax_plus_one")
+naive_rectified_attn = bind_normalizer(naive_normalized_attn, "rectified")

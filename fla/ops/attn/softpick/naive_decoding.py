@@ -1,4 +1,4 @@
-"""Dense PyTorch reference of decoding: the definition that `decoding.py` is held to, for any device and dtype."""
+"""Dense PyTorch reference of decoding, for any device and dtype; tests compare `decoding.py` with it."""
 
 import torch
 
@@ -21,7 +21,7 @@ def naive_normalized_attn_decode(
 ) -> torch.Tensor:
     """`normalized_attn_decode` on contiguous caches, one sequence after the other, by `naive_normalized_attn`.
 
-    Args and errors: see there. Reads ``lengths`` and ``starts`` back to the host; any number of queries;
+    Arguments and errors are those of `normalized_attn_decode`. Reads ``lengths`` and ``starts`` back to the host; any number of queries;
     differentiable.
 
     Returns:

@@ -1,8 +1,14 @@
 """The few jitted helpers in which the normalisers differ; every kernel calls these and names none.
 
-Legend: `b_s` base-2 scores; `b_nm` minus a base-2 shift, which is the running maximum in forward and the
-base-2 lse in backward, so that no formula stands twice, and added, since ptxas does not fold a negation that
-it finds in two places; `n`, `d`, `c` numerator, denominator and constant of README.md.
+Legend
+    n d c              numerator, denominator and constant of README.md, section 1
+    b_s                base-2 scores
+    b_r                products <q, k> before the scale
+    b_neg_shift        minus a base-2 shift: -m in forward, -lse2 in backward. Passed negated because ptxas
+                       does not fold a negation that it finds in two places
+    b_exp_neg_shift    2**b_neg_shift
+    b_neg_lse2         minus the base-2 lse, so 1 / Z = 2**b_neg_lse2
+    m_s                score mask: True where the query sees the key
 """
 
 import triton
@@ -18,15 +24,15 @@ KERNEL_NORMALIZERS = (
     "rectified",
 )
 
-# log2(e): scores enter the kernels times this, so that exp becomes exp2.
+# log2(e) = 1 / ln(2): scores are multiplied by it, so that exp becomes exp2.
 RCP_LN2 = tl.constexpr(1.4426950408889634)
 
-# 2**126: takes every normal float32 to 1 or beyond
+# The magnitude of a normal float32 times this is at least 1.
 HUGE = tl.constexpr(2.0**126)
 
 
 @triton.jit
-def scores(
+def scores_and_sign(
     b_r,
     m_s,
     scale,
@@ -34,9 +40,10 @@ def scores(
     IS_MASKED: tl.constexpr,
     IS_NEGATED: tl.constexpr,
 ):
-    """Base-2 scores of the products b_r, and something of their sign: b_r itself unless IS_NEGATED, scale < 0.
+    """Base-2 scores s = b_r * scale, and r with the sign of s, both fp32 of the shape of b_r.
 
-    Where not m_s they give no weight and no gradient.
+    scale includes log2(e). r is b_r, or s where scale < 0 (IS_NEGATED). With IS_MASKED, entries where m_s is
+    False give n = d = 0 and no gradient.
     """
     if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
         # n, d and the gradient are 0 at 0
@@ -56,8 +63,8 @@ def scores(
 @triton.jit
 def smallest_shift(NORMALIZER: tl.constexpr):
     """Start of the running maximum."""
-    # softmax alone has no term of weight 1 in its sums, so nothing forbids a shift below 0, and rows
-    # whose scores are all very negative need one
+    # softmax alone has no term of weight 1 in its sums: its shift may fall below 0, and has to where all scores
+    # of a row are very negative
     if NORMALIZER == "softmax":
         # finite, so that a row whose first keys are all masked is not inf - inf
         return -3.4028234663852886e38
@@ -66,9 +73,9 @@ def smallest_shift(NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def weights(b_s, b_nm, b_u, NORMALIZER: tl.constexpr):
-    """n(s) and d(s), both times 2**b_nm; b_nm, and b_u which is 2**b_nm, broadcast against b_s."""
-    b_e = tl.exp2(b_s + b_nm)
+def numerator_and_denominator_terms(b_s, b_neg_shift, b_exp_neg_shift, NORMALIZER: tl.constexpr):
+    """n(s) and d(s), both times 2**b_neg_shift. b_neg_shift and b_exp_neg_shift broadcast against b_s."""
+    b_e = tl.exp2(b_s + b_neg_shift)
     if NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one":
         return b_e, b_e
     elif NORMALIZER == "rectified":
@@ -76,7 +83,7 @@ def weights(b_s, b_nm, b_u, NORMALIZER: tl.constexpr):
         b_e = tl.where(b_s < 0, 0.0, b_e)
         return b_e, b_e
     else:
-        b_x = b_e - b_u
+        b_x = b_e - b_exp_neg_shift
         if NORMALIZER == "softpick":
             return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.abs(b_x)
         elif NORMALIZER == "relu_softpick":
@@ -90,7 +97,7 @@ def weights(b_s, b_nm, b_u, NORMALIZER: tl.constexpr):
 
 @triton.jit
 def denominator_constant(b_m, b_c, NORMALIZER: tl.constexpr, EPS: tl.constexpr):
-    """c times 2**-b_m, with 2**b_c of a sink on top."""
+    """(c + 2**b_c) times 2**-b_m; b_c is the base-2 score of a sink, -inf without one."""
     b_sink = tl.exp2(b_c - b_m)
     if NORMALIZER == "softmax" or NORMALIZER == "rectified":
         return b_sink
@@ -102,9 +109,9 @@ def denominator_constant(b_m, b_c, NORMALIZER: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def in_range(b_z, NORMALIZER: tl.constexpr):
-    """Whether an unshifted denominator proves that no term overflowed, nor all of them vanished."""
+    """True where an unshifted denominator is finite and, for softmax, not underflowed: no term of the row overflowed."""
     if NORMALIZER == "softmax":
-        # the other sums hold a term of 1, or a constant, or no term at all
+        # underflow harms softmax alone: the other sums hold a term of 1, or a constant, or no term at all
         return (b_z > 2.0**-24) & (b_z < float("inf"))
     else:
         return b_z < float("inf")
@@ -112,7 +119,7 @@ def in_range(b_z, NORMALIZER: tl.constexpr):
 
 @triton.jit
 def denominator_log(b_lse, NORMALIZER: tl.constexpr):
-    """b_lse with +inf, which gives weight and gradient 0, where the denominator is 0."""
+    """b_lse, with +inf in place of -inf: a row whose denominator is 0 gets no weight and no gradient."""
     if NORMALIZER == "softmax" or NORMALIZER == "rectified":
         return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
     else:
@@ -120,31 +127,35 @@ def denominator_log(b_lse, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def lift(b_nm, MOST: tl.constexpr, NORMALIZER: tl.constexpr):
-    """Exponent, at most MOST, by which, with minus the base-2 lse b_nm, `score_grad` may be too large for float16: 1 / Z reaches 1 / EPS."""
+def fp16_rescale_exponent(b_neg_lse2, MAX_EXPONENT: tl.constexpr, NORMALIZER: tl.constexpr):
+    """Exponent e in [0, MAX_EXPONENT], of the shape of b_neg_lse2; 0 but for the three softpicks.
+
+    Their 1 / Z reaches 1 / EPS, which overflows fp16 in `score_grad`. The caller subtracts e from b_neg_lse2,
+    computes ds * 2**-e, and multiplies by 2**e afterwards.
+    """
     if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
-        return tl.minimum(tl.maximum(b_nm, 0.0), MOST)
+        return tl.minimum(tl.maximum(b_neg_lse2, 0.0), MAX_EXPONENT)
     else:
-        return tl.zeros_like(b_nm)
+        return tl.zeros_like(b_neg_lse2)
 
 
 @triton.jit
-def score_grad(b_s, b_r, b_nm, b_dp, b_delta, NORMALIZER: tl.constexpr):
-    """(n'(s) dp - d'(s) delta) / Z with 1 / Z = 2**b_nm; 0 at s = 0 for the three softpicks.
+def score_grad(b_s, b_r, b_neg_lse2, b_dp, b_delta, NORMALIZER: tl.constexpr):
+    """(n'(s) dp - d'(s) delta) / Z with 1 / Z = 2**b_neg_lse2; 0 at s = 0 for the three softpicks.
 
-    b_r has the sign of b_s and need not be scaled: with it, scale and lse cost one multiply-add.
+    b_r has the sign of b_s. Comparing the unscaled b_r leaves scale and lse to one multiply-add.
     """
-    b_e = tl.exp2(b_s + b_nm)
+    b_e = tl.exp2(b_s + b_neg_lse2)
     if NORMALIZER == "softpick" or NORMALIZER == "abs_softpick":
-        # 0 at 0, else 1 (a subnormal score is as good as 0): one multiplication that saturates, and not a
-        # comparison and a choice, which run at half its rate on NVIDIA
+        # the factor is 0 at 0, else 1 (a subnormal score counts as 0): one saturating multiplication, since a
+        # comparison and a select run at half its rate on NVIDIA
         b_e *= tl.clamp(tl.abs(b_r) * HUGE, 0.0, 1.0)
     elif NORMALIZER == "relu_softpick":
         b_e = tl.where(b_r <= 0, 0.0, b_e)
     elif NORMALIZER == "rectified":
         b_e = tl.where(b_r < 0, 0.0, b_e)
     if NORMALIZER == "softpick":
-        # a product and a multiply-add under a predicate: two instructions fewer than choosing dp - delta
+        # a product and a predicated multiply-add: two instructions fewer than selecting dp - delta
         b_g = b_e * b_delta
         return tl.where(b_r > 0, b_e * b_dp - b_g, b_g)
     elif NORMALIZER == "abs_softpick":

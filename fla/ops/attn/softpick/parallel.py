@@ -11,6 +11,7 @@ import torch
 from triton import knobs
 
 from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
+from fla.ops.attn.softpick.named_operators import bind_normalizer
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
 from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_attn_fwd
@@ -18,17 +19,16 @@ from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_a
 MAX_HEAD_DIM = 256
 # Offsets within a tile of at most 128 rows are 32-bit.
 MAX_TIME_STRIDE = 2**31 // 128
-# Decided when the kernels are defined, so at import.
+# Triton decides this when it defines the kernels, at import.
 IS_INTERPRETED = bool(knobs.runtime.interpret)
 
 
-# `torch.library.custom_op` would do the same with checks of its own in each call, which take the host longer
-# than the launch
+# `torch.library.custom_op` would add checks to every call that take the host longer than the launch
 _LIBRARY = torch.library.Library("softpick", "DEF")
 
 
 def _define(launcher: Callable, autograd: Callable, fake: Callable, name: str) -> Callable:
-    """The operator ``softpick::name`` with its kernels, gradient and shapes."""
+    """Registers ``softpick::name`` with its kernels, gradient and fake implementation; returns the operator."""
     schema = torch.library.infer_schema(launcher, mutates_args=())
     _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CUDA", "CPU"):
@@ -40,7 +40,7 @@ def _define(launcher: Callable, autograd: Callable, fake: Callable, name: str) -
 
 
 class _Attention(torch.autograd.Function):
-    """The gradient of `_fwd`."""
+    """Autograd of `_fwd`: the backward kernels, and the gradient of the sink from their row statistics."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -71,15 +71,15 @@ class _Attention(torch.autograd.Function):
         if do.stride(2 if ctx.head_first else 1) > MAX_TIME_STRIDE:
             do = do.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv, rows = _bwd(
+        dq, dk, dv, row_stats = _bwd(
             q, k, v, cu_seqlens, o, lse, do, dlse,
             ctx.scale, ctx.window_size, ctx.head_first, ctx.normalizer,
         )  # fmt: skip
         dsink = None
         if sink_bias is not None:
-            # exp(sink) / Z, 0 for a row without a denominator
-            weight = torch.exp2(sink_bias[:, None] / math.log(2) + rows[..., 0])
-            dsink = -(rows[..., 1] * weight).sum((0, 2))
+            # exp(sink) / Z; 0 for a row whose denominator is 0
+            weight = torch.exp2(sink_bias[:, None] / math.log(2) + row_stats[..., 0])
+            dsink = -(row_stats[..., 1] * weight).sum((0, 2))
         return dq, dk, dv, dsink, None, None, None, None, None, None
 
 
@@ -127,7 +127,7 @@ def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_kernel_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool):
-    """What the kernels ask for beyond `check_inputs`."""
+    """Raises ValueError unless the kernels take the dtype, device, head dimensions and strides; `check_inputs` comes first."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
     if q.device.type == "cpu" and not IS_INTERPRETED:
@@ -171,8 +171,7 @@ def parallel_normalized_attn(
     `parallel_softpick_attn` for the arguments.
 
     Args:
-        normalizer: "softpick", "relu_softpick", "abs_softpick", "softmax", "softmax_plus_one" or
-            "rectified".
+        normalizer: A key of `naive.NORMALIZERS`.
 
     Raises:
         ValueError: An argument breaks a condition; the message names it and shows the value received.
@@ -267,41 +266,8 @@ def parallel_softpick_attn(
     )
 
 
-def _named(normalizer: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    def attn(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        head_first: bool = False,
-        *,
-        safe: bool = True,
-        window_size: int | None = None,
-        sink_bias: torch.Tensor | None = None,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return parallel_normalized_attn(
-            q,
-            k,
-            v,
-            scale,
-            cu_seqlens,
-            head_first,
-            normalizer=normalizer,
-            safe=safe,
-            window_size=window_size,
-            sink_bias=sink_bias,
-            return_lse=return_lse,
-        )
-
-    attn.__name__ = attn.__qualname__ = f"parallel_{normalizer}_attn"
-    attn.__doc__ = f'`parallel_normalized_attn` with ``normalizer="{normalizer}"``.'
-    return attn
-
-
-parallel_relu_softpick_attn = _named("relu_softpick")
-parallel_abs_softpick_attn = _named("abs_softpick")
-parallel_softmax_attn = _named("softmax")
-parallel_softmax_plus_one_attn = _named("softmax_plus_one")
-parallel_rectified_attn = _named("rectified")
+parallel_relu_softpick_attn = bind_normalizer(parallel_normalized_attn, "relu_softpick")
+parallel_abs_softpick_attn = bind_normalizer(parallel_normalized_attn, "abs_softpick")
+parallel_softmax_attn = bind_normalizer(parallel_normalized_attn, "softmax")
+parallel_softmax_plus_one_attn = bind_normalizer(parallel_normalized_attn, "softmax_plus_one")
+parallel_rectified_attn = bind_normalizer(parallel_normalized_attn, "rectified")

@@ -25,25 +25,25 @@ def parallel_normalized_attn_bwd(
     head_first: bool,
     normalizer: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launches the kernels on what `parallel_normalized_attn_fwd` took and gave.
+    """Launches the backward kernels on the inputs and outputs of `parallel_normalized_attn_fwd`.
 
     Args:
         do: Gradient of ``o``, last dimension contiguous.
         dlse: Gradient of the base-2 ``lse`` ``[B, HQ, T]``, contiguous float32, or None.
 
     Returns:
-        Gradients of ``q``, ``k`` and ``v``, and ``[B, HQ, T, 2]`` in float32: minus the base-2 lse, -inf where
-        the denominator is 0; delta, which is minus the gradient of log Z.
+        Gradients of ``q``, ``k`` and ``v``, then ``row_stats`` ``[B, HQ, T, 2]`` float32: ``-log2 Z`` (-inf where
+        ``Z`` is 0) and ``delta = <o, do> - dlse / ln(2)``, which is minus the gradient of ``log Z``.
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V = q.shape[-1], v.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    rows = lse.new_empty((*lse.shape, 2))
+    row_stats = lse.new_empty((*lse.shape, 2))
     strides = [s for x in (q, k, v) for s in strides_bth(x, head_first)]
     common = {
-        "T": T,
-        "S": S,
+        "T_max": T,
+        "S_max": S,
         "G": HQ // H,
         "W": 0 if window_size is None else min(window_size, S),
         "K": K,
@@ -70,7 +70,7 @@ def parallel_normalized_attn_bwd(
             lse,
             dlse,
             dq,
-            rows,
+            row_stats,
             scale,
             *strides,
             *strides_bth(o, head_first),
@@ -93,7 +93,7 @@ def parallel_normalized_attn_bwd(
             do,
             q_desc,
             do_desc,
-            rows,
+            row_stats,
             dk,
             dv,
             scale,
@@ -107,4 +107,4 @@ def parallel_normalized_attn_bwd(
             **common,
             **options,
         )
-    return dq, dk, dv, rows
+    return dq, dk, dv, row_stats

@@ -3,23 +3,32 @@
 dk and dv are summed over the query heads of a group in registers, so gradients need no atomics.
 
 Legend: as in `parallel_fwd.py`, and
-    BT, BS             tile of keys the program owns, tile of queries it streams
+    BT, BS             keys of the program's tile, queries of a tile that it streams
     do dq dk dv        gradients, named like the tensors
-    rows               [B, HQ, T, 2] fp32, from dq to dkv, in one piece so that one load fetches a row: b_nm,
-                       minus the base-2 log of the denominator; b_delta, <o, do> less the gradient of lse
-    b_u                2**b_nm
+    row_stats          [B, HQ, T, 2] fp32, from dq to dkv; the pair lies together, so that one load fetches it:
+                       b_neg_lse2, minus the base-2 lse (-inf where the denominator is 0), and b_delta,
+                       <o, do> - dlse / ln(2) for the gradient dlse of the base-2 lse
+    b_exp_neg_lse2     2**b_neg_lse2
     b_r                products <q, k> before the scale
-    b_p b_dp b_ds      weights n(s) / Z, <do, v>, gradient of the scores
+    b_p b_dp b_ds      weights n(s) / Z; <do, v>; gradient of the scores
+    b_rescale          exponent that keeps b_ds in the range of fp16: `fp16_rescale_exponent`
+    b_headroom         exponent by which b_q may grow without overflowing fp16
 """
 
 import triton
 import triton.language as tl
 
-from fla.ops.attn.softpick.normalizers import RCP_LN2, lift, score_grad, scores, weights
+from fla.ops.attn.softpick.normalizers import (
+    RCP_LN2,
+    fp16_rescale_exponent,
+    numerator_and_denominator_terms,
+    score_grad,
+    scores_and_sign,
+)
 from fla.ops.attn.softpick.tiles import (
     load_rows,
-    own_tile,
-    queries_of,
+    program_tile,
+    query_tile_bounds,
     store_rows,
     stream_rows,
     visible,
@@ -36,7 +45,7 @@ def _accumulate_queries(
     do,
     q_desc,
     do_desc,
-    rows,
+    row_stats,
     i_b,
     i_hq,
     bos,
@@ -44,15 +53,15 @@ def _accumulate_queries(
     sq_h,
     sdo_t,
     sdo_h,
-    rows_h,
+    T_max,
     o_k,
     scale,
     first,
     end,
-    hole_at,
-    hole,
+    skip_start,
+    skip_len,
     T,
-    off,
+    q_offset,
     G,
     W,
     K: tl.constexpr,
@@ -66,55 +75,61 @@ def _accumulate_queries(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the queries [first, end) of G heads, without `hole` of them from hole_at on, to b_dk and b_dv.
+    """Accumulates the queries [first, end) of G heads, excluding [skip_start, skip_start + skip_len), into b_dk and b_dv.
 
-    IS_MASKED where some key may not be seen by all of them, or some do not exist; off is S - T.
+    IS_MASKED: some of these queries may not see all keys of the tile, or lie past T. q_offset is S - T.
     """
     # one loop over heads and tiles: nested ones keep twice the registers alive
-    n = tl.cdiv(tl.maximum(end - hole - first, 0), BS)
+    n = tl.cdiv(tl.maximum(end - skip_len - first, 0), BS)
     i_n = first
     for _ in tl.range(0, n * G, num_stages=1 if IS_MASKED else None):
         i_s = i_n
         if IS_MASKED:
-            i_s = tl.where(i_s < hole_at, i_s, i_s + hole)
+            i_s = tl.where(i_s < skip_start, i_s, i_s + skip_len)
         o_s = i_s + tl.arange(0, BS)
         b_q = stream_rows(q, q_desc, i_b, i_hq, bos, i_s, sq_t, T, K, BS, BK, IS_MASKED)
         b_do = stream_rows(do, do_desc, i_b, i_hq, bos, i_s, sdo_t, T, V, BS, BV, IS_MASKED)
-        p_row = rows + tl.cast(i_s, tl.int64) * 2
-        p_row = p_row + tl.arange(0, BS)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        # past T an infinite denominator, and b_delta of 0: no weight and no gradient
-        b_row = tl.load(p_row, mask=(o_s < T)[:, None], other=0.0) if IS_MASKED else tl.load(p_row)
-        b_nm, b_delta = tl.split(b_row)
+        p_stats = row_stats + tl.cast(i_s, tl.int64) * 2
+        p_stats = p_stats + tl.arange(0, BS)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        # queries past T get an infinite denominator and b_delta = 0: no weight and no gradient
+        b_stats = (
+            tl.load(p_stats, mask=(o_s < T)[:, None], other=0.0) if IS_MASKED else tl.load(p_stats)
+        )
+        b_neg_lse2, b_delta = tl.split(b_stats)
         if IS_MASKED:
-            b_nm = tl.where(o_s < T, b_nm, -float("inf"))
-        b_u = tl.exp2(b_nm)
-        # [BT, BS] transposed: keys down, queries across
+            b_neg_lse2 = tl.where(o_s < T, b_neg_lse2, -float("inf"))
+        b_exp_neg_lse2 = tl.exp2(b_neg_lse2)
+        # [BT, BS] products, keys in rows and queries in columns
         b_r = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        # as early as may be, so that the tensor cores have work while the weights are computed
+        # as early as possible, so that the tensor cores are busy while the weights are computed
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        m_s = visible((o_s + off)[None, :], o_k[:, None], W, HAS_WINDOW)
-        b_s, b_r = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
-        b_p, _ = weights(b_s, b_nm[None, :], b_u[None, :], NORMALIZER)
+        m_s = visible((o_s + q_offset)[None, :], o_k[:, None], W, HAS_WINDOW)
+        b_s, b_r = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
+        b_p, _ = numerator_and_denominator_terms(
+            b_s, b_neg_lse2[None, :], b_exp_neg_lse2[None, :], NORMALIZER
+        )
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         if q.dtype.element_ty == tl.float16:
-            # NOTE(numerics): as in dq, but the factor goes to q, as far as q has room for it
-            b_room = 15.0 - tl.log2(tl.maximum(tl.max(tl.abs(b_q.to(tl.float32)), 1), 1.0))
-            b_lift = tl.minimum(lift(b_nm, 20, NORMALIZER), tl.maximum(b_room, 0.0))
-            b_nm -= b_lift
-            b_q = (b_q * tl.exp2(b_lift)[:, None]).to(b_q.dtype)
-        b_ds = score_grad(b_s, b_r, b_nm[None, :], b_dp, b_delta[None, :], NORMALIZER)
+            # NOTE(numerics): as in dq, but q takes the factor 2**b_rescale, as far as q does not overflow
+            b_headroom = 15.0 - tl.log2(tl.maximum(tl.max(tl.abs(b_q.to(tl.float32)), 1), 1.0))
+            b_rescale = tl.minimum(
+                fp16_rescale_exponent(b_neg_lse2, 20, NORMALIZER), tl.maximum(b_headroom, 0.0)
+            )
+            b_neg_lse2 -= b_rescale
+            b_q = (b_q * tl.exp2(b_rescale)[:, None]).to(b_q.dtype)
+        b_ds = score_grad(b_s, b_r, b_neg_lse2[None, :], b_dp, b_delta[None, :], NORMALIZER)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         i_n += BS
-        is_next = i_n >= end - hole
+        is_next = i_n >= end - skip_len
         i_n = tl.where(is_next, first, i_n)
         i_hq += tl.where(is_next, 1, 0)
         q += tl.where(is_next, sq_h, 0)
         do += tl.where(is_next, sdo_h, 0)
-        rows += tl.where(is_next, tl.cast(rows_h, tl.int64) * 2, 0)
+        row_stats += tl.where(is_next, tl.cast(T_max, tl.int64) * 2, 0)
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["T", "S", "NT", "H", "G", "W"])
+@triton.jit(do_not_specialize=["T_max", "S_max", "NT", "H", "G", "W"])
 def parallel_normalized_attn_bwd_kernel_dkv(
     q,
     k,
@@ -122,7 +137,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     do,
     q_desc,
     do_desc,
-    rows,
+    row_stats,
     dk,
     dv,
     scale,
@@ -145,8 +160,8 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     sdv_t,
     sdv_h,
     tiles,
-    T,
-    S,
+    T_max,
+    S_max,
     NT,
     H,
     G,
@@ -163,10 +178,10 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a tile of BT keys of a key head: dk and dv, over the queries of all query heads that read it."""
-    # the mask takes registers that a larger tile would spill
+    """Computes dk and dv of BT keys of one key head a program, over the queries of all query heads that read it."""
+    # with a larger tile the registers of the mask would spill
     MASKED_BS: tl.constexpr = min(BS, 32)
-    i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, False)
+    i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, False)
     i_b = i_bh // H
     i_h = i_bh % H
     i_hq = i_h * G
@@ -176,26 +191,24 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     do += i_b * sdo_b + i_hq * sdo_h + bos * sdo_t
     dk += i_b * sdk_b + i_h * sdk_h + bos * sdk_t
     dv += i_b * sdv_b + i_h * sdv_h + bos * sdv_t
-    rows += (i_bh * G * T + bos) * 2
-    T_all = T
-    T = T_own
+    row_stats += (i_bh * G * T_max + bos) * 2
 
     b_k = load_rows(k, i_t, sk_t, S, K, BT, BK, True)
     b_v = load_rows(v, i_t, sv_t, S, V, BT, BV, True)
     b_dk = tl.zeros([BT, BK], tl.float32)
     b_dv = tl.zeros([BT, BV], tl.float32)
     o_k = i_t + tl.arange(0, BT)
-    off = S - T
-    first, first_full, end_full, end = queries_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
-    # the pipelined loop first: behind the other one ptxas makes its wgmma wait for each other (C7515)
+    q_offset = S - T
+    first, first_full, end_full, end = query_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
+    # the pipelined loop comes first: after the masked one, ptxas serialises its wgmma (warning C7515)
     b_dk, b_dv = _accumulate_queries(
-        b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, rows, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_all,
-        o_k, scale * RCP_LN2, first_full, end_full, 0, 0, T, off, G, W,
+        b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, row_stats, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_max,
+        o_k, scale * RCP_LN2, first_full, end_full, 0, 0, T, q_offset, G, W,
         K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_dk, b_dv = _accumulate_queries(
-        b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, rows, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_all,
-        o_k, scale * RCP_LN2, first, end, first_full, end_full - first_full, T, off, G, W,
+        b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, row_stats, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_max,
+        o_k, scale * RCP_LN2, first, end, first_full, end_full - first_full, T, q_offset, G, W,
         K, V, MASKED_BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     store_rows(dk, b_dk * scale, i_t, sdk_t, o_k < S, K, BT, BK)

@@ -1,23 +1,31 @@
 """Backward kernel for dq: streams the keys past a tile of queries. Its launcher is in `parallel_bwd.py`.
 
-It also computes delta, and leaves it with lse for the dkv kernel.
+It also computes delta, and stores it with the base-2 lse in row_stats for the dkv kernel.
 
 Legend: as in `parallel_fwd.py`, and
     do dq dk dv        gradients, named like the tensors
-    rows               [B, HQ, T, 2] fp32, from dq to dkv, in one piece so that one load fetches a row: b_nm,
-                       minus the base-2 log of the denominator; b_delta, <o, do> less the gradient of lse
+    row_stats          [B, HQ, T, 2] fp32, from dq to dkv; the pair lies together, so that one load fetches it:
+                       b_neg_lse2, minus the base-2 lse (-inf where the denominator is 0), and b_delta,
+                       <o, do> - dlse / ln(2) for the gradient dlse of the base-2 lse
     b_r                products <q, k> before the scale
-    b_dp b_ds          <do, v>, gradient of the scores
+    b_dp b_ds          <do, v>; gradient of the scores
+    b_rescale          exponent that keeps b_ds in the range of fp16: `fp16_rescale_exponent`
 """
 
 import triton
 import triton.language as tl
 
-from fla.ops.attn.softpick.normalizers import RCP_LN2, denominator_log, lift, score_grad, scores
+from fla.ops.attn.softpick.normalizers import (
+    RCP_LN2,
+    denominator_log,
+    fp16_rescale_exponent,
+    score_grad,
+    scores_and_sign,
+)
 from fla.ops.attn.softpick.tiles import (
-    keys_of,
+    key_tile_bounds,
     load_rows,
-    own_tile,
+    program_tile,
     store_rows,
     stream_rows,
     visible,
@@ -28,7 +36,7 @@ from fla.ops.attn.softpick.tiles import (
 def _accumulate_dq(
     b_q,
     b_do,
-    b_nm,
+    b_neg_lse2,
     b_delta,
     b_dq,
     k,
@@ -44,8 +52,8 @@ def _accumulate_dq(
     scale,
     first,
     end,
-    hole_at,
-    hole,
+    skip_start,
+    skip_len,
     S,
     W,
     K: tl.constexpr,
@@ -59,26 +67,28 @@ def _accumulate_dq(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the keys [first, end), without `hole` of them from hole_at on, to b_dq.
+    """Accumulates the keys [first, end) excluding [skip_start, skip_start + skip_len) into b_dq.
 
-    IS_MASKED where some row may not see all of them.
+    IS_MASKED: some query may not see all of these keys.
     """
-    for i_s in tl.range(first, end - hole, BS, num_stages=1 if IS_MASKED and HAS_WINDOW else None):
+    for i_s in tl.range(
+        first, end - skip_len, BS, num_stages=1 if IS_MASKED and HAS_WINDOW else None
+    ):
         if IS_MASKED:
-            i_s = tl.where(i_s < hole_at, i_s, i_s + hole)
+            i_s = tl.where(i_s < skip_start, i_s, i_s + skip_len)
         b_k = stream_rows(k, k_desc, i_b, i_h, bos, i_s, sk_t, S, K, BS, BK, IS_MASKED)
         b_v = stream_rows(v, v_desc, i_b, i_h, bos, i_s, sv_t, S, V, BS, BV, IS_MASKED)
         b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        # as early as may be, so that the tensor cores have work while the weights are computed
+        # as early as possible, so that the tensor cores are busy while the weights are computed
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
-        b_s, b_r = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
-        b_ds = score_grad(b_s, b_r, b_nm[:, None], b_dp, b_delta[:, None], NORMALIZER)
+        b_s, b_r = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
+        b_ds = score_grad(b_s, b_r, b_neg_lse2[:, None], b_dp, b_delta[:, None], NORMALIZER)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
 
-@triton.jit(do_not_specialize=["T", "S", "NT", "HQ", "G", "W"])
+@triton.jit(do_not_specialize=["T_max", "S_max", "NT", "HQ", "G", "W"])
 def parallel_normalized_attn_bwd_kernel_dq(
     q,
     k,
@@ -90,7 +100,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     lse,
     dlse,
     dq,
-    rows,
+    row_stats,
     scale,
     sq_b,
     sq_t,
@@ -111,8 +121,8 @@ def parallel_normalized_attn_bwd_kernel_dq(
     sdq_t,
     sdq_h,
     tiles,
-    T,
-    S,
+    T_max,
+    S_max,
     NT,
     HQ,
     G,
@@ -130,10 +140,9 @@ def parallel_normalized_attn_bwd_kernel_dq(
     HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a tile of BT queries of a query head: dq, and the two numbers a query that dk and dv need."""
-    i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, True)
-    row = i_bh * T + bos
-    T = T_own
+    """Computes dq of BT queries of one query head a program, and the row_stats that dk and dv need."""
+    i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, True)
+    row = i_bh * T_max + bos
     i_b = i_bh // HQ
     i_hq = i_bh % HQ
     i_h = i_hq // G
@@ -149,33 +158,33 @@ def parallel_normalized_attn_bwd_kernel_dq(
     b_do = load_rows(do, i_t, sdo_t, T, V, BT, BV, True)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     if HAS_DLSE:
-        # a gradient of the base-2 lse enters the scores' gradient by the same factor
+        # delta and dlse / ln(2) have the same factor in ds, d'(s) / Z, with opposite signs
         b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=o_t < T, other=0.0)
     b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
-    b_nm = -denominator_log(b_lse, NORMALIZER)
-    p_row = rows + (row + o_t) * 2
-    tl.store(p_row, b_nm, mask=o_t < T)
-    tl.store(p_row + 1, b_delta, mask=o_t < T)
+    b_neg_lse2 = -denominator_log(b_lse, NORMALIZER)
+    p_stats = row_stats + (row + o_t) * 2
+    tl.store(p_stats, b_neg_lse2, mask=o_t < T)
+    tl.store(p_stats + 1, b_delta, mask=o_t < T)
 
     b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     # NOTE(numerics): ds, rounded to the input dtype, is kept near 1 where all scores of a row are tiny
-    b_lift = lift(b_nm, 20, NORMALIZER)
-    b_nm -= b_lift
+    b_rescale = fp16_rescale_exponent(b_neg_lse2, 20, NORMALIZER)
+    b_neg_lse2 -= b_rescale
     b_dq = tl.zeros([BT, BK], tl.float32)
     # [BT] position of each query among the keys
     o_q = o_t + (S - T)
-    first, first_full, end_full, end = keys_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
+    first, first_full, end_full, end = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
     b_dq = _accumulate_dq(
-        b_q, b_do, b_nm, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
+        b_q, b_do, b_neg_lse2, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
         scale * RCP_LN2,
         first_full, end_full, 0, 0, S, W,
         K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
     b_dq = _accumulate_dq(
-        b_q, b_do, b_nm, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
+        b_q, b_do, b_neg_lse2, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
         scale * RCP_LN2,
         first, end, first_full, end_full - first_full, S, W,
         K, V, BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,
     )  # fmt: skip
-    b_dq = b_dq * (scale * tl.exp2(b_lift))[:, None]
+    b_dq = b_dq * (scale * tl.exp2(b_rescale))[:, None]
     store_rows(dq, b_dq, i_t, sdq_t, o_t < T, K, BT, BK)

@@ -5,10 +5,15 @@ S positions. Trusts its caller: `parallel.py` checks the arguments.
 
 Legend
     B T S HQ H G K V   batch, queries, keys, query heads, key heads, HQ // H, key and value dimension
-    BT, BS             tile of queries the program owns, tile of keys it streams
+    BT, BS             queries of the program's tile, keys of a tile that it streams
     BK, BV             K and V rounded up to a power of two
-    i_t i_s i_b i_h    tile, key, batch and head indices; i_hq query head
-    o_t o_s            index vectors
+    T_max S_max        T and S of a batch row, in which sequences may be packed; T, S those of one sequence
+    i_t i_s            first query of the tile, first key of a streamed tile
+    i_b i_h i_hq       batch, key head, query head
+    bos                first token of the sequence in the packed row
+    o_t o_q            [BT] indices of the queries, and their positions among the keys
+    m_t m_s            masks of rows and of scores
+    b_c                base-2 score of the sink, -inf without one
     b_q b_s b_m        tiles: queries, base-2 scores, running maximum (base 2)
     b_z b_o            denominator and output, both times 2**-b_m
     s*_b s*_t s*_h     strides of batch, time and head, in elements
@@ -28,16 +33,16 @@ from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
     denominator_constant,
     in_range,
-    scores,
+    numerator_and_denominator_terms,
+    scores_and_sign,
     smallest_shift,
-    weights,
 )
 from fla.ops.attn.softpick.tiles import (
     empty_rows,
     feature_tile,
-    keys_of,
+    key_tile_bounds,
     load_rows,
-    own_tile,
+    program_tile,
     store_rows,
     stream_rows,
     streamed_descriptors,
@@ -66,8 +71,8 @@ def _accumulate_keys(
     scale,
     first,
     end,
-    hole_at,
-    hole,
+    skip_start,
+    skip_len,
     S,
     W,
     K: tl.constexpr,
@@ -82,26 +87,28 @@ def _accumulate_keys(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the keys [first, end), without `hole` of them from hole_at on, to b_z and b_o.
+    """Accumulates the keys [first, end) excluding [skip_start, skip_start + skip_len) into b_z and b_o.
 
-    IS_MASKED where some row may not see all of them; IS_SHIFTED with a running maximum.
+    IS_MASKED: some query may not see all of these keys. IS_SHIFTED: keeps a running maximum in b_m.
     """
-    for i_s in tl.range(first, end - hole, BS, num_stages=None if IS_PIPELINED else 1):
+    for i_s in tl.range(first, end - skip_len, BS, num_stages=None if IS_PIPELINED else 1):
         if IS_MASKED:
-            i_s = tl.where(i_s < hole_at, i_s, i_s + hole)
+            i_s = tl.where(i_s < skip_start, i_s, i_s + skip_len)
         b_k = stream_rows(k, k_desc, i_b, i_h, bos, i_s, sk_t, S, K, BS, BK, IS_MASKED)
         b_v = stream_rows(v, v_desc, i_b, i_h, bos, i_s, sv_t, S, V, BS, BV, IS_MASKED)
         # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
         b_r = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
-        b_s, _ = scores(b_r, m_s, scale, NORMALIZER, IS_MASKED, False)
+        b_s, _ = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, False)
         if IS_SHIFTED:
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
             b_f = tl.exp2(b_m - b_m_new)
             b_z = b_z * b_f
             b_o = b_o * b_f[:, None]
             b_m = b_m_new
-        b_n, b_d = weights(b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER)
+        b_n, b_d = numerator_and_denominator_terms(
+            b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER
+        )
         b_z += tl.sum(b_d, 1)
         b_o = tl.dot(b_n.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
     return b_m, b_z, b_o
@@ -121,14 +128,14 @@ def _store_row_results(
     BT: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Outputs and base-2 lse of the rows where m_t."""
-    # a zero denominator stands under zeros only
+    """Stores the output and the base-2 lse of the rows where m_t is True."""
+    # n <= d, so where the denominator is 0 the numerators are too
     b_o = b_o / tl.where(b_z == 0, 1.0, b_z)[:, None]
     store_rows(o, b_o, i_t, so_t, m_t, V, BT, BV)
     tl.store(lse + i_t + tl.arange(0, BT), b_m + tl.log2(b_z), mask=m_t)
 
 
-@triton.jit(do_not_specialize=["T", "S", "NT", "HQ", "G", "W"])
+@triton.jit(do_not_specialize=["T_max", "S_max", "NT", "HQ", "G", "W"])
 def parallel_normalized_attn_fwd_kernel(
     q,
     k,
@@ -152,8 +159,8 @@ def parallel_normalized_attn_fwd_kernel(
     so_t,
     so_h,
     tiles,
-    T,
-    S,
+    T_max,
+    S_max,
     NT,
     HQ,
     G,
@@ -172,12 +179,12 @@ def parallel_normalized_attn_fwd_kernel(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program a tile of BT queries of a query head: their outputs and base-2 lse."""
-    # NOTE(numerics): float16 has no room for weights without a shift, the other dtypes nearly always
+    """Computes the outputs and base-2 lse of BT queries of one query head a program."""
+    # NOTE(numerics): fp16 weights overflow above s = 11, so safe fp16 always shifts; safe fp32 and bf16 first
+    # try without a shift and redo the rows that overflow
     IS_SHIFTED: tl.constexpr = IS_SAFE and q.dtype.element_ty == tl.float16
-    i_bh, i_t, bos, T_own, S = own_tile(tiles, T, S, NT, BT, IS_VARLEN, True)
-    lse += i_bh * T + bos
-    T = T_own
+    i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, True)
+    lse += i_bh * T_max + bos
     i_b = i_bh // HQ
     i_hq = i_bh % HQ
     i_h = i_hq // G
@@ -191,7 +198,7 @@ def parallel_normalized_attn_fwd_kernel(
     o_q = o_t + (S - T)
     scale = scale * RCP_LN2
     b_c = tl.load(sink_bias + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
-    first, first_full, end_full, end = keys_of(i_t, T, S, W, BT, BS, HAS_WINDOW)
+    first, first_full, end_full, end = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
 
     b_m = tl.zeros([BT], tl.float32)
     if IS_SHIFTED:
@@ -211,12 +218,12 @@ def parallel_normalized_attn_fwd_kernel(
 
     m_t = o_t < T
     if IS_SAFE and not IS_SHIFTED:
-        # a sum in range proves its terms in range; the other rows once more, with the running maximum
-        m_good = tl.max(tl.where(tl.abs(b_o) < float("inf"), 0, 1), 1) == 0
-        m_good = m_good & in_range(b_z, NORMALIZER)
-        _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t & m_good, V, BT, BV)
-        m_t = m_t & ~m_good
-        # two dimensions, since Triton 3.6 and 3.7 do not compile one more reduction of a row's for sm_100
+        # a sum in range proves its terms in range; redo the remaining rows with the running maximum
+        m_in_range = tl.max(tl.where(tl.abs(b_o) < float("inf"), 0, 1), 1) == 0
+        m_in_range = m_in_range & in_range(b_z, NORMALIZER)
+        _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t & m_in_range, V, BT, BV)
+        m_t = m_t & ~m_in_range
+        # reshaped to two dimensions: Triton 3.6 and 3.7 do not compile another reduction of a row for sm_100
         if tl.max(tl.reshape(m_t.to(tl.int32), [2, BT // 2])) > 0:
             b_m = tl.maximum(tl.full([BT], smallest_shift(NORMALIZER), tl.float32), b_c)
             b_z = tl.zeros([BT], tl.float32)
@@ -279,8 +286,8 @@ def parallel_normalized_attn_fwd(
             *strides_bth(v, head_first),
             *strides_bth(o, head_first),
             tiles=tiles,
-            T=T,
-            S=S,
+            T_max=T,
+            S_max=S,
             NT=NT,
             HQ=HQ,
             G=HQ // H,

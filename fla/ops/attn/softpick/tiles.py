@@ -1,11 +1,12 @@
-"""What forward and backward share: which tile a program owns, which it streams, how rows move.
+"""What forward and backward share: tiles of programs, bounds of the keys and queries they stream, loads and stores.
 
 Legend
-    i_t BT, i_s BS     first row and size of the tile that a program owns, and of one that it streams
+    i_t BT             first row and size of the tile of a program: queries in forward and dq, keys in dkv
+    i_s BS             first row and size of a tile that the program streams: keys, or queries
     T, S               queries and keys of one sequence; its queries are the last T of S positions
     W                  window: query i sees the keys j with i - W < j <= i
     NT                 tiles of a head: of one sequence, or with IS_VARLEN of all that are packed
-    tiles              [NT, 3] int32 with IS_VARLEN: first token and length of the sequence, i_t
+    tiles              [NT, 3] int32 with IS_VARLEN: first token of the sequence, its length, i_t in the sequence
 """
 
 import torch
@@ -28,7 +29,7 @@ def load_rows(
     BD: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """[BT, BD] rows i_t, i_t + 1, ...; with IS_MASKED rows from T on read as 0, columns from D on always."""
+    """[BT, BD] rows i_t, i_t + 1, ... of p. Columns from D on read as 0; rows from T on do with IS_MASKED."""
     o_t = tl.arange(0, BT)
     o_d = tl.arange(0, BD)
     # the start is 64-bit, offsets within a tile fit 32 bits (`parallel.py` refuses wider strides)
@@ -60,8 +61,8 @@ def stream_rows(
     BD: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """`load_rows`, whole tiles through a descriptor of [B, T, H, D] where there is one."""
-    # a descriptor ends with the tensor, not with a packed sequence, so it is for rows that are all in it
+    """`load_rows`; tiles without a mask come through the descriptor of [B, T, H, D], unless desc is None."""
+    # a descriptor is bounded by the tensor, not by a packed sequence, so it serves only tiles inside one
     if IS_MASKED or desc is None:
         return load_rows(p, i_t, stride, T, D, BT, BD, IS_MASKED)
     else:
@@ -71,7 +72,7 @@ def stream_rows(
 
 @triton.jit
 def store_rows(p, b_x, i_t, stride, m_t, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Stores the rows of b_x [BT, BD] where m_t [BT] and its columns below D."""
+    """Stores b_x [BT, BD] as rows i_t, i_t + 1, ... of p where m_t [BT] is True; columns from D on are dropped."""
     o_t = tl.arange(0, BT)
     o_d = tl.arange(0, BD)
     p_x = p + tl.cast(i_t, tl.int64) * stride + o_t[:, None] * stride + o_d[None, :]
@@ -79,12 +80,12 @@ def store_rows(p, b_x, i_t, stride, m_t, D: tl.constexpr, BT: tl.constexpr, BD: 
 
 
 @triton.jit
-def own_tile(
+def program_tile(
     tiles, T, S, NT, BT: tl.constexpr, IS_VARLEN: tl.constexpr, IS_LAST_FIRST: tl.constexpr
 ):
-    """Batch row times heads plus head, first row of the tile, first token of the sequence, its T and S.
+    """Tile of the program: (batch * heads + head, i_t, offset of the sequence in the packed row, T, S).
 
-    IS_LAST_FIRST starts the last tiles of a sequence first: what a causal query tile has to do grows with i_t.
+    IS_LAST_FIRST starts the last tiles first: the keys that a causal tile of queries sees grow with i_t.
     """
     i_tile = tl.program_id(0) % NT
     i_bh = (tl.program_id(0) // NT).to(tl.int64)
@@ -100,10 +101,11 @@ def own_tile(
 
 
 @triton.jit
-def keys_of(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Keys that the queries [i_t, i_t + BT) see: first, first_full, end_full, end, all but the last multiples of BS.
+def key_tile_bounds(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Bounds (first, first_full, end_full, end) of the keys that the queries [i_t, i_t + BT) see.
 
-    Every query sees all of [first_full, end_full); some query sees some of the rest.
+    Key tiles in [first_full, end_full) need no mask; the others in [first, end) do. All bounds but `end` are
+    multiples of BS.
     """
     i_q = i_t + S - T
     first = 0
@@ -116,8 +118,11 @@ def keys_of(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.con
 
 
 @triton.jit
-def queries_of(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Queries that see the keys [i_t, i_t + BT), like `keys_of`."""
+def query_tile_bounds(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Bounds (first, first_full, end_full, end) of the queries that see the keys [i_t, i_t + BT).
+
+    Their meaning is that of `key_tile_bounds`.
+    """
     i_k = i_t - (S - T)
     first = tl.maximum(i_k, 0) // BS * BS
     first_full = tl.cdiv(tl.maximum(i_k + BT - 1, 0), BS) * BS
@@ -131,7 +136,7 @@ def queries_of(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.
 
 @triton.jit
 def visible(o_q, o_k, W, HAS_WINDOW: tl.constexpr):
-    """Whether the queries at positions o_q see the keys at o_k; the two broadcast."""
+    """True where the query at position o_q sees the key at o_k; the two broadcast."""
     m_s = o_k <= o_q
     if HAS_WINDOW:
         m_s = m_s & (o_k > o_q - W)
@@ -155,11 +160,12 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
 
 
 def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> TensorDescriptor | None:
-    """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles of BT rows; None if there are no rows, or if they do not
-    start at multiples of 16 bytes, as descriptors ask.
+    """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles ``[BT, BD]``.
+
+    None if ``x`` is empty, or if a row does not start at a multiple of 16 bytes, which descriptors require.
     """
     b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
-    # the stride of a dimension of one is never used, and may be anything
+    # the stride of a dimension of size 1 is never used and may have any value
     strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (b, t, h)]
     if x.numel() == 0 or x.data_ptr() % 16:
         return None
@@ -172,8 +178,9 @@ def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> Tenso
 def streamed_descriptors(
     options: dict[str, int | str], head_first: bool, *tensors: torch.Tensor
 ) -> list[TensorDescriptor | None]:
-    """Descriptors of the tensors that a kernel streams, where its launch options ask for them; takes that out
-    of the options, which are then the kernel's own.
+    """Descriptors of the tensors that a kernel streams if its launch options ask for them, else None for each.
+
+    Removes HAS_DESCRIPTORS from ``options``, since the kernel does not take it.
     """
     if not options.pop("HAS_DESCRIPTORS"):
         return [None] * len(tensors)
@@ -184,10 +191,10 @@ def streamed_descriptors(
 
 
 class PackedSequences:
-    """Tiles of packed sequences, for each tile size that a kernel asks for."""
+    """Lists of the tiles of packed sequences, one for each tile size, built on demand and kept."""
 
     def __init__(self, cu_seqlens: torch.Tensor, T: int):
-        # the one wait for the GPU
+        # the only synchronisation with the GPU
         bounds = cu_seqlens.tolist()
         check_bounds(bounds, T)
         self._device = cu_seqlens.device
@@ -196,7 +203,7 @@ class PackedSequences:
         self._tiles: dict[tuple[int, bool], torch.Tensor] = {}
 
     def tiles(self, BT: int, is_last_first: bool) -> torch.Tensor:
-        """``[NT, 3]`` int32, those with the most to do first: the last of a sequence, or its first."""
+        """``[NT, 3]`` int32, see the legend, most work first: with ``is_last_first`` late tiles have most, else early ones."""
         key = BT, is_last_first
         if key not in self._tiles:
             counts = (self._lengths + BT - 1) // BT
@@ -215,14 +222,15 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def packed_sequences(cu_seqlens: torch.Tensor, T: int) -> PackedSequences:
-    """Reads cu_seqlens back from the GPU the first time it is seen, or seen changed: once for all layers of
-    a model, forward and backward.
+    """Reads cu_seqlens back from the GPU when the tensor is new or has changed.
+
+    All layers of a model, forward and backward, share one read.
 
     Raises:
         ValueError: cu_seqlens does not rise from 0 to T.
     """
     if cu_seqlens.is_inference():
-        # keeps no version, so a change would go unseen
+        # an inference tensor has no version counter, so a change would go unnoticed
         return PackedSequences(cu_seqlens, T)
     seen = cu_seqlens._version, T
     entry = _packed.get(cu_seqlens)
@@ -234,7 +242,7 @@ def packed_sequences(cu_seqlens: torch.Tensor, T: int) -> PackedSequences:
 def tiles_of(
     cu_seqlens: torch.Tensor | None, T: int, BT: int, is_last_first: bool
 ) -> tuple[int, torch.Tensor | None]:
-    """How many tiles of BT rows a head has, and for packed sequences which."""
+    """Number of tiles of BT rows a head has, and their list for packed sequences (else None)."""
     if cu_seqlens is None:
         return -(-T // BT), None
     tiles = packed_sequences(cu_seqlens, T).tiles(BT, is_last_first)
