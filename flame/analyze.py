@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import flame.models  # noqa: F401  # teaches transformers the model
@@ -130,7 +131,7 @@ def _measure_all(
 def _measure_robustness(
     args: argparse.Namespace,
     source: ModelSource,
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     samples: Samples,
     recorder: Recorder,
     tick: Callable[[], Any],
@@ -252,6 +253,7 @@ def _render_again(out: Path) -> None:
 
 
 def main() -> None:
+    """Measures the models, or reads their records, and writes the report."""
     transformers_logging.disable_progress_bar()
     init_logger()
     with exit_on_usage_error():

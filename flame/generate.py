@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TextStreamer
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 import flame.models  # teaches transformers the model
@@ -48,6 +48,7 @@ def _stream(
 
 
 def main() -> None:
+    """Reads the flags and prints the continuation."""
     parser = Parser(
         prog="python -m flame.generate", description="Lets an exported model continue a text."
     )

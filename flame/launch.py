@@ -119,6 +119,7 @@ def _pass_on(reader: int, numbers: tuple[signal.Signals, ...]) -> None:
 
 
 def main() -> None:
+    """Checks the flags and the machine, and starts the processes of the run."""
     init_logger()
     argv = sys.argv[1:]
     with exit_on_usage_error():

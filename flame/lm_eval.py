@@ -71,6 +71,7 @@ def _is_ours(harness: Any) -> bool:
 
 
 def main() -> None:
+    """Runs the command line of lm_eval on an exported model."""
     with exit_on_usage_error():
         require_model(sys.argv)
         try:

@@ -186,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Runs the sweep and exits with its code."""
     init_logger()
     with exit_on_usage_error():
         args = _parser().parse_args()

@@ -81,6 +81,7 @@ def _join_group() -> None:
 
 
 def main() -> None:
+    """Runs one process of a training run."""
     init_logger()
     transformers_logging.disable_progress_bar()
     huggingface_hub_logging.set_verbosity_error()

@@ -39,6 +39,8 @@ EMBEDDING = -1
 
 # attention of a layer on one sequence: (layer, q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed`) -> [T, HQ, V]
 _Attend = Callable[..., torch.Tensor]
+_Metric = tuple[str, tuple[tuple[str, float], ...]]
+"""Name, and the keys of its record besides layer, head and length."""
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -126,20 +128,22 @@ def sequence_loss(model: PreTrainedModel, sequence: torch.Tensor) -> float:
     pieces = zip(logits.split(1024), sequence[1:].split(1024), strict=True)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     total = sum(F.cross_entropy(x.to(dtype), y, reduction="sum").double() for x, y in pieces)
-    return total.item() / (len(sequence) - 1)
+    return total.item() / (len(sequence) - 1)  # pyright: ignore[reportAttributeAccessIssue]  # a sum of one tensor at least
 
 
 def loss_of(
     model: PreTrainedModel,
     samples: torch.Tensor,
     *,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> float:
     """Mean loss of ``samples [N, length + 1]``, nats a token."""
 
-    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
-        return attend_observed(*qkv, None, **options, tile_elements=tile_elements)
+    def attend_layer(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        return attend_observed(q, k, v, None, **options, tile_elements=tile_elements)
 
     total = 0.0
     with replaced_attention(model, attend_layer):
@@ -175,7 +179,7 @@ class Activations:
         self.powers[index] += power_sums(x)
         channels = x.shape[-1]
         for extremes, at in ((self.minima, x.argmin()), (self.maxima, x.argmax())):
-            at, known = at.item(), extremes[index]
+            at, known = int(at.item()), extremes[index]
             value = x.flatten()[at].item()
             sign = -1 if extremes is self.minima else 1
             if not known.location or value * sign > known.value * sign:
@@ -213,7 +217,7 @@ def measure(
     recorder: Recorder,
     *,
     thresholds: Thresholds,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> None:
     """Adds every record of one length.
@@ -237,15 +241,17 @@ def measure(
     observers: dict[int, HeadObserver] = {}
 
     def add(layer: int, totals: HeadTotals) -> None:
-        if heads[layer] is None:
+        known = heads[layer]
+        if known is None:
             heads[layer] = totals
         else:
-            heads[layer].add(totals)
+            known.add(totals)
 
-    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
-        q = qkv[0]
+    def attend_layer(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         observer = HeadObserver(length, q.shape[1], thresholds, q.device)
-        output = attend_observed(*qkv, observer.see, **options, tile_elements=tile_elements)
+        output = attend_observed(q, k, v, observer.see, **options, tile_elements=tile_elements)
         if projections[layer] is None:
             add(layer, observer.finish(output))
         else:
@@ -280,7 +286,7 @@ def measure(
     loss /= len(samples)
     recorder.add("loss", loss, length=length)
     recorder.add("perplexity", perplexity(loss), length=length)
-    _record_heads(recorder, heads, length, thresholds)
+    _record_heads(recorder, [x for x in heads if x is not None], length, thresholds)
     _record_activations(recorder, activations, length)
 
 
@@ -290,7 +296,7 @@ def _record_heads(
     buckets = position_buckets(length)
     by_layer = [_values(totals, buckets, thresholds) for totals in heads]
     for (metric, extra), _ in by_layer[0].items():
-        keys = dict(extra) | {"length": length}
+        keys: dict[str, Any] = dict(extra) | {"length": length}
         whole = []
         for layer, values in enumerate(by_layer):
             numbers = values[metric, extra].tolist()
@@ -311,10 +317,10 @@ def _summary(metric: str, numbers: list[float]) -> float:
 
 def _values(
     totals: HeadTotals, buckets: list[tuple[int, int]], thresholds: Thresholds
-) -> dict[tuple[str, tuple[tuple[str, Any], ...]], torch.Tensor]:
+) -> dict[_Metric, torch.Tensor]:
     """Metric and its extra keys -> ``[HQ]``."""
     rows = totals.rows
-    values = {
+    values: dict[_Metric, torch.Tensor] = {
         ("first_weight", ()): totals.first / totals.samples,
         ("zeros", ()): totals.zeros / totals.weights,
         ("row_sum", ()): totals.row_sums.sum(0) / rows,
@@ -377,14 +383,16 @@ def record_maps(
     length = len(sequence)
     observers = {(layer, head): MapObserver(length, head, cells) for layer, head in heads}
 
-    def attend_layer(layer: int, *qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attend_layer(
+        layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
         of_layer = [observer for (i, _), observer in observers.items() if i == layer]
 
         def see(block: Any) -> None:
             for observer in of_layer:
                 observer.see(block)
 
-        return attend_observed(*qkv, see, **options)
+        return attend_observed(q, k, v, see, **options)
 
     with torch.no_grad(), replaced_attention(model, attend_layer):
         model(sequence[None].to(model.device), use_cache=False)

@@ -64,7 +64,7 @@ class ModelSource:
                 return self._load(self.path)
             with tempfile.TemporaryDirectory(prefix="flame-analyze-") as folder:
                 out = Path(folder) / "hf"
-                dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)
+                dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)  # pyright: ignore[reportArgumentType]  # a checkpoint is of our model
                 return self._load(out)
         except UsageError as error:
             raise UsageError(f"--model {self.path}: {error}") from None
@@ -77,7 +77,7 @@ class ModelSource:
 
     def _load(self, folder: Path) -> PreTrainedModel:
         model = load_model(folder, dtype=torch.float32, attn_implementation=self.operator)
-        return model.to(self.device).eval()
+        return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
 
 
 def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource:
@@ -106,7 +106,9 @@ def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource
                 f"--model {path} must be a decoder of text: its model type {config.model_type} has no {name}"
             )
     # a model of transformers that ran under an operator of ours was saved with its name
-    own = getattr(config, "attn_impl", None) or IMPLEMENTATIONS.get(config._attn_implementation)
+    own = getattr(config, "attn_impl", None) or IMPLEMENTATIONS.get(
+        config._attn_implementation or ""
+    )
     if own is not None and attn_implementation != OWN:
         raise UsageError(
             f"--attn_implementation {attn_implementation}: --model {path} was trained with {own}; give {OWN} for it"

@@ -27,7 +27,7 @@ class Recorder:
     def add(
         self,
         metric: str,
-        value: float | str,
+        value: float | str | None,
         *,
         layer: int | None = None,
         head: int | None = None,
@@ -129,4 +129,4 @@ class Results:
             key = x(record)
             if key is not None:
                 groups.setdefault(key, []).append(record["value"])
-        return {key: mean_of(groups[key]) for key in sorted(groups)}
+        return {key: mean_of(groups[key]) for key in sorted(groups)}  # pyright: ignore[reportReturnType]  # a group has a value at least

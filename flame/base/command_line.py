@@ -80,8 +80,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no caller gives another kind of namespace
+        self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         require_text(words)
@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
                 if name.startswith("--")
             }
             require_flags(words, options, help_command=f"{self.prog} -h")
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(words, namespace)  # pyright: ignore[reportReturnType]  # argparse makes a namespace where none is given
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} -h lists the flags)")

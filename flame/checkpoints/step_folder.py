@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -117,7 +117,7 @@ class AtomicWriter(FileSystemWriter):
     ) -> None:
         # copying ahead helps only for tensors on a GPU; for others torch would start a stream needlessly
         ahead = {"per_thread_copy_ahead": 0} if staged else {}
-        super().__init__(path.with_name(path.name + _SAVING), **ahead)
+        super().__init__(path.with_name(path.name + _SAVING), **ahead)  # pyright: ignore[reportArgumentType]  # per_thread_copy_ahead alone
         self.final = path
         self.then = then
 
@@ -141,12 +141,12 @@ class AtomicWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Runs on the coordinating rank, after all ranks have written and synced their files."""
         super().finish(metadata, results)
-        fsync(self.path)
+        fsync(self.path)  # pyright: ignore[reportArgumentType]  # the Path that was given
         if self.final.exists():
             if is_complete(self.final):
                 raise FileExistsError(f"{self.final} is a complete checkpoint already")
             remove(self.final)
-        self.path.rename(self.final)
+        self.path.rename(self.final)  # pyright: ignore[reportAttributeAccessIssue]  # the Path that was given
         fsync(self.final.parent)
         if self.then is not None:
             self.then(self.final)
@@ -203,7 +203,7 @@ def read_step(checkpoint: Path) -> int:
     state = {"train_state.step": 0}
     try:
         with no_process_group():
-            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
     except CheckpointException as error:
         raise UsageError(
             f"checkpoint {checkpoint} cannot be loaded ({describe_failure(error)}); if it is damaged, delete the "

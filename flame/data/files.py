@@ -52,6 +52,7 @@ def compressions() -> str:
 
 
 def fail(file: Path, problem: object, remedy: str) -> NoReturn:
+    """Raises ValueError: what is wrong with the file, and what to do."""
     raise ValueError(f"{_FLAG} {str(file)!r}: {problem}; {remedy}")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -187,10 +187,10 @@ def _chunks(shards: Shards) -> Iterator[tuple[int, list[str]]]:
                 yield shard, texts
                 texts, size = [], 0
     if texts:
-        yield shard, texts
+        yield shard, texts  # pyright: ignore[reportPossiblyUnboundVariable]  # texts are of a shard
 
 
-def _flush(file: object) -> None:
+def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -263,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Writes token files, or verifies them."""
     init_logger()
     with exit_on_usage_error(), exit_on_training_error():
         args = _parser().parse_args()

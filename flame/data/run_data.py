@@ -31,11 +31,13 @@ class RunData(Protocol):
 
     def loader(self, *, dp_rank: int, dp_world_size: int) -> TokenLoader | StreamLoader:
         """Endless training batches of one data-parallel rank."""
+        ...
 
     def validation(
         self, *, dp_rank: int, dp_world_size: int, batch_size: int | None = None
     ) -> Iterator[Batch]:
         """The held-out sequences once, see `validation_batches`; in training's batches by default."""
+        ...
 
 
 class _RunDataBase:
@@ -119,7 +121,7 @@ class _StreamData(_RunDataBase):
                 self._encoder,
                 config.validation.sequences,
                 config.training.seq_len,
-                **self._sequences,
+                **self._sequences,  # pyright: ignore[reportArgumentType]  # bos and has_document_bos, each of its type
             )
             self._held_out.append(held_out)
             self._train.append((shards, begin))
@@ -143,7 +145,7 @@ class _StreamData(_RunDataBase):
             seed=self._seed,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
-            **self._sequences,
+            **self._sequences,  # pyright: ignore[reportArgumentType]  # bos and has_document_bos, each of its type
             **self._shape,
             **self._workers,
         )

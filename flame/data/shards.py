@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 from flame.config.sections import DataSource
 from flame.data.files import TEXT, read_file
@@ -77,7 +78,15 @@ def open_shards(source: DataSource, *, streaming: bool) -> Shards:
     )
 
 
-def _in_memory(name: str, documents: object) -> Shards:
+class _Documents(Protocol):
+    """A list of texts, or a column of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> str: ...
+
+
+def _in_memory(name: str, documents: _Documents) -> Shards:
     return Shards(
         name,
         1,

@@ -2,7 +2,9 @@
 
 import zlib
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class TokenSource:
 
     @classmethod
     def of_documents(
-        cls, name: str, documents: object, encoder: Encoder, **bos: object
+        cls, name: str, documents: Iterable[str], encoder: Encoder, **bos: Any
     ) -> "TokenSource":
         """Encodes documents, an iterable of str, in memory."""
         tokens, lengths = encoder(documents)
@@ -65,12 +67,13 @@ class TokenSource:
         first = index * self._stride(seq_len)
         if self.has_document_bos:
             return self._read_with_bos(first, seq_len)
-        lead = self.bos is not None
+        bos = self.bos
+        lead = bos is not None
         start = self.offset + first
         low, high = np.searchsorted(self.ends, [start + 1, start + seq_len - lead])
         ends = np.asarray(self.ends[low:high]).astype(np.int64) - start + lead
         tokens = self.tokens[first : first + seq_len + 1 - lead]
-        return np.insert(tokens, 0, self.bos) if lead else tokens, ends
+        return np.insert(tokens, 0, bos) if lead else tokens, ends
 
     def _stride(self, seq_len: int) -> int:
         """Tokens from the start of a sequence to that of the next."""
@@ -100,6 +103,7 @@ class TokenSource:
         return j < self._num_starts() and self._start(j) + j == position
 
     def _read_with_bos(self, position: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        bos: int = self.bos  # pyright: ignore[reportAssignmentType]  # has_document_bos comes with one
         # the bos of the sequence is that of its first document, or precedes the rest of a document
         position += self._is_start(position)
         j = self._starts_before(position)
@@ -107,14 +111,15 @@ class TokenSource:
         low = self._first_end() + j
         high = np.searchsorted(self.ends, self.offset + first + seq_len)
         starts = np.asarray(self.ends[low:high]).astype(np.int64) - self.offset - first
-        tokens = np.insert(self.tokens[first : first + seq_len], starts, self.bos)[:seq_len]
+        tokens = np.insert(self.tokens[first : first + seq_len], starts, bos)[:seq_len]
         # the positions of their bos after the insertion
         ends = starts + np.arange(1, len(starts) + 1)
-        return np.insert(tokens, 0, self.bos), ends[ends <= seq_len]
+        return np.insert(tokens, 0, bos), ends[ends <= seq_len]
 
     def position_checksum(self) -> int:
         """CRC-32 of evenly spaced tokens, cheap on a memory map and moved by any shift of the stream, and of how
-        sequences are cut from it."""
+        sequences are cut from it.
+        """
         sample = sample_crc32(self.tokens)
         if self.bos is None:
             return sample

@@ -86,7 +86,8 @@ def tokenizer_sha256(
     tokenizer: PreTrainedTokenizerFast, *, with_post_processor: bool = True
 ) -> str:
     """SHA-256 of the whole tokenizer.json (vocabulary, merges, normalizer, pre-tokenizer, post-processor, added
-    tokens), and of the names of bos and eos."""
+    tokens), and of the names of bos and eos.
+    """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # training neither truncates nor pads
     for key in ("truncation", "padding"):

@@ -58,7 +58,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
             "ask for fewer, or use more text"
         )
     bos, eos, pad = _SPECIAL
-    backend.post_processor = bos_template(bos, backend.token_to_id(bos))
+    backend.post_processor = bos_template(bos, backend.token_to_id(bos))  # pyright: ignore[reportArgumentType]  # trained with this token
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """Trains the tokenizer and writes its folder."""
     init_logger()
     with exit_on_usage_error():
         args = _parser().parse_args()

@@ -1,7 +1,7 @@
 """Processes that work ahead of the training process; their results are taken in order."""
 
 import contextlib
-import multiprocessing
+import multiprocessing.context
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
 
 
 def _call(item: object) -> object:
-    return _function(item)
+    return _function(item)  # pyright: ignore[reportOptionalCall]  # set by _start, the initializer
 
 
 @contextlib.contextmanager

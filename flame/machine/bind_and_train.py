@@ -53,6 +53,7 @@ def bind_memory(nodes: frozenset[int]) -> None:
 
 
 def main() -> None:
+    """Binds this process to the CPUs and memory of its group, and trains."""
     local_rank = int(os.environ["LOCAL_RANK"])
     binding = json.loads(sys.argv.pop(1))[local_rank]
     with exit_on_usage_error():

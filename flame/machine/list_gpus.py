@@ -35,6 +35,7 @@ def addresses(env: Mapping[str, str]) -> list[str]:
 
 
 def main() -> None:
+    """Prints the GPUs that torch sees, as JSON."""
     import torch
 
     found = []

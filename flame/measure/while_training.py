@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,16 +100,22 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
         *args: object,
         scaling: float | None = None,
         sliding_window: int | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> object:
         cu_seqlens, sink_bias = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux")
         observer.see_attention(
-            module.layer_idx, query, key, scaling, sliding_window, cu_seqlens, sink_bias
+            module.layer_idx,  # pyright: ignore[reportArgumentType]  # every attention of transformers has one
+            query,
+            key,
+            scaling,
+            sliding_window,
+            cu_seqlens,
+            sink_bias,
         )
         kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         return operator(module, query, key, *args, **kwargs)
 
-    modules = [decoder.embed_tokens, *decoder.layers]
+    modules = [decoder.embed_tokens, *decoder.layers]  # pyright: ignore[reportGeneralTypeIssues]  # a decoder of transformers
     hooks = [
         module.register_forward_hook(partial(_see_output, observer, index))
         for index, module in enumerate(modules)

@@ -1,5 +1,6 @@
 """Importing this package teaches transformers the model ``softpick_transformer`` and every attention
-operator of the family: ``attn_implementation="softpick"`` in Triton, ``"naive_softpick"`` in PyTorch, and so on."""
+operator of the family: ``attn_implementation="softpick"`` in Triton, ``"naive_softpick"`` in PyTorch, and so on.
+"""
 
 import warnings
 

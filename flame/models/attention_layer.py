@@ -52,7 +52,7 @@ class NormalizedAttention(LlamaAttention):
                 config.hidden_size, heads * self.head_dim, bias=config.attention_bias
             )
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # positions are needed, and weights are given where asked for
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -103,7 +103,8 @@ class NormalizedAttention(LlamaAttention):
         if self.config.attn_sink:
             options["s_aux"] = local_tensor(self.sinks)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]  # set when the model is made
+            eager_attention_forward,
         )
         dropout = self.attention_dropout if self.training else 0.0
         o, weights = attention(

@@ -40,8 +40,8 @@ class KeyRanges(NamedTuple):
 
     def queries(self, T: int) -> list[tuple[int, int]]:
         """For each row, first and one past the last of its ``T`` queries that are not padding."""
-        begin = self.stop - T
-        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]
+        begin: int = self.stop - T  # pyright: ignore[reportAssignmentType]  # an int where the bounds are known
+        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]  # pyright: ignore[reportOptionalIterable]  # known with the bounds
 
 
 class MaskSentinel(enum.Enum):
@@ -120,7 +120,7 @@ def causal_key_ranges(
     if not allow_is_causal_skip and q_length > 1:
         # positions that restart come as an "and" around the whole mask; blocks that see each other as an "or"
         # (by __name__: Dynamo of torch 2.11 does not know the __qualname__ of a closure)
-        if not use_vmap and mask_function.__name__ == "and_mask":
+        if not use_vmap and mask_function.__name__ == "and_mask":  # pyright: ignore[reportOptionalMemberAccess]  # transformers gives one
             return MAYBE_PACKED
         use_vmap = True
     if use_vmap:
@@ -146,9 +146,9 @@ def causal_key_ranges(
         starts, ends = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in zip(*bounds, strict=True)
         )
-        return KeyRanges(starts, ends, stop, bounds)
+        return KeyRanges(starts, ends, stop, bounds)  # pyright: ignore[reportArgumentType]  # stop is an int where q_offset is
     # static cache: read nothing back during capture; the start of each row is its first unmasked column
-    ends = stop.to(torch.int32).expand(batch_size)
+    ends = stop.to(torch.int32).expand(batch_size)  # pyright: ignore[reportAttributeAccessIssue]  # stop is a tensor where q_offset is
     starts = torch.zeros_like(ends)
     if padding is not None:
         starts = padding.int().argmax(1).to(torch.int32)
@@ -173,7 +173,7 @@ def num_visible_keys(
     B: int,
     T: int,
     S: int,
-    ranges: KeyRanges | MaskSentinel | None,
+    ranges: KeyRanges | torch.Tensor | MaskSentinel | None,
     cu_seqlens: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
@@ -230,7 +230,7 @@ def attend_key_ranges(
             )
         options |= {"normalizer": normalizer, "starts": ranges.starts}
         if _reads is None:
-            return decode(q, k, v, ranges.ends, scale, **options)
+            return decode(q, k, v, ranges.ends, scale, **options)  # pyright: ignore[reportReturnType]  # no lse and no statistics are asked for
         o, share = _decode_and_count(q, k, v, ranges, scale, is_triton=is_triton, **options)
         _reads.add(share)
         return o
@@ -276,7 +276,7 @@ def _decode_and_count(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of decoding and the share of the values with any weight ``[B, H]``."""
     if is_triton:
-        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)
+        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)  # pyright: ignore[reportReturnType]  # two, with return_stats
     o = naive_normalized_attn_decode(q, k, v, ranges.ends, scale, **options)
     starts = options.pop("starts")
     # [B, HQ, T, S] -> [B, H, S]
@@ -296,8 +296,8 @@ def dense_attention_weights(
 ) -> torch.Tensor:
     """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key; ``options`` as in the operators."""
 
-    def dense(*inputs: torch.Tensor) -> torch.Tensor:
-        _, w = naive_normalized_attn(*inputs, normalizer=normalizer, return_weights=True, **options)
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        _, w = naive_normalized_attn(q, k, v, normalizer=normalizer, return_weights=True, **options)
         return w
 
     if ranges is None:

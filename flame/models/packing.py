@@ -65,7 +65,7 @@ def document_bounds(
         return None
     if is_tracing(position_ids):
         if not isinstance(mask, KeyRanges):
-            torch._assert_async(
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
                 (position_ids.diff() == 1).all(), f"{name} {_RESTART}: {_PASS_BOUNDS}"
             )
         return None
@@ -92,7 +92,7 @@ def _require_equal(name: str, q: torch.Tensor | None, k: torch.Tensor | None) ->
             raise NotImplementedError(message)
     else:
         # an asynchronous check: reading back would synchronise in every layer
-        torch._assert_async((q == k).all(), message)
+        torch._assert_async((q == k).all(), message)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
 
 
 def _look(position_ids: torch.Tensor, B: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:

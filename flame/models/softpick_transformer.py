@@ -69,16 +69,18 @@ class SoftpickTransformerConfig(LlamaConfig):
         return self._attn_implementation_internal or self.attn_impl
 
     @_attn_implementation.setter
-    def _attn_implementation(self, value: str | None) -> None:
+    def _attn_implementation(self, value: str | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  # a property of transformers too
         self._attn_implementation_internal = value
 
 
 class _Initialized:
     """Initialises the parameters that `NormalizedAttention` adds to Llama's; transformers initialises the rest."""
 
+    config: SoftpickTransformerConfig
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]  # of the model that this is mixed into
         if isinstance(module, NormalizedAttention):
             if self.config.attn_sink:
                 # as in transformers' gpt-oss
@@ -91,7 +93,7 @@ class SoftpickTransformerModel(_Initialized, LlamaModel):
     """Llama's decoder with `NormalizedAttention` in its layers."""
 
     config_class = SoftpickTransformerConfig
-    config: SoftpickTransformerConfig
+    config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # never set to another kind
 
     def __init__(self, config: SoftpickTransformerConfig) -> None:
         super().__init__(config)
@@ -105,7 +107,7 @@ class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
     """Llama with the attention of its configuration."""
 
     config_class = SoftpickTransformerConfig
-    config: SoftpickTransformerConfig
+    config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # never set to another kind
 
     def __init__(self, config: SoftpickTransformerConfig) -> None:
         # Llama's own constructor would build Llama's decoder
@@ -196,12 +198,12 @@ def _check_shape(config: SoftpickTransformerConfig, file: Path) -> None:
         if value < 1:
             raise ValueError(f"{file}: {name} must be at least 1, got {value}")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
+    if heads % kv_heads:  # pyright: ignore[reportOperatorIssue]  # filled in by the configuration itself
         raise ValueError(
             f"{file}: num_attention_heads must be a multiple of num_key_value_heads, "
             f"got {heads} and {kv_heads}"
         )
-    if config.head_dim % 2 or config.head_dim > 256:
+    if config.head_dim % 2 or config.head_dim > 256:  # pyright: ignore[reportOptionalOperand]  # filled in by the configuration itself
         raise ValueError(
             f"{file}: the head dimension must be even (RoPE) and at most 256, got {config.head_dim}"
         )

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from flame.data.bos import before_prompt
@@ -18,7 +18,7 @@ def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
         UsageError: The model has weights that are not finite, or not all of them.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder).to(device).eval()
+    model = load_model(folder).to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
     # ignore the sampling settings of the folder
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(
@@ -33,7 +33,7 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Tokens that the tokenizer adds after a text are left out, since the model would begin another text.
     """
     text = tokenizer(prompt, add_special_tokens=False).input_ids
-    return [*before_prompt(tokenizer, "tokenizer"), *text] or [tokenizer.eos_token_id]
+    return [*before_prompt(tokenizer, "tokenizer"), *text] or [tokenizer.eos_token_id]  # pyright: ignore[reportReturnType]  # an id; transformers types all special tokens at once
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def write(
         # transformers would sample from 50 tokens where top_k is None
         limits = {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
         sampling = {"do_sample": True, "temperature": temperature, **limits}
-    return model.generate(
+    return model.generate(  # pyright: ignore[reportCallIssue]  # of transformers' GenerationMixin, which every causal model has
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
@@ -84,4 +84,4 @@ def generate(
     model, tokenizer = load(folder, device)
     torch.manual_seed(seed)
     ids = write(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]  # one text

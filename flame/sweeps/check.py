@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from flame.analysis import flags, passkey, quantized
 from flame.analysis.samples import read_samples
@@ -129,9 +129,10 @@ def check_runs(sweep: Sweep) -> None:
                         data = open_data(config, tokenizer).fingerprint
                     except ValueError as error:
                         raise UsageError(str(error)) from None
-                    first, bos = tokenizer, config.training.bos
+                    first = tokenizer
+                    bos: str = config.training.bos  # pyright: ignore[reportAssignmentType]  # set_bos has filled it in
                 _check_folder(sweep, run, config, model, data)
-    _check_analysis(sweep, first, bos)
+    _check_analysis(sweep, first, bos)  # pyright: ignore[reportPossiblyUnboundVariable]  # a sweep has a run at least
 
 
 def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flame.base.log import logger
 from flame.base.stop_signals import end_with_parent
-from flame.sweeps.plan import REFERENCE_ARM, Arm, Run, Sweep
+from flame.sweeps.plan import REFERENCE_ARM, Analyze, Arm, Run, Sweep
 from flame.sweeps.runner import last_error_line
 from flame.sweeps.slots import Slot
 from flame.sweeps.state import State
@@ -41,7 +41,7 @@ def _runs_at_rate(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
 
 
 def _losses(runs: list[Run], states: dict[str, State]) -> list[float]:
-    return [states[run.name].validation_loss for run in runs]
+    return [states[run.name].validation_loss for run in runs]  # pyright: ignore[reportReturnType]  # of runs that are finished
 
 
 def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
@@ -100,7 +100,9 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
 def _gaps(runs: list[Run], reference: list[Run], states: dict[str, State]) -> list[float]:
     of_seed = dict(zip((run.seed for run in reference), _losses(reference, states), strict=True))
     return [
-        states[run.name].validation_loss - of_seed[run.seed] for run in runs if run.seed in of_seed
+        states[run.name].validation_loss - of_seed[run.seed]  # pyright: ignore[reportOptionalOperand]  # of runs that are finished
+        for run in runs
+        if run.seed in of_seed
     ]
 
 
@@ -113,7 +115,7 @@ def _mean_and_spread(values: list[float], sign: str = "") -> list[str]:
 
 def analysis_flags(sweep: Sweep, runs: list[Run]) -> list[str]:
     """The flags of `flame.analyze` for ``runs``; arms are labels, seeds models of one label."""
-    a = sweep.analyze
+    a: Analyze = sweep.analyze  # pyright: ignore[reportAssignmentType]  # asked for where there is an [analyze]
     flags = ["--model", *(str(run.folder / "hf") for run in runs)]
     flags += ["--label", *(run.arm for run in runs)]
     flags += ["--run", *(str(run.folder) for run in runs)]
@@ -129,6 +131,7 @@ def analysis_flags(sweep: Sweep, runs: list[Run]) -> list[str]:
 
 
 def report_folder(sweep: Sweep) -> Path:
+    """Folder of the sweep's report."""
     return sweep.out / "report"
 
 

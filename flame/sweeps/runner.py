@@ -203,5 +203,6 @@ def last_error_line(log: Path, start: int = 0) -> str:
 
 
 def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds as ``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

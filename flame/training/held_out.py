@@ -15,6 +15,7 @@ from flame.titan.mesh import Layout
 from flame.titan.upstream import BaseValidator, TitanConfig
 
 if TYPE_CHECKING:
+    from flame.models.softpick_transformer import SoftpickTransformerModel
     from flame.training.trainer import FlameTrainer
 
 
@@ -52,13 +53,14 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     """
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     attn_impl = trainer.inputs.model.attn_impl
-    layers = len(model.model.layers)
+    decoder: SoftpickTransformerModel = model.model  # pyright: ignore[reportAssignmentType]  # of TitanModel
+    layers = len(decoder.layers)
     mesh = dims.get_mesh("batch") if dims.dp_enabled else None
     rank, size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
     observer = Observer(layers, normalizer_of(attn_impl), trainer.device)
     batches = trainer.inputs.data.validation(dp_rank=rank, dp_world_size=size, batch_size=1)
     model.eval()
-    with observe(model.model, attn_impl, observer), trainer.maybe_enable_amp:
+    with observe(decoder, attn_impl, observer), trainer.maybe_enable_amp:
         for i, (input_dict, labels) in enumerate(batches):
             if i * size >= trainer.config.metrics.attention_sequences:
                 break

@@ -58,12 +58,13 @@ def explain_lost_processes(trainer: "FlameTrainer") -> Iterator[None]:
 
 def _write_trace(config: JobConfig) -> Path | None:
     """Writes the flight recorder of this process: as NCCL does, or with gloo only as JSON, since torchfrtrace does
-    not read gloo's."""
+    not read gloo's.
+    """
     folder = _trace_folder(config)
     if not config.comm.trace_buf_size or not folder.is_dir():
         return None
     file = folder / f"rank_{dist.get_rank()}"
-    c10d = torch._C._distributed_c10d
+    c10d = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without a stub
     if torch.cuda.is_available():
         file.write_bytes(c10d._dump_nccl_trace())
         return file

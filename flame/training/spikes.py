@@ -25,11 +25,12 @@ class SpikeDetector:
 
     def __init__(self, *, window: int, deviations: float) -> None:
         self.deviations = deviations
+        self.window = window
         self.losses: deque[float] = deque(maxlen=window)
 
     def threshold(self) -> float:
         """The loss above which the next step is a spike; infinite until the window is full."""
-        if not self.deviations or len(self.losses) < self.losses.maxlen:
+        if not self.deviations or len(self.losses) < self.window:
             return math.inf
         return statistics.fmean(self.losses) + self.deviations * statistics.pstdev(self.losses)
 

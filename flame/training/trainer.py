@@ -48,6 +48,11 @@ from flame.training.stop_request import StopRequest
 class FlameTrainer(Trainer):
     """One run: trains to ``training.steps`` or to a signal, from the newest checkpoint if there is one."""
 
+    # narrower than in torchtitan's Trainer
+    checkpointer: Checkpointer
+    metrics_processor: RunMetrics  # pyright: ignore[reportIncompatibleVariableOverride]  # made by build_metrics_processor_fn
+    dataloader: TokenLoader | StreamLoader  # pyright: ignore[reportIncompatibleVariableOverride]  # Stateful iterables, as torchtitan asks
+
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
         self.config, self.inputs = config, inputs
         self.linear_loss = linear_loss(config.training.loss, DEVICE_TYPE)
@@ -62,7 +67,7 @@ class FlameTrainer(Trainer):
             pipelining_fn=None,
             build_optimizers_fn=build_optimizers,
             build_lr_schedulers_fn=build_lr_schedulers,
-            build_dataloader_fn=self._build_dataloader,
+            build_dataloader_fn=self._build_dataloader,  # pyright: ignore[reportArgumentType]  # its loaders are Stateful iterables, no BaseDataLoader
             build_tokenizer_fn=None,
             build_loss_fn=build_cross_entropy_loss,
             build_validator_fn=partial(held_out.Validator, trainer=self),
@@ -75,7 +80,7 @@ class FlameTrainer(Trainer):
             self.maybe_enable_amp = contextlib.nullcontext()
         self.step_check = StepCheck(config, self.model_parts[0], self.device)
         self.stop = StopRequest(timedelta(seconds=config.comm.init_timeout_seconds))
-        self.checkpointer = Checkpointer(
+        self.checkpointer = Checkpointer(  # pyright: ignore[reportIncompatibleVariableOverride]  # instead of torchtitan's, with the methods that it calls
             config,
             model=self.model_parts[0],
             states={
@@ -89,7 +94,7 @@ class FlameTrainer(Trainer):
                 export_model,
                 config=inputs.model,
                 tokenizer=inputs.tokenizer,
-                bos=config.training.bos,
+                bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has filled it in
                 run=config.dump_folder,
                 dtype=getattr(torch, config.checkpoint.export_dtype),
             ),
@@ -116,9 +121,9 @@ class FlameTrainer(Trainer):
         if is_first:
             make_trace_folder(self.config)
         self.optimizers.zero_grad()
-        lr = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        lr: float = self.lr_schedulers.schedulers[0].get_last_lr()[0]  # pyright: ignore[reportAssignmentType]  # a tensor only where the rate of the optimizer is one
         microbatches = self._read_microbatches(data_iterator)
-        tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)
+        tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)  # pyright: ignore[reportAttributeAccessIssue]  # a sum of one tensor at least
         if dims.dp_enabled:
             dist.all_reduce(tokens, group=dims.get_mesh("batch").get_group())
         losses = []
@@ -170,7 +175,7 @@ class FlameTrainer(Trainer):
             return [next(data_iterator) for _ in range(count)]
         ntokens_seen = self.ntokens_seen
         try:
-            return read_stream(data_iterator, count, loader=self.dataloader, stop=self.stop)
+            return read_stream(data_iterator, count, loader=self.dataloader, stop=self.stop)  # pyright: ignore[reportArgumentType]  # a StreamLoader with --training.streaming
         except DataError:
             self.ntokens_seen = ntokens_seen
             raise
@@ -210,7 +215,7 @@ class FlameTrainer(Trainer):
             return self.loss_fn(model(inputs, **rest), labels)
         return model(inputs, **rest, labels=labels, linear_loss=self.linear_loss)
 
-    def train(self) -> signal.Signals | None:
+    def train(self) -> signal.Signals | None:  # pyright: ignore[reportIncompatibleMethodOverride]  # says more than torchtitan's
         """Trains; returns the signal that ended it before the last step, the same on every rank."""
         try:
             super().train()

@@ -156,7 +156,8 @@ def _sinks(results: Results) -> str:
             if r["head"] is not None:
                 seeds.setdefault(r["layer"], {}).setdefault(r["head"], []).append(r["value"])
         values[label] = [
-            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])] for i in sorted(seeds)
+            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])]  # pyright: ignore[reportOptionalMemberAccess]  # a head has a value at least
+            for i in sorted(seeds)
         ]
     # models without sinks would otherwise be one shade, and noise of theirs dark
     cells = [v for rows in values.values() for row in rows for v in row if math.isfinite(v)]
@@ -192,7 +193,7 @@ def _activations(results: Results) -> str:
                     sides[key] = max(value, sides[key])
         layers = sorted({layer for _, layer in sides})
         points = {n: mean_of(v for (_, x), v in sides.items() if x == n) for n in layers}
-        lines.append(Line(index, label, points))
+        lines.append(Line(index, label, points))  # pyright: ignore[reportArgumentType]  # a layer has a value at least
     magnitude = line_chart(lines, axis, Axis("largest |activation|", log=True))
     by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
     kurtosis = line_chart(by_layer, axis, Axis("kurtosis", log=True))

@@ -168,9 +168,11 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
     points_xy = [(to_x(a), to_y(m.mean)) for a, m in points.items()]
     few = len(points) <= _MARKS_AT_MOST
     parts = []
-    spreads = [(a, m) for a, m in points.items() if m.std is not None and math.isfinite(m.std)]
+    spreads = [
+        (a, m.mean, m.std) for a, m in points.items() if m.std is not None and math.isfinite(m.std)
+    ]
     floor = 10.0**to_y.low if to_y.axis.log else to_y.low
-    bars = [(to_x(a), to_y(max(m.mean - m.std, floor)), to_y(m.mean + m.std)) for a, m in spreads]
+    bars = [(to_x(a), to_y(max(x - std, floor)), to_y(x + std)) for a, x, std in spreads]
     if few:
         parts += [f'<path class="bar" d="M{a} {low}V{high}"/>' for a, low, high in bars]
     elif bars:

@@ -46,10 +46,12 @@ def number(x: float, digits: int = 4) -> str:
 
 
 def percent(x: float) -> str:
+    """A number with two decimals."""
     return f"{x:.2f}" if math.isfinite(x) else "not finite"
 
 
 def loss(x: float) -> str:
+    """A number with four decimals."""
     return f"{x:.4f}" if math.isfinite(x) else "not finite"
 
 
@@ -143,13 +145,13 @@ def passkey(results: Results) -> Table | None:
     return Table(title, ["arm, length", *(f"{d:g}" for d in depths)], rows)
 
 
-def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[int, Mean]:
+def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[float, Mean]:
     """Length -> a passkey metric: mean over the depths of a model, then over the seeds."""
     by_model: dict[int, dict[str, list[float | None]]] = {}
     for r in results.where(metric, label=label, **keys):
         by_model.setdefault(r["length"], {}).setdefault(r["model"], []).append(r["value"])
-    return {
-        length: mean_of(mean_of(values).mean for values in models.values())
+    return {  # pyright: ignore[reportReturnType]  # a length has a model at least
+        length: mean_of(mean_of(values).mean for values in models.values())  # pyright: ignore[reportOptionalMemberAccess]  # a model has a value at least
         for length, models in sorted(by_model.items())
     }
 

@@ -18,6 +18,9 @@ Legend: as in `parallel_fwd.py`, and
 
 import functools
 
+# Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a
+# constexpr, num_warps, a loop over tl.range.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 import torch
 import triton
 import triton.language as tl
@@ -100,6 +103,7 @@ def normalized_attn_decode_kernel(
     SKIPS_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes the partial outputs of BT query rows over one split of the keys of one key head a program."""
     # tiles of rows that read the same keys are neighbours in the grid
     i_part = tl.program_id(0).to(tl.int64) // NR
     i_split = i_part % NS

@@ -9,7 +9,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fla.ops.attn.softpick.tiles import feature_tile
@@ -52,12 +53,13 @@ KernelShape = LaunchShape | DecodeShape
 ShapeTable = dict[tuple[str, str], tuple[KernelShape, KernelShape, KernelShape, KernelShape]]
 
 
-def _shape_table(**rows: tuple[tuple[int, ...], ...]) -> ShapeTable:
+def _shape_table(**rows: tuple[tuple[int | None, ...], ...]) -> ShapeTable:
     shapes = {}
     for name, row in rows.items():
         kernel, precision = name.split("_")
         kind = DecodeShape if kernel in ("decode", "chunk") else LaunchShape
-        shapes[kernel, precision] = tuple(kind(*x) for x in row)
+        # the tables below give the fields by position
+        shapes[kernel, precision] = tuple(kind(*x) for x in row)  # pyright: ignore[reportArgumentType]  # int | None of a plain tuple
     return shapes
 
 
@@ -131,7 +133,7 @@ TABLE: dict[str, ShapeTable] = {
     "gfx942": _GFX942,
     "gfx950": _AMD,
 }
-_ROW_OF_CAPABILITY = {
+_ROW_OF_CAPABILITY: dict[int | str, str] = {
     80: "sm_80", 86: "sm_80", 87: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100",
     120: "sm_80", 121: "sm_80",
 }  # fmt: skip
@@ -144,9 +146,9 @@ def architecture(device: int | None) -> str:
     Raises:
         ValueError: `TABLE` has no row for its architecture.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return "sm_90"
-    target = driver.active.get_current_target()
+    target: GPUTarget = driver.active.get_current_target()  # pyright: ignore[reportAssignmentType]  # the base class of Triton's drivers has no return type
     name = str(target.arch)
     if target.backend == "cuda":
         name = _ROW_OF_CAPABILITY.get(target.arch, f"sm_{target.arch}")
@@ -161,7 +163,7 @@ def architecture(device: int | None) -> str:
 @functools.cache
 def num_processors(device: int | None) -> int:
     """Multiprocessors (AMD: compute units) of the GPU of this index."""
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 

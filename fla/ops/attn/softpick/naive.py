@@ -255,11 +255,11 @@ def naive_normalized_attn(
     T, S, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if G > 1:
         k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     visible = visible_keys(T, S, q.device, cu_seqlens, window_size)
     # NOTE(numerics): inputs have autocast's dtype already; the scores must not be cast again
     with without_autocast(q.device):
-        scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * scale
+        scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * factor
         if sink_bias is not None:
             sink_bias = sink_bias.to(scores_BHTS.dtype)[:, None, None]
         floor = -INF if sink_bias is None else sink_bias.detach()

@@ -50,14 +50,16 @@ def naive_normalized_attn_decode(
     for b, (first, end) in enumerate(zip(firsts, lengths.tolist(), strict=True)):
         end = min(max(end, 0), S)
         first = min(max(first, 0), end)
-        keys = [x[b : b + 1].narrow(time, first, end - first) for x in (k, v)]
-        rows[b] = naive_normalized_attn(
+        k_b, v_b = (x[b : b + 1].narrow(time, first, end - first) for x in (k, v))
+        o_b: torch.Tensor = naive_normalized_attn(  # pyright: ignore[reportAssignmentType]  # no lse is asked for
             q[b : b + 1],
-            *keys,
+            k_b,
+            v_b,
             scale,
             head_first=head_first,
             normalizer=normalizer,
             window_size=window_size,
             sink_bias=sink_bias,
         )
+        rows[b] = o_b
     return torch.cat(rows) if rows else o

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 import torch
-import triton
+from triton import knobs
 
 from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
 from fla.ops.attn.softpick.named_operators import bind_normalizer
@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 256
 # Offsets within a tile of at most 128 rows are 32-bit.
 MAX_TIME_STRIDE = 2**31 // 128
 # Triton decides this when it defines the kernels, at import.
-IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+IS_INTERPRETED = bool(knobs.runtime.interpret)
 
 
 # `torch.library.custom_op` would add checks to every call that take the host longer than the launch
@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, do, dlse):
+    def backward(ctx, do, dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient for each output, by position
         q, k, v, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)

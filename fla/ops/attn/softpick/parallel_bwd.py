@@ -57,9 +57,9 @@ def parallel_normalized_attn_bwd(
     }
     with torch.cuda.device_of(q):
         options = launch_options("dq", q, V)
-        NT, tiles = tiles_of(cu_seqlens, T, options["BT"], is_last_first=True)
+        NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
         k_desc, v_desc = streamed_descriptors(options, head_first, k, v)
-        parallel_normalized_attn_bwd_kernel_dq[(NT * B * HQ,)](
+        parallel_normalized_attn_bwd_kernel_dq[(NT * B * HQ,)](  # pyright: ignore[reportCallIssue]  # strides of unknown number
             q,
             k,
             v,
@@ -84,9 +84,9 @@ def parallel_normalized_attn_bwd(
             **options,
         )
         options = launch_options("dkv", q, V)
-        NT, tiles = tiles_of(cu_seqlens, S, options["BT"], is_last_first=False)
+        NT, tiles = tiles_of(cu_seqlens, S, int(options["BT"]), is_last_first=False)
         q_desc, do_desc = streamed_descriptors(options, head_first, q, do)
-        parallel_normalized_attn_bwd_kernel_dkv[(NT * B * H,)](
+        parallel_normalized_attn_bwd_kernel_dkv[(NT * B * H,)](  # pyright: ignore[reportCallIssue]  # strides of unknown number
             q,
             k,
             v,

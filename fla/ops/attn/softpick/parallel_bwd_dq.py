@@ -140,6 +140,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes dq of BT queries of one query head a program, and the row_stats that dk and dv need."""
     i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, True)
     row = i_bh * T_max + bos
     i_b = i_bh // HQ

@@ -19,6 +19,10 @@ Legend
     s*_b s*_t s*_h     strides of batch, time and head, in elements
 """
 
+# Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a
+# constexpr, num_warps, a loop over tl.range.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -175,6 +179,7 @@ def parallel_normalized_attn_fwd_kernel(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Computes the outputs and base-2 lse of BT queries of one query head a program."""
     # NOTE(numerics): fp16 weights overflow above s = 11, so safe fp16 always shifts; safe fp32 and bf16 first
     # try without a shift and redo the rows that overflow
     IS_SHIFTED: tl.constexpr = IS_SAFE and q.dtype.element_ty == tl.float16

@@ -185,7 +185,8 @@ def streamed_descriptors(
     if not options.pop("HAS_DESCRIPTORS"):
         return [None] * len(tensors)
     return [
-        row_descriptor(x, head_first, options["BS"], feature_tile(x.shape[-1])) for x in tensors
+        row_descriptor(x, head_first, int(options["BS"]), feature_tile(x.shape[-1]))
+        for x in tensors
     ]
 
 
