@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -91,19 +92,27 @@ _KILLING = (
 
 
 def _group(name: str) -> str | None:
-    """Tests of one group run on one worker, one after another; a file's share its fixtures so."""
+    """Tests of one group run on one worker, one after another; so the tests of a file share its fixtures."""
     if name.startswith(_KILLING):
         return "processes"
     return None if name.startswith(_COMPUTING) else name
 
 
-# before xdist's own hook, which reads the groups
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # xdist's own groups ("loadgroup") have no effect with pytest 9.2, whose node ids cannot be changed
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group(Path(nodeid.partition("::")[0]).stem) or nodeid
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
     asked = config.option.markexpr
     for item in items:
-        if (group := _group(item.path.stem)) is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         if item.get_closest_marker("slow") and "slow" not in asked:

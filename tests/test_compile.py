@@ -154,7 +154,7 @@ def test_unknown_architecture_is_refused(monkeypatch):
         def get_current_target(self):
             return Target
 
-    monkeypatch.setattr(launch_shapes.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch_shapes.knobs.runtime, "interpret", False)
     monkeypatch.setattr(launch_shapes.driver, "_active", Driver())
     with pytest.raises(ValueError, match="one of the architectures sm_80, .*got gfx1100"):
         launch_shapes.architecture(99)
@@ -173,7 +173,7 @@ def test_row_of_a_capability(capability, row, monkeypatch):
         def get_current_target(self):
             return Target
 
-    monkeypatch.setattr(launch_shapes.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch_shapes.knobs.runtime, "interpret", False)
     monkeypatch.setattr(launch_shapes.driver, "_active", Driver())
     assert launch_shapes.architecture(100 + capability) == row
 

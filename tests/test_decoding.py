@@ -318,7 +318,7 @@ def test_decode_at_real_size(K, device):
     [
         ({"lengths": torch.tensor([1, 2, 3])}, r"lengths must be int32 or int64 \[2\]"),
         ({"lengths": torch.tensor([1.0, 2.0])}, r"lengths must be int32 or int64 .* torch.float32"),
-        ({"q": torch.randn(2, 70, 4, 16), "k": torch.randn(2, 80, 2, 16), "v": torch.randn(2, 80, 2, 16)}, r"at most 128 query tokens .* 70 x 2"),
+        ({"q": torch.randn(2, 70, 4, 16), "k": torch.randn(2, 80, 2, 16), "v": torch.randn(2, 80, 2, 16)}, r"at most 128 query rows .* 70 x 2"),
         ({"k": torch.randn(2, 20, 2, 8)}, r"k must have the last dimension of q, 16, got 8"),
         ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, r"block_table must be int32 or int64 \[2, pages"),
         ({"starts": torch.tensor([1])}, r"starts must be int32 or int64 \[2\]"),

@@ -293,7 +293,7 @@ def test_more_processes_than_cores_are_told(monkeypatch, capsys, tmp_path):
         monkeypatch.setenv(name, "2")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: {0})
-    monkeypatch.setattr(launch.placement, "place", lambda **_: [])
+    monkeypatch.setattr(launch.placement, "bind_processes", lambda **_: [])
     monkeypatch.setattr(launch, "_run", started.append)
     monkeypatch.setattr(sys, "argv", ["train.sh", "--job.dump_folder", str(tmp_path / "run")])
     launch.main()
