@@ -50,7 +50,7 @@ setup(
         # setuptools builds the wheel that tests/test_packaging.py installs, from 70.1 on without the package wheel
         "test": [
             "pytest>=8,<9.3",
-            "pytest-xdist>=3.6,<3.9",
+            "pytest-xdist>=3.6.1,<3.9",
             "hypothesis>=6.100,<6.171",
             "ruff>=0.17,<0.18",
             # exactly one: every release finds something else
