@@ -81,11 +81,18 @@ _COMPUTING = (
     "test_miniature_text",
     "test_rooms",
 )
-# files whose tests start, stop and kill processes and say what comes of it within seconds: one worker takes all
-_KILLING = (
+# files whose tests start processes, kill some, and say what comes of it within seconds: one worker takes all
+_PROCESSES = (
+    "test_arms",
     "test_checkpoints",
+    "test_context_parallel",
     "test_endings",
+    "test_examples",
     "test_launch",
+    "test_layouts",
+    "test_lm_eval",
+    "test_metrics",
+    "test_packaging",
     "test_sweep_runs",
     "test_trainer",
 )
@@ -93,7 +100,7 @@ _KILLING = (
 
 def _group(name: str) -> str | None:
     """Tests of one group run on one worker, one after another; so the tests of a file share its fixtures."""
-    if name.startswith(_KILLING):
+    if name.startswith(_PROCESSES):
         return "processes"
     return None if name.startswith(_COMPUTING) else name
 

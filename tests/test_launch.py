@@ -167,7 +167,7 @@ def test_two_runs_side_by_side(fake, small, tmp_path):
             runs.append(stack.enter_context(process))
             # a failed assertion must not leave it running
             stack.callback(process.kill)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         curves = [tmp_path / f"{half}" / "tb" for half in range(2)]
         while not all(curve.exists() for curve in curves):
             assert all(run.poll() is None for run in runs), [run.communicate() for run in runs]
