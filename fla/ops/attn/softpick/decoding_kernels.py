@@ -303,7 +303,9 @@ def normalized_attn_decode_launch(
     programs = options.pop("programs") * num_processors(q.device.index)
     NS = num_splits(B * H * NR, S, programs)
     o_part = torch.empty(B, H, NS, T * G, V, dtype=torch.float32, device=q.device)
-    m_part, z_part = torch.empty(2, B, H, NS, T * G, dtype=torch.float32, device=q.device)
+    # two allocations: the second half of one may start off the 16 bytes that Triton compiles for, and compile anew
+    m_part = torch.empty(B, H, NS, T * G, dtype=torch.float32, device=q.device)
+    z_part = torch.empty_like(m_part)
     rows_read = torch.empty(B, H if has_stats else 0, NS, NR, dtype=torch.int32, device=q.device)
     with torch.cuda.device_of(q):
         normalized_attn_decode_kernel[(B * H * NS * NR,)](
