@@ -31,12 +31,12 @@ setup(
         "torch>=2.11",
         "fla-core==0.6.0",
         # imported by fla-core, not declared by it
-        "packaging>=23,<27",
+        "packaging>=23.2,<27",
         "numpy>=2.0,<2.5",
         "transformers>=5.17,<5.25",
         "torchtitan==0.2.2",
         "datasets>=4.0,<5.3",
-        "tensorboard>=2.16.2,<2.22",
+        "tensorboard>=2.17.1,<2.22",
         # what transformers and datasets bring, and flame imports too
         "huggingface_hub>=1.5,<3",
         "pyarrow>=21,<27",
