@@ -5,6 +5,9 @@ bfloat16 where GPUs round to nearest even, and in 3.6 takes ``int()`` of one-ele
 2.4 refuses. Without these the kernels could be tested in float32 alone.
 """
 
+import dataclasses
+import functools
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -59,7 +62,17 @@ def repair() -> None:
         return scope
 
     interpreter._patch_lang = patch_lang_once
+    # upstream makes a dictionary of all types at every operation
+    np_dtype = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda x: np_dtype(tl.uint64 if x.scalar.is_ptr() else x.scalar)
+    check_overflow(False)
     builder.create_dot = dot
     builder.cast_impl = rounded
     builder.create_fp_to_fp = rounded_fp_to_fp
     interpreter._patch_lang_tensor = patch_index
+
+
+def check_overflow(is_on: bool) -> None:
+    """Whether each integer sum and product is computed in int64 too, which takes a third of a kernel's time."""
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=is_on)
