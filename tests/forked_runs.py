@@ -1,49 +1,58 @@
-"""Runs of `flame.train` in processes forked from one that has imported it, since importing takes seconds."""
+"""Programs in processes forked from one that has imported them, since importing takes seconds."""
 
+import importlib
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import types
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+ROOT = Path(__file__).parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["flame.train", "torch.utils.tensorboard"])
 
 
-class Run:
-    """One run: its processes, what they print and what they draw from their random generators."""
+def environment(**changes):
+    """What a run on a CPU gets: neither a GPU nor Triton's interpreter, and torchrun from this interpreter's folder."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    # as train.sh does: several runs of the tests on few cores would wait for each other
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    return env | changes
 
-    def __init__(self, flags, *, processes=1, tamper=None, pace=0.0):
-        self.folder = Path(flags["job.dump_folder"])
-        self.log = self.folder.with_name(self.folder.name + ".log")
-        self.draws = self.folder.with_name(self.folder.name + ".draws")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.log.write_text("")
-        argv = [word for flag, value in flags.items() for word in _words(flag, value)]
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+
+class Forked:
+    """A group of processes as torchrun starts them, each of which calls ``target``.
+
+    Variables of ``env`` that libraries read when they are imported have no effect.
+    """
+
+    def __init__(self, target, *, processes=1, env=None, cwd=ROOT):
+        self._folder = tempfile.TemporaryDirectory()
+        self.out, self.err = (Path(self._folder.name) / name for name in ("out", "err"))
+        env = environment() if env is None else env
         self.processes = [
             _CONTEXT.Process(
-                target=_process, args=(argv, rank, processes, port, self, tamper, pace), daemon=True
+                target=_process, args=(target, env | group, cwd, self.out, self.err), daemon=True
             )
-            for rank in range(processes)
+            for group in _groups(processes)
         ]
-        # the processes are the server's children: no GPU, as in the other tests of whole runs
+        # the server's children see no GPU, as in the other tests of whole runs
         with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
             forkserver.ensure_running()
         for process in self.processes:
             process.start()
-
-    def __getstate__(self):
-        return {"log": self.log, "draws": self.draws}
 
     def __enter__(self):
         return self
@@ -75,6 +84,45 @@ class Run:
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.005)
 
+    def output(self):
+        """All that was printed, stderr last."""
+        return "".join(x.read_text() for x in (self.out, self.err) if x.exists())
+
+
+def _groups(processes):
+    """What each process of a group finds in its environment; one alone finds nothing."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+
+
+def program(module, words):
+    """``python -m module words``, for `Forked`."""
+    return partial(_main, module, [str(word) for word in words])
+
+
+def run_program(module, words, *, code=0, timeout=300, **kwargs):
+    """Runs ``python -m module words`` to its end, which must be with this exit code."""
+    with Forked(program(module, words), **kwargs) as run:
+        assert run.wait(timeout) == code, run.output()
+    return subprocess.CompletedProcess(words, code, run.out.read_text(), run.err.read_text())
+
+
+class Run(Forked):
+    """A run of `flame.train`, and what its processes draw from their random generators after each step."""
+
+    def __init__(self, flags, *, processes=1, tamper=None, pace=0.0):
+        self.folder = Path(flags["job.dump_folder"])
+        self.draws = self.folder.with_name(self.folder.name + ".draws")
+        self.draws.parent.mkdir(parents=True, exist_ok=True)
+        words = [word for flag, value in flags.items() for word in _words(flag, value)]
+        target = partial(_train, words, self.draws, tamper, pace)
+        super().__init__(target, processes=processes)
+
     def wait_for_step(self, step):
         self.wait_for(lambda: max(self.drawn(), default=0) >= step)
 
@@ -86,9 +134,6 @@ class Run:
         lines = path.read_text().split("\n")[:-1]
         return {x["step"]: x["draws"] for x in map(json.loads, lines)}
 
-    def output(self):
-        return self.log.read_text()
-
 
 def _words(flag, value):
     section, option = flag.split(".")
@@ -97,37 +142,51 @@ def _words(flag, value):
     return [f"--{flag}={value}"]
 
 
-def _process(argv, rank, processes, port, run, tamper, pace):
+def _process(target, env, cwd, out, err):
     # pytest itself may run under nohup, which the run would obey
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with run.log.open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.argv = ["flame.train", *argv]
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, path in ((1, out), (2, err)):
+        with path.open("a") as file:
+            os.dup2(file.fileno(), number)
     import torch
     import torchtitan.train
-
-    from flame import train
 
     torch.set_num_threads(1)
     # torchtitan sleeps for two seconds after the last step
     torchtitan.train.time = types.SimpleNamespace(
         sleep=lambda _: None, perf_counter=time.perf_counter
     )
-    _draw_after_every_step(run.draws.with_name(f"{run.draws.name}.{rank}"), pace)
-    if tamper is not None:
-        tamper()
     code = 0
     try:
-        train.main()
-    except SystemExit as error:
-        code = error.code
-    sys.stdout.flush()
+        target()
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            sys.stderr.write(f"{code}\n")
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     # as an interpreter does that ends: it waits for a save under way
     threading._shutdown()
-    os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
+
+
+def _main(module, words):
+    sys.argv = [module, *words]
+    importlib.import_module(module).main()
+
+
+def _train(words, draws, tamper, pace):
+    rank = os.environ.get("RANK", "0")
+    _draw_after_every_step(draws.with_name(f"{draws.name}.{rank}"), pace)
+    if tamper is not None:
+        tamper()
+    _main("flame.train", words)
 
 
 def _draw_after_every_step(path, pace):

@@ -1,18 +1,15 @@
-"""Short runs of the trainer in many layouts, in one group of processes: ``layout_runs.py RUNS CURVES``.
-
-Started by torchrun. RUNS is a JSON list of ``[name, flags]``; CURVES becomes ``{name: [[loss, gradient norm] of
-every step, [validation loss, 0]]}``. To start processes takes ten seconds, a run one.
-"""
+"""Short runs of the trainer in many layouts, in one group of processes."""
 
 import gc
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_runs import Forked, environment
 
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig
@@ -24,15 +21,15 @@ import torchtitan.distributed.utils as titan_distributed
 
 STEPS = 10
 
-_init_distributed = titan_distributed.init_distributed
 
+def _join_once() -> None:
+    """Lets all runs share one default group: torch cannot meet at the same store a second time."""
+    join = titan_distributed.init_distributed
 
-def _init_distributed_once(*args: Any, **kwargs: Any) -> int:
-    """All runs in one default group: torch cannot meet at the same store a second time."""
-    return dist.get_world_size() if dist.is_initialized() else _init_distributed(*args, **kwargs)
+    def init_distributed(*args: Any, **kwargs: Any) -> int:
+        return dist.get_world_size() if dist.is_initialized() else join(*args, **kwargs)
 
-
-titan_distributed.init_distributed = _init_distributed_once
+    titan_distributed.init_distributed = init_distributed
 
 
 def run(config: JobConfig) -> list[list[float]]:
@@ -56,10 +53,21 @@ def run(config: JobConfig) -> list[list[float]]:
     return curve
 
 
-def main(runs: Path, out: Path) -> None:
+def curves_of(
+    runs: list[tuple[str, list[str]]], folder: Path, processes: int
+) -> dict[str, list[list[float]]]:
+    """Name -> loss and gradient norm of every step, then the validation loss, for names and flags of runs."""
+    out, env = folder / f"curves{processes}.json", environment()
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    with Forked(partial(_main, runs, out), processes=processes, env=env) as group:
+        assert group.wait(600) == 0, group.output()
+    return json.loads(out.read_text())
+
+
+def _main(runs: list[tuple[str, list[str]]], out: Path) -> None:
+    _join_once()
     curves = {}
     is_first = os.environ["RANK"] == "0"
-    runs = json.loads(runs.read_text())
     # those of one process last: they need a group of their own
     for name, argv in sorted(runs, key=lambda x: x[0].startswith("one process")):
         config = parse_args([*argv, "--checkpoint.no_enable_checkpoint"])
@@ -71,11 +79,6 @@ def main(runs: Path, out: Path) -> None:
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.destroy_process_group()
                 os.environ |= {"WORLD_SIZE": "1", "MASTER_PORT": "0"}
-                del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
             curves[name] = run(config)
     if is_first:
         out.write_text(json.dumps(curves))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from small_model import ROOT, checkpoint_activations, write_model
+from layout_runs import curves_of
+from small_model import checkpoint_activations, write_model
 from transformers import AutoModelForCausalLM
 
 from flame import convert
@@ -426,15 +425,7 @@ def curves(tmp_path_factory):
         add(name, "softpick", ALL, batch_size, argv)
     add("one process", "softpick", ALL, 4)
     add("one process, packed", "softpick", ALL, 4, "--training.varlen")
-    (folder / "runs.json").write_text(json.dumps(runs))
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "tests" / "layout_runs.py", folder / "runs.json", folder / "curves.json"]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads((folder / "curves.json").read_text())
+    return curves_of(runs, folder, 2)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from layout_runs import curves_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -113,16 +114,7 @@ def curves(folder, processes, groups):
             size = f"--training.batch_size {SEQUENCES // ranks // batches}"
             size += f" --training.gradient_accumulation_steps {batches}"
             runs.append((name, f"{flags(folder, model=model)} {size} {argv}".split()))
-    (folder / f"runs{processes}.json").write_text(json.dumps(runs))
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", ROOT / "tests" / "layout_runs.py"]
-    command += [folder / f"runs{processes}.json", folder / f"curves{processes}.json"]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads((folder / f"curves{processes}.json").read_text())
+    return curves_of(runs, folder, processes)
 
 
 @pytest.fixture(scope="module")
