@@ -86,6 +86,7 @@ _PROCESSES = (
     "test_arms",
     "test_checkpoints",
     "test_context_parallel",
+    "test_convert",
     "test_endings",
     "test_examples",
     "test_launch",

@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -105,6 +106,16 @@ def program(module, words):
     return partial(_main, module, [str(word) for word in words])
 
 
+def script(path, words):
+    """``python path words``, for `Forked`."""
+    return partial(_script, str(path), [str(word) for word in words])
+
+
+def main_of(module, *args):
+    """``main(*args)`` of a module that is imported when the process knows its rank, for `Forked`."""
+    return partial(_call, module, args)
+
+
 def run_program(module, words, *, code=0, timeout=300, **kwargs):
     """Runs ``python -m module words`` to its end, which must be with this exit code."""
     with Forked(program(module, words), **kwargs) as run:
@@ -147,6 +158,7 @@ def _process(target, env, cwd, out, err):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
+    sys.path[:0] = env.get("PYTHONPATH", "").split(os.pathsep)
     os.chdir(cwd)
     for number, path in ((1, out), (2, err)):
         with path.open("a") as file:
@@ -178,7 +190,16 @@ def _process(target, env, cwd, out, err):
 
 def _main(module, words):
     sys.argv = [module, *words]
-    importlib.import_module(module).main()
+    _call(module, ())
+
+
+def _script(path, words):
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
+
+
+def _call(module, args):
+    importlib.import_module(module).main(*args)
 
 
 def _train(words, draws, tamper, pace):

@@ -1,7 +1,6 @@
 """Trains several small runs in one process, each with its own trouble, and notes what it saw: for `test_metrics.py`.
 
-``python metrics_driver.py OUT FLAGS``, or the same under torchrun: FLAGS is a JSON object of the flags that all
-runs share, OUT a folder. Each run of `RUNS` trains into ``OUT/<its name>`` and writes ``OUT/<its name>.rankN.json``.
+Each run of `RUNS` trains into a folder of its name and writes ``<its name>.rankN.json`` beside it.
 """
 
 import io
@@ -10,8 +9,6 @@ import os
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -24,7 +21,6 @@ from flame.training.trainer import FlameTrainer
 
 # isort: split
 import torchtitan.distributed.utils as titan_distributed
-import torchtitan.train
 
 RANK = int(os.environ.get("RANK", "0"))
 STEPS = 12
@@ -170,18 +166,10 @@ def keep_process_group():
     dist.destroy_process_group = lambda: None
 
 
-def main():
-    out, flags, names = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-    torch.set_num_threads(1)
-    # the trainer sleeps for two seconds at the end of a run
-    torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
+def main(out, flags, names):
     keep_process_group()
     for name in names:
         run(name, out, flags)
     if "hang" in names:
         # collectives are out of step: nothing that waits for the other process
         os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -33,6 +33,7 @@ from flame.checkpoints.step_folder import (
 
 ROOT = Path(__file__).parent.parent
 STEPS, INTERVAL = 12, 3
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,10 @@ def test_the_last_checkpoint_is_full_and_counts(whole):
 
 
 # a kill loses an interval, and beside the training the steps done while the last save was being written
-@pytest.mark.parametrize(("mode", "bound"), [("disabled", INTERVAL), ("async", 2 * INTERVAL)])
+@pytest.mark.parametrize(
+    ("mode", "bound"),
+    [pytest.param("disabled", INTERVAL, marks=slow), ("async", 2 * INTERVAL)],
+)
 def test_killed_at_random_moments(flags, whole, tmp_path, mode, bound):
     rng = random.Random()
     flags = flags | {"checkpoint.async_mode": mode}
@@ -145,10 +149,14 @@ def _die(where, step):
     folder.FileSystemWriter.finish = finish_or_die
 
 
-@pytest.mark.parametrize("mode", ["async", "disabled"])
+@pytest.mark.parametrize("mode", ["async", pytest.param("disabled", marks=slow)])
 @pytest.mark.parametrize(
     ("where", "left"),
-    [("metadata", "step-9.saving"), ("rename", "step-9.saving"), ("purge", "step-3.deleting")],
+    [
+        pytest.param("metadata", "step-9.saving", marks=slow),
+        ("rename", "step-9.saving"),
+        ("purge", "step-3.deleting"),
+    ],
 )
 def test_killed_in_mid_save(flags, whole, tmp_path, mode, where, left):
     flags = flags | {"checkpoint.async_mode": mode}
@@ -189,7 +197,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(flags, whole, tmp_path):
     assert_same_curve(train(flags, folder), whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        pytest.param(signal.SIGHUP, marks=slow),
+        pytest.param(signal.SIGINT, marks=slow),
+    ],
+)
 def test_a_signal_saves_what_was_trained(flags, whole, tmp_path, number):
     folder = tmp_path / "run"
     slow = partial(_slow_writes, 0.5)
@@ -208,7 +224,7 @@ def test_a_signal_saves_what_was_trained(flags, whole, tmp_path, number):
     assert_same_curve(run, whole)
 
 
-@pytest.mark.slow
+@slow
 def test_the_launcher_passes_on_sigusr1_and_lets_nohup_ignore_sighup(flags, tmp_path):
     folder = tmp_path / "run"
     words = [f"--{flag}={value}" for flag, value in flags.items()]
@@ -260,7 +276,9 @@ def _limit_files(size):
     folder.FileSystemWriter.write_data = limited
 
 
-@pytest.mark.parametrize(("mode", "processes"), [("async", 2), ("disabled", 1)])
+@pytest.mark.parametrize(
+    ("mode", "processes"), [pytest.param("async", 2, marks=slow), ("disabled", 1)]
+)
 def test_a_failed_save_ends_the_run_and_keeps_the_earlier(flags, whole, tmp_path, mode, processes):
     folder = tmp_path / "run"
     flags = flags | {"checkpoint.async_mode": mode, "training.batch_size": 4 // processes}
@@ -286,6 +304,7 @@ def test_a_failed_save_ends_the_run_and_keeps_the_earlier(flags, whole, tmp_path
         assert run.drawn(1)[4] != run.drawn(0)[4]
 
 
+@slow
 def test_two_then_one_then_two_processes(flags, tmp_path):
     # softpick's gradient has a heavy tail that follows the last bits, which differ by the number of processes
     flags = flags | {"model.config": flags["model.config"].with_name("softmax_small.json")}
@@ -420,7 +439,14 @@ def test_a_start_that_is_over_is_refused(flags, whole, tmp_path):
     assert not run.folder.exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk", None], ids=["empty", "junk", "cut"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(b"", id="empty", marks=slow),
+        pytest.param(b"junk", id="junk", marks=slow),
+        pytest.param(None, id="cut"),
+    ],
+)
 def test_damaged_metadata_is_one_line_that_says_what_to_do(flags, whole, tmp_path, damage):
     shutil.copytree(whole.folder, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint" / f"step-{STEPS}"
@@ -452,7 +478,7 @@ def test_a_file_in_the_place_of_the_checkpoints_is_refused(flags, whole, tmp_pat
     assert line.endswith("checkpoint is a file; move it away")
 
 
-@pytest.mark.parametrize("kind", ["link", "file"])
+@pytest.mark.parametrize("kind", ["link", pytest.param("file", marks=slow)])
 def test_an_export_replaces_what_has_its_name(flags, whole, tmp_path, kind):
     shutil.copytree(whole.folder, tmp_path / "run")
     hf = tmp_path / "run" / "hf"

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forked_runs import run_program
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from small_model import write_model
@@ -250,8 +250,7 @@ def test_tied_weights_that_differ_are_refused(source, tmp_path):
 
 
 def test_help_names_every_flag(monkeypatch, capfd):
-    words = [sys.executable, "-m", "flame.convert", "-h"]
-    text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = run_program("flame.convert", ["-h"]).stdout
     assert "dcp-to-hf" in text
     assert "hf-to-dcp" in text
     for command, names in (

@@ -103,8 +103,8 @@ def test_trains_like_the_text(text, tmp_path):
 
 
 def test_only_what_is_asked_for_is_read(tmp_path):
-    # 8 MiB of tokens, 2 MiB of ends
-    documents = [f"{i % 10}" * 14 for i in range(1 << 18)]
+    # 4 MiB of tokens, 1 MiB of ends
+    documents = [f"{i % 10}" * 14 for i in range(1 << 17)]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{x}"}}\n' for x in documents))
     out = write(tmp_path / "a.jsonl", tmp_path / "out")
     argv = ["--training.dataset", str(out), "--training.seq_len", "4096", "--training.varlen"]
@@ -149,6 +149,7 @@ def command(*argv):
     return [sys.executable, "-m", "flame.data.prepare", *map(str, argv)]
 
 
+@pytest.mark.slow
 def test_stopped_command_line_leaves_nothing(tmp_path):
     # takes long enough to be stopped in the middle
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 1000}) + "\n") * 100_000)

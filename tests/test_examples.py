@@ -1,21 +1,18 @@
 """Each script of examples/ as a user runs it, on a CPU."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_runs import Forked, script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name, *words):
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    with Forked(script(EXAMPLES / name, words)) as example:
+        assert example.wait(300) == 0, example.output()
+        return example.out.read_text()
 
 
 def test_every_example_is_run_here():

@@ -5,13 +5,13 @@ import math
 import os
 import socket
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked_runs import Forked, environment, main_of, run_program
 from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_flags import README_EXAMPLE, SECTIONS
@@ -44,35 +44,20 @@ def small(tmp_path_factory):
     }
 
 
-def environment():
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    return env | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-
-
 def troubled(out, flags, names, processes):
     """Runs of `metrics_driver.py`, by name: what each rank noted, and the run's folder."""
-    driver = str(ROOT / "tests" / "metrics_driver.py")
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, "-m", *launcher] if processes > 1 else [sys.executable]
     flags = flags | {
         "checkpoint.no_enable_checkpoint": True,
         "training.batch_size": 4 // processes,
     }
-    done = subprocess.run(
-        [*command, driver, str(out), json.dumps(flags), *names],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
     notes = {}
-    for name in names:
-        files = sorted(out.glob(f"{name}.rank*.json"))
-        assert files, done.stdout + done.stderr
-        ranks = [json.loads(file.read_text()) for file in files]
-        notes[name] = SimpleNamespace(ranks=ranks, folder=out / name, **ranks[0])
+    with Forked(main_of("metrics_driver", out, flags, names), processes=processes) as group:
+        assert group.wait(300) == 0, group.output()
+        for name in names:
+            files = sorted(out.glob(f"{name}.rank*.json"))
+            assert len(files) == processes, group.output()
+            ranks = [json.loads(file.read_text()) for file in files]
+            notes[name] = SimpleNamespace(ranks=ranks, folder=out / name, **ranks[0])
     return notes
 
 
@@ -295,33 +280,27 @@ def init(**options):
 """
 
 
-def launch(words, env, program=("bash", "train.sh")):
-    done = subprocess.run(
-        [*program, *words],
+@pytest.fixture(scope="module")
+def lives(example):
+    """The example, a rerun of its record in another folder, and its continuation in its own."""
+    first = subprocess.run(
+        ["bash", "train.sh", *example.words],
         cwd=ROOT,
-        env=env,
+        env=example.env,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def lives(example):
-    """The example, a rerun of its record in another folder, and its continuation in its own."""
-    first = launch(example.words, example.env)
+    assert first.returncode == 0, first.stdout + first.stderr
     record = ["--job.config_file", str(example.folder / "config.toml")]
     other = example.folder.with_name("again")
-    launch([*record, "--job.dump_folder", str(other), "--metrics.no_enable_wandb"], example.env)
+    words = [*record, "--job.dump_folder", other, "--metrics.no_enable_wandb"]
+    run_program("flame.train", words, env=example.env)
     before = records(example.folder)
     # what a kill leaves behind that came after the last checkpoint
     with open(example.folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": STEPS + 1, "loss": 99}) + "\n" + '{"step": 14, "lo')
-    # as in one process of train.sh, in half the time
-    direct = (sys.executable, "-m", "flame.train")
-    launch([*record, "--training.steps", str(STEPS + 2)], example.env, direct)
+    run_program("flame.train", [*record, "--training.steps", STEPS + 2], env=example.env)
     return SimpleNamespace(first=first.stdout, other=other, before=before, **vars(example))
 
 
@@ -445,8 +424,8 @@ def test_measuring_attention_changes_no_loss(lives, tmp_path):
     # the rerun has the same losses to the bit, so a run without it has to have them too
     flags = ["--metrics.attention_freq", "0", "--profiling.no_enable_profiling"]
     record = ["--job.config_file", str(lives.other / "config.toml")]
-    direct = (sys.executable, "-m", "flame.train")
-    launch([*record, *flags, "--job.dump_folder", str(tmp_path / "run")], lives.env, direct)
+    words = [*record, *flags, "--job.dump_folder", tmp_path / "run"]
+    run_program("flame.train", words, env=lives.env)
     assert curve(tmp_path / "run", "loss") == curve(lives.other, "loss")
 
 
@@ -490,16 +469,9 @@ SHARED = (
 
 def refused(tmp_path, words, small, code=2):
     flags = [f"--{flag}={small[flag]}" for flag in ("model.config", "training.dataset")]
-    done = subprocess.run(
-        [sys.executable, "-m", "flame.train", *SHARED.split(), *flags, *words],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
+    return run_program(
+        "flame.train", [*SHARED.split(), *flags, *words], cwd=tmp_path, code=code, timeout=120
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_loads_as_trainings_tokenizer(tokenizer, tmp_path):
         command.save(tokenizer, tmp_path / "deep" / "tok")
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process_on_one_thread(tokenizer, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_runs import Forked, environment, program, run_program
 from small_model import write_model, write_text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,33 +53,33 @@ def small(tmp_path_factory):
     }
 
 
-def command(flags, *, processes=1):
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    if processes == 1:
-        return [sys.executable, "-m", "flame.train", *words]
-    return ["bash", "train.sh", *words]
-
-
-def environment(processes=1):
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
-    # torchrun is found beside the interpreter the tests run in, and no GPU is taken
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env |= {"NGPU": str(processes), "CUDA_VISIBLE_DEVICES": ""}
-    # as train.sh does: several runs of the tests on few cores would wait for each other
-    return env | {"OMP_WAIT_POLICY": "PASSIVE"}
+def words(flags):
+    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
 
 
 def train(flags, *, processes=1, code=0):
-    run = subprocess.run(
-        command(flags, processes=processes),
+    return run_program("flame.train", words(flags), processes=processes, code=code)
+
+
+def start_launcher(flags, *, processes=2, stderr=subprocess.STDOUT):
+    """``bash train.sh`` in a session of its own."""
+    return subprocess.Popen(
+        ["bash", "train.sh", *words(flags)],
         cwd=ROOT,
-        env=environment(processes),
-        capture_output=True,
+        env=environment(NGPU=str(processes)),
+        stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-        timeout=300,
+        start_new_session=True,
     )
-    assert run.returncode == code, run.stdout + run.stderr
-    return run
+
+
+def refused_by_launcher(flags):
+    """The one line with which ``bash train.sh`` ends."""
+    with start_launcher(flags, stderr=subprocess.PIPE) as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, output + errors
+    return one_line(errors)
 
 
 def curve(folder, name="loss"):
@@ -149,9 +150,14 @@ def test_repeating_a_finished_command_trains_nothing(finished, small):
     assert curve(folder) == before
 
 
-def wait_for(path, process):
+def is_saved(flags, step=2):
+    """A condition to wait for."""
+    return (Path(flags["job.dump_folder"]) / "checkpoint" / f"step-{step}" / ".metadata").exists
+
+
+def wait_for(condition, process):
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, "the run ended before it was interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -160,12 +166,10 @@ def wait_for(path, process):
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=slow), signal.SIGTERM])
 def test_interrupted_and_repeated_gives_the_same_losses(finished, small, tmp_path, how):
     flags = small | {"job.dump_folder": tmp_path / "run"}
-    with subprocess.Popen(
-        command(flags), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
-    ) as process:
-        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
-        process.send_signal(how)
-    assert process.returncode == (128 + how if how == signal.SIGTERM else -how)
+    with Forked(program("flame.train", words(flags))) as run:
+        run.wait_for(is_saved(flags))
+        run.send(how)
+        assert run.wait() == (128 + how if how == signal.SIGTERM else -how)
     assert len(list((tmp_path / "run" / "checkpoint").glob("step-*"))) < STEPS
     train(flags)
     expected = curve(finished[0])
@@ -209,16 +213,8 @@ def test_two_processes_continue_a_run_of_one(half_done, small, tmp_path, replica
 def test_interrupt_of_the_launcher_saves(small, tmp_path):
     # Ctrl-C reaches the launcher alone: torchrun gives each process a session of its own
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with subprocess.Popen(
-        command(flags, processes=2),
-        cwd=ROOT,
-        env=environment(2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+    with start_launcher(flags) as process:
+        wait_for(is_saved(flags), process)
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGINT, output
@@ -227,18 +223,7 @@ def test_interrupt_of_the_launcher_saves(small, tmp_path):
     assert (tmp_path / "run" / "checkpoint" / f"step-{step}" / ".metadata").exists()
 
 
-def start_launcher(flags):
-    return subprocess.Popen(
-        command(flags, processes=2),
-        cwd=ROOT,
-        env=environment(2),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
+@slow
 def test_interrupt_before_the_training_ends_at_once_without_a_traceback(small, tmp_path):
     with start_launcher(small | {"job.dump_folder": tmp_path / "run"}) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -278,7 +263,7 @@ def test_interrupt_of_the_launcher_as_it_starts_shows_no_traceback(small, tmp_pa
 def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
     with start_launcher(flags) as process:
-        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+        wait_for(is_saved(flags), process)
         # as the kernel does when memory runs out
         os.kill(int((tmp_path / "run" / "lock").read_text().split()[1]), signal.SIGKILL)
         output = process.communicate(timeout=60)[0]
@@ -297,30 +282,30 @@ def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
         assert value == pytest.approx(expected[step], rel=1e-5)
 
 
-def one_line(run):
-    lines = [line for line in run.stderr.splitlines() if line]
-    assert len(lines) == 1, run.stderr
+def one_line(errors):
+    lines = [line for line in errors.splitlines() if line]
+    assert len(lines) == 1, errors
     assert lines[0].startswith("flame: error: ")
     return lines[0]
+
+
+def refused(flags):
+    return one_line(train(flags, code=2).stderr)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        pytest.param(
-            {"training.stepz": 3}, ["--training.stepz", "--training.steps"], id="flag", marks=slow
-        ),
+        pytest.param({"training.stepz": 3}, ["--training.stepz", "--training.steps"], id="flag"),
         pytest.param(
             {"model.config": "missing.json"},
             ["--model.config", "missing.json", "does not exist"],
             id="config",
-            marks=slow,
         ),
         pytest.param(
             {"training.dataset": "./missing.txt"},
             ["--training.dataset", "missing.txt"],
             id="dataset",
-            marks=slow,
         ),
         pytest.param(
             {"training.seq_len": 500, "validation.share": 0.99},
@@ -331,37 +316,30 @@ def one_line(run):
             {"model.config": "configs/softpick_transformer_340M.json"},
             ["parallel_softpick_attn", "GPU", "naive_softpick_attn"],
             id="triton",
-            marks=slow,
         ),
         pytest.param(
             {"training.data_parallel_shard_degree": 2},
             ["--training.data_parallel_shard_degree", "1"],
             id="degree",
-            marks=slow,
         ),
         pytest.param(
-            {"checkpoint.load_step": 7},
-            ["--checkpoint.load_step 7", "newest", "none"],
-            id="step",
-            marks=slow,
+            {"checkpoint.load_step": 7}, ["--checkpoint.load_step 7", "newest", "none"], id="step"
         ),
         pytest.param(
             {"training.seq_len": 1000},
             ["--training.seq_len 1000", "max_position_embeddings 512"],
             id="positions",
-            marks=slow,
         ),
         pytest.param(
             {"job.dump_folder": "/dev/null/run"},
             ["--job.dump_folder", "/dev/null/run"],
             id="folder",
-            marks=slow,
         ),
     ],
 )
 def test_a_mistake_ends_before_training(small, tmp_path, flags, words):
     folder = tmp_path / "run"
-    line = one_line(train(small | {"job.dump_folder": folder} | flags, code=2))
+    line = refused(small | {"job.dump_folder": folder} | flags)
     for word in words:
         assert word in line
     assert not folder.exists()
@@ -372,14 +350,14 @@ def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     other = {"model.config": small["model.config"].with_name("softmax_small.json")}
-    line = one_line(train(small | other | {"job.dump_folder": folder}, code=2))
+    line = refused(small | other | {"job.dump_folder": folder})
     assert "attn_impl was 'naive_softpick_attn', is now 'naive_softmax_attn'" in line
-    line = one_line(train(small | {"job.dump_folder": folder, "optimizer.lr": 1}, code=2))
+    line = refused(small | {"job.dump_folder": folder, "optimizer.lr": 1})
     assert "--optimizer.lr was 0.003, is now 1.0" in line
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    line = one_line(train(small | {"job.dump_folder": tmp_path / "mine"}, code=2))
+    line = refused(small | {"job.dump_folder": tmp_path / "mine"})
     assert "no run's" in line
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
@@ -423,10 +401,8 @@ def test_claimed_folder(tmp_path):
 @slow
 def test_killed_launcher_takes_the_run_with_it(small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with subprocess.Popen(
-        command(flags, processes=2), cwd=ROOT, env=environment(1), stdout=subprocess.DEVNULL
-    ) as process:
-        wait_for(tmp_path / "run" / "checkpoint" / "step-2" / ".metadata", process)
+    with start_launcher(flags, processes=1) as process:
+        wait_for(is_saved(flags), process)
         process.kill()
     with open(tmp_path / "run" / "lock") as lock:
         deadline = time.monotonic() + 60
@@ -448,22 +424,22 @@ def test_changed_data_is_another_run(finished, small, tmp_path):
     (folder / "run.json").write_text(
         (folder / "run.json").read_text().replace(str(small["training.dataset"]), str(changed))
     )
-    line = one_line(train(small | {"job.dump_folder": folder, "training.dataset": changed}, code=2))
+    line = refused(small | {"job.dump_folder": folder, "training.dataset": changed})
     assert "the checksum of the tokens (--training.dataset) was" in line
 
 
+@slow
 def test_launcher_refuses_a_port_in_use(small, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         monkeypatch.setenv("MASTER_PORT", port)
-        line = one_line(train(small | {"job.dump_folder": tmp_path}, processes=2, code=2))
+        line = refused_by_launcher(small | {"job.dump_folder": tmp_path})
     assert f"MASTER_PORT must be a free port, one for each run, got {port}" in line
 
 
 @slow
 def test_launcher_passes_on_the_exit_code_and_one_line(small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run", "training.dataset": "./missing.txt"}
-    line = one_line(train(flags, processes=2, code=2))
-    assert "--training.dataset" in line
+    assert "--training.dataset" in refused_by_launcher(flags)

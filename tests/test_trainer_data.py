@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from forked_runs import Run
+from forked_runs import Run, environment
 from small_model import write_model
-from test_trainer import FLAGS, ROOT, STEPS, command, curve, environment, train, wait_for
+from test_trainer import FLAGS, ROOT, STEPS, curve, is_saved, train, wait_for, words
 from torch.nn.functional import cross_entropy
 
 from flame.base.errors import UsageError
@@ -47,8 +48,9 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
     flags = {k: v for k, v in flags.items() if v != "True"} | {"job.config_file": recipe}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(flags | {"job.dump_folder": whole})
+    flags |= {"job.dump_folder": stopped}
     with subprocess.Popen(
-        command(flags | workers | {"job.dump_folder": stopped}),
+        [sys.executable, "-m", "flame.train", *words(flags | workers)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -56,7 +58,7 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
         text=True,
         start_new_session=True,
     ) as process:
-        wait_for(stopped / "checkpoint" / "step-2" / ".metadata", process)
+        wait_for(is_saved(flags), process)
         # as schedulers do: the workers too, which must not die of it while the run saves
         os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=120)[0]
@@ -66,7 +68,7 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
     # the group's last process has gone
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-    halves = {"job.dump_folder": stopped, "training.batch_size": FLAGS["training.batch_size"] // 2}
+    halves = {"training.batch_size": FLAGS["training.batch_size"] // 2}
     train(flags | workers | halves, processes=2)
     for name in ("loss", "grad_norm", "validation_loss"):
         expected, got = curve(whole, name), curve(stopped, name)
@@ -114,8 +116,7 @@ def test_a_damaged_stream_ends_with_a_checkpoint_and_continues_when_it_is_correc
 
 
 def inputs_of(flags, *more):
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    config = parse_args([*words, *more])
+    config = parse_args([*words(flags), *more])
     return config, read_inputs(config)
 
 
