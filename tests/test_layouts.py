@@ -4,15 +4,13 @@ All layouts of a number of processes share one start of those processes (`layout
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forked_runs import run_program
 from layout_runs import curves_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,12 +200,7 @@ def test_tied_embeddings(four, name):
 
 
 def train(folder, processes, argv):
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK")}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE", "NGPU": str(processes)}
-    command = ["bash", "train.sh", *f"{flags(folder)} {argv}".split()]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_program("flame.train", f"{flags(folder)} {argv}".split(), processes=processes)
     events = EventAccumulator(str(folder / "run" / "tb"))
     events.Reload()
     return {
@@ -218,7 +211,7 @@ def train(folder, processes, argv):
 
 @pytest.mark.slow
 def test_a_run_continues_in_another_layout_and_is_exported(folder, two):
-    """Through ``bash train.sh``: 10 steps under TP with "op", the last 5 of them once more under CP."""
+    """10 steps under TP with "op", the last 5 of them once more under CP."""
     argv = f"--training.batch_size {SEQUENCES} --checkpoint.interval 5 --sample.max_new_tokens 1"
     got = train(folder, 2, f"{argv} {TP} {OP}")
     checkpoints = folder / "run" / "checkpoint"
