@@ -1,21 +1,16 @@
 """The trainer end to end on a CPU: one process and two, killed and continued, refused and exported."""
 
-import fcntl
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import Forked, environment, program, run_program
-from small_model import write_model, write_text
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from forked_runs import Forked, program
+from trainer_runs import STEPS, curve, is_saved, one_line, slow, small_flags, train, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flame.models  # noqa: F401  # teaches transformers the model
@@ -23,70 +18,10 @@ from flame.base.errors import UsageError
 from flame.config.sections import JobConfig
 from flame.run.identity import claim_run_folder
 
-ROOT = Path(__file__).parent.parent
-STEPS = 8
-slow = pytest.mark.slow
-# what makes a run of seconds: 2 layers of width 32 on 20 KB of text
-FLAGS = {
-    "training.steps": STEPS,
-    "training.batch_size": 4,
-    "training.seq_len": 32,
-    # with 42 a score next to zero gives softpick a gradient norm of 61 in step 3, which carries the last bit
-    # into the fifth digit of the loss
-    "training.seed": 43,
-    "validation.freq": 4,
-    "checkpoint.interval": 2,
-    "metrics.log_freq": 1,
-    "sample.max_new_tokens": 5,
-    "lr_scheduler.warmup_steps": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Flags of a small run, its model and its text."""
-    folder = tmp_path_factory.mktemp("small")
-    write_model(folder, normalizer="softmax")
-    return FLAGS | {
-        "model.config": write_model(folder),
-        "training.dataset": write_text(folder),
-    }
-
-
-def words(flags):
-    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-
-
-def train(flags, *, processes=1, code=0):
-    return run_program("flame.train", words(flags), processes=processes, code=code)
-
-
-def start_launcher(flags, *, processes=2, stderr=subprocess.STDOUT):
-    """``bash train.sh`` in a session of its own."""
-    return subprocess.Popen(
-        ["bash", "train.sh", *words(flags)],
-        cwd=ROOT,
-        env=environment(NGPU=str(processes)),
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def refused_by_launcher(flags):
-    """The one line with which ``bash train.sh`` ends."""
-    with start_launcher(flags, stderr=subprocess.PIPE) as process:
-        output, errors = process.communicate(timeout=300)
-    assert process.returncode == 2, output + errors
-    return one_line(errors)
-
-
-def curve(folder, name="loss"):
-    """Step -> value of a TensorBoard scalar, at full precision."""
-    events = EventAccumulator(str(Path(folder) / "tb"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
+    return small_flags(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -150,19 +85,6 @@ def test_repeating_a_finished_command_trains_nothing(finished, small):
     assert curve(folder) == before
 
 
-def is_saved(flags, step=2):
-    """A condition to wait for."""
-    return (Path(flags["job.dump_folder"]) / "checkpoint" / f"step-{step}" / ".metadata").exists
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "the run ended before it was interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=slow), signal.SIGTERM])
 def test_interrupted_and_repeated_gives_the_same_losses(finished, small, tmp_path, how):
     flags = small | {"job.dump_folder": tmp_path / "run"}
@@ -210,71 +132,6 @@ def test_two_processes_continue_a_run_of_one(half_done, small, tmp_path, replica
             assert got[step] == pytest.approx(value, rel=1e-5), (name, step)
 
 
-def test_interrupt_of_the_launcher_saves(small, tmp_path):
-    # Ctrl-C reaches the launcher alone: torchrun gives each process a session of its own
-    flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with start_launcher(flags) as process:
-        wait_for(is_saved(flags), process)
-        os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT, output
-    assert "Traceback" not in output
-    # of torch and torchtitan, about what is not the user's
-    assert "Warning" not in output
-    step = output.split("SIGINT after step ")[1].split(":")[0]
-    assert (tmp_path / "run" / "checkpoint" / f"step-{step}" / ".metadata").exists()
-
-
-@slow
-def test_interrupt_before_the_training_ends_at_once_without_a_traceback(small, tmp_path):
-    with start_launcher(small | {"job.dump_folder": tmp_path / "run"}) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        deadline = time.monotonic() + 60
-        # importing torch, so seconds before it trains; a build for GPUs lists them in a process of its own first
-        while not any(
-            "libtorch" in Path(f"/proc/{child}/maps").read_text()
-            and b"flame.machine.list_gpus" not in Path(f"/proc/{child}/cmdline").read_bytes()
-            for child in children.read_text().split()
-        ):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT, output
-    assert "Traceback" not in output
-    assert "KeyboardInterrupt" not in output
-    assert not (tmp_path / "run").exists()
-
-
-def test_interrupt_of_the_launcher_as_it_starts_shows_no_traceback(small, tmp_path):
-    with start_launcher(small | {"job.dump_folder": tmp_path / "run"}) as process:
-        deadline = time.monotonic() + 60
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == -signal.SIGINT
-    (line,) = output.splitlines()
-    assert line.endswith("looking at this machine's processors, for which torch is imported")
-
-
-@slow
-def test_killed_process_is_named_and_the_command_continues(small, tmp_path):
-    flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with start_launcher(flags) as process:
-        wait_for(is_saved(flags), process)
-        # as the kernel does when memory runs out
-        os.kill(int((tmp_path / "run" / "lock").read_text().split()[1]), signal.SIGKILL)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGKILL, output
-    lines = [line for line in output.splitlines() if line.startswith("flame: error:")]
-    assert "flame: error: SIGKILL killed rank 0" in lines[-1]
-    assert lines[-1].endswith("the same command continues the run")
-
-
 @slow
 def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
     flags = small | {"job.dump_folder": tmp_path / "run"}
@@ -282,13 +139,6 @@ def test_accumulated_micro_batches_are_one_batch(finished, small, tmp_path):
     expected = curve(finished[0])
     for step, value in curve(tmp_path / "run").items():
         assert value == pytest.approx(expected[step], rel=1e-5)
-
-
-def one_line(errors):
-    lines = [line for line in errors.splitlines() if line]
-    assert len(lines) == 1, errors
-    assert lines[0].startswith("flame: error: ")
-    return lines[0]
 
 
 def refused(flags):
@@ -401,23 +251,6 @@ def test_claimed_folder(tmp_path):
 
 
 @slow
-def test_killed_launcher_takes_the_run_with_it(small, tmp_path):
-    flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with start_launcher(flags, processes=1) as process:
-        wait_for(is_saved(flags), process)
-        process.kill()
-    with open(tmp_path / "run" / "lock") as lock:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                assert time.monotonic() < deadline, "the run outlived its launcher"
-                time.sleep(0.1)
-
-
-@slow
 def test_changed_data_is_another_run(finished, small, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
@@ -428,20 +261,3 @@ def test_changed_data_is_another_run(finished, small, tmp_path):
     )
     line = refused(small | {"job.dump_folder": folder, "training.dataset": changed})
     assert "the checksum of the tokens (--training.dataset) was" in line
-
-
-@slow
-def test_launcher_refuses_a_port_in_use(small, tmp_path, monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        monkeypatch.setenv("MASTER_PORT", port)
-        line = refused_by_launcher(small | {"job.dump_folder": tmp_path})
-    assert f"MASTER_PORT must be a free port, one for each run, got {port}" in line
-
-
-@slow
-def test_launcher_passes_on_the_exit_code_and_one_line(small, tmp_path):
-    flags = small | {"job.dump_folder": tmp_path / "run", "training.dataset": "./missing.txt"}
-    assert "--training.dataset" in refused_by_launcher(flags)

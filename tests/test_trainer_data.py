@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from forked_runs import Run, environment
 from small_model import write_model
-from test_trainer import FLAGS, ROOT, STEPS, curve, is_saved, train, wait_for, words
 from torch.nn.functional import cross_entropy
+from trainer_runs import FLAGS, ROOT, STEPS, curve, is_saved, train, wait_for, words
 
 from flame.base.errors import UsageError
 from flame.checkpoints.step_folder import newest_checkpoint

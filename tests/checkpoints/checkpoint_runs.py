@@ -13,8 +13,6 @@ from flame.checkpoints.step_folder import (
 )
 
 STEPS, INTERVAL = 12, 3
-
-
 slow = pytest.mark.slow
 
 
