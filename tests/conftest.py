@@ -83,7 +83,7 @@ _COMPUTING = (
 )
 # files whose tests start processes, kill some, and say what comes of it within seconds: one worker takes all
 _PROCESSES = (
-    "test_arms",
+    "test_arms_training",
     "test_checkpoints",
     "test_context_parallel",
     "test_convert",
