@@ -1,9 +1,14 @@
 """Integers of the kernels: every sum, difference and product is checked for overflow, in Triton's interpreter."""
 
+import dataclasses
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 import triton_interpreter
 from numerics import HAS_GPU, check_attention, draw
+from triton.runtime import interpreter
 
 from fla.ops.attn.softpick import (
     naive_normalized_attn_decode,
@@ -15,10 +20,14 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="the interpreter is off where th
 
 
 @pytest.fixture(autouse=True)
-def _checked():
-    # tests are fast because it is off
+def _checked(monkeypatch):
+    # other tests are faster without it
     triton_interpreter.check_overflow(True)
+    builder = interpreter.interpreter_builder
+    # without debug the interpreter computes the check and ignores its result
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
     yield
+    monkeypatch.undo()
     triton_interpreter.check_overflow(False)
 
 
@@ -40,14 +49,12 @@ def test_no_integer_of_decoding_overflows():
     torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-5)
 
 
+@triton.jit
+def square(x):
+    i = tl.load(x)
+    tl.store(x, i * i)
+
+
 def test_an_overflow_is_found():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def square(x):
-        i = tl.load(x)
-        tl.store(x, i * i)
-
-    with pytest.raises(Exception, match="overflow"):
+    with pytest.raises(triton.TritonError, match="int32 overflow"):
         square[(1,)](torch.tensor([2**20], dtype=torch.int32))
