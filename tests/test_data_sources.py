@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig, Training, Validation
-from flame.data import IGNORE_INDEX, load_tokenizer, open_data
-from flame.data import stream as stream_module
+from flame.data import IGNORE_INDEX, load_tokenizer, open_data, token_stream
 from flame.data import workers as workers_module
 from flame.data.batches import Rows, to_batch
 from flame.data.mixing import Mixture
@@ -85,7 +84,7 @@ def loaders_of(data, world_size):
 class TestBothKinds:
     def test_order_and_resume_depend_neither_on_workers_nor_on_ranks(self, text, mode, monkeypatch):
         # several pieces in flight, so that their order can go wrong
-        monkeypatch.setattr(stream_module, "_CHUNK", 200)
+        monkeypatch.setattr(token_stream, "_CHUNK", 200)
         order = rows_of(loaders_of(data_of(text, *mode), 1), 60)
         assert len({tuple(row) for row in order[:60]}) > 45
         workers = ("--training.num_workers", "3", "--training.prefetch_factor", "2")
@@ -567,7 +566,7 @@ class TestChangedStream:
     def test_all_before_a_bad_line_is_trained_on_and_the_rest_when_it_is_corrected(
         self, folder, monkeypatch, num_workers
     ):
-        monkeypatch.setattr(stream_module, "_CHUNK", 200)
+        monkeypatch.setattr(token_stream, "_CHUNK", 200)
         expected = rows_of([self.loader(folder)], 60)
         good = (folder / "part-1.jsonl").read_text()
         self.edit(folder, 1, lambda lines: lines.__setitem__(20, "{cut\n"))
