@@ -65,9 +65,9 @@ def check(inputs, got, **kwargs):
 
 CASES = {
     "one token": {"lengths": [70]},
-    "ragged": {"lengths": [1, 130, 64, 65]},
+    "ragged": {"lengths": [1, 49, 32, 33]},
     "empty sequence": {"lengths": [0, 5]},
-    "several tokens": {"lengths": [40, 3, 100], "T": 3},
+    "several tokens": {"lengths": [20, 3, 50], "T": 3},
     "more tokens than keys": {"lengths": [2, 9], "T": 4, "S": 16},
     "grouped heads": {"lengths": [90, 33], "HQ": 8, "H": 2},
     "one key head": {"lengths": [90], "HQ": 17, "H": 1},
@@ -96,7 +96,7 @@ def test_decode_in_16_bits(normalizer, dtype, device):
 
 def test_decode_of_many_rows_in_16_bits(device):
     # tiles of 32 rows and more, of which the last is not full
-    inputs = draw([150, 31], T=9, HQ=8, H=1, K=32, dtype=torch.bfloat16, device=device)
+    inputs = draw([70], T=9, HQ=8, H=1, K=32, dtype=torch.bfloat16, device=device)
     check(inputs, softpick_attn_decode(*inputs))
 
 
@@ -147,7 +147,7 @@ def test_decode_of_rows_padded_on_the_left(normalizer, window_size, device):
 @pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("dtype", with_slow([torch.int32, torch.int64], [torch.int64]))
 def test_lengths_beyond_the_cache_count_as_its_end(is_paged, dtype, device):
-    q, k, v, lengths = draw([64, 64, 64, 0], T=2, device=device)
+    q, k, v, lengths = draw([64, 64, 64, 0], HQ=1, H=1, T=2, device=device)
     arguments, options = [k, v], {}
     if is_paged:
         (k_pages, table), (v_pages, _) = (paged(x, lengths, 16) for x in (k, v))
@@ -254,13 +254,13 @@ def test_nan_in_a_key_shows(device):
 
 
 def test_decode_compiles_into_one_graph(device):
-    inputs = draw([70, 12], device=device)
+    inputs = draw([20, 5], device=device)
     compiled = torch.compile(softpick_attn_decode, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), softpick_attn_decode(*inputs))
 
 
 def test_opcheck(device):
-    q, k, v, lengths = draw([70, 12], device=device)
+    q, k, v, lengths = draw([20, 5], device=device)
     torch.library.opcheck(
         torch.ops.softpick.normalized_attn_decode,
         (q, k, v, lengths, None, None, None, 0.25, None, False, True, "softpick"),
