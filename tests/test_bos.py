@@ -121,8 +121,16 @@ class TestSequences:
                 if mode == "sequence" and varlen:
                     assert all(row[end] == BOS for end in inner)
 
-    @pytest.mark.parametrize("varlen", [False, True])
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize(
+        ("mode", "varlen"),
+        [
+            pytest.param(
+                mode, varlen, marks=() if varlen == (mode == "sequence") else pytest.mark.slow
+            )
+            for mode in MODES
+            for varlen in (False, True)
+        ],
+    )
     def test_are_alike_from_text_token_files_and_streams(self, tmp_path, mode, varlen):
         file = tmp_path / "text.jsonl"
         file.write_text("".join(json.dumps({"text": x}) + "\n" for x in DOCUMENTS))
