@@ -15,28 +15,41 @@ import torch
 
 from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn
 
-FULL = ("softpick", "softmax")
-"""Normalisers that see every case in the default run of the tests; the others see a few, and all with ``-m slow``."""
-
-_SLOW = () if torch.cuda.is_available() else (pytest.mark.slow,)
+HAS_GPU = torch.cuda.is_available()
+_SLOW = () if HAS_GPU else (pytest.mark.slow,)
 
 each_normalizer = pytest.mark.parametrize("normalizer", NORMALIZERS)
-each_normalizer_others_slow = pytest.mark.parametrize(
-    "normalizer",
-    [pytest.param(name, marks=() if name in FULL else _SLOW) for name in NORMALIZERS],
-)
-"""As `each_normalizer`, with the others slow."""
 
 
-def each_case(argument: str, cases: Iterable[Any], brief: Collection[Any]) -> pytest.MarkDecorator:
-    """Parametrises ``normalizer`` and ``argument``: every case for `FULL`, for the others the ``brief`` ones, the rest slow."""
+def with_slow(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """Values for `pytest.mark.parametrize`: without a GPU all but the ``quick`` ones are slow."""
+    return [pytest.param(case, marks=() if case in quick else _SLOW) for case in cases]
+
+
+def quick_normalizers(*quick: str) -> pytest.MarkDecorator:
+    """Parametrises ``normalizer``: all of them, without a GPU all but the ``quick`` ones slow."""
+    return pytest.mark.parametrize("normalizer", with_slow(NORMALIZERS, quick))
+
+
+def each_case(
+    argument: str,
+    cases: Iterable[Any],
+    softpick: Collection[Any],
+    softmax: Collection[Any] = (),
+    others: Collection[Any] = (),
+) -> pytest.MarkDecorator:
+    """Parametrises ``normalizer`` and ``argument`` by every pair, of which the default run takes a few.
+
+    Without a GPU all are slow but the cases given for softpick, for softmax and for each of the other normalisers.
+    """
+    quick = {"softpick": softpick, "softmax": softmax}
     return pytest.mark.parametrize(
         ("normalizer", argument),
         [
             pytest.param(
                 name,
                 case,
-                marks=() if name in FULL or case in brief else _SLOW,
+                marks=() if case in quick.get(name, others) else _SLOW,
                 id=f"{name}-{getattr(case, '__name__', case)}",
             )
             for name in NORMALIZERS

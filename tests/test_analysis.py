@@ -10,6 +10,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 
 from fla.ops.attn.softpick import NORMALIZERS
 from fla.ops.attn.softpick.naive import naive_normalized_attn
+from flame.analysis.activations import Activations
 from flame.analysis.heads import (
     HeadObserver,
     MapObserver,
@@ -17,7 +18,7 @@ from flame.analysis.heads import (
     attend_observed,
     position_buckets,
 )
-from flame.analysis.measure import Activations, loss_of, measure, record_maps, replaced_attention
+from flame.analysis.measure import loss_of, measure, record_maps, replaced_attention
 from flame.analysis.records import Recorder
 from flame.models import SoftpickTransformerForCausalLM, read_config
 

@@ -96,7 +96,7 @@ def test_no_compilation_for_another_number_of_documents(device):
 
     for layer in model.model.layers:
         layer.compile(fullgraph=True, backend=backend)
-    for ends in ([5], [], [3, 9, 20], [1, 2, 3, 4, 5, 6, 7], [31]):
+    for ends in ([5], [], [1, 2, 3, 4, 5, 6, 7]):
         inputs, _ = packed_batch(32, [ends], 32, device)
         with torch.no_grad():
             model(inputs.pop("input"), **inputs)

@@ -7,7 +7,6 @@ a block of query rows at a time, so that the weights never exist all at once, by
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from flame.analysis.activations import Activations, observed_layers, record_activations
 from flame.analysis.heads import (
     DEAD_OUTPUT_MAX,
     HEAD_FRACTION_MIN,
@@ -28,14 +28,10 @@ from flame.analysis.heads import (
 )
 from flame.analysis.records import Recorder
 from flame.base.errors import UsageError
-from flame.measure.counts import kurtosis, power_sums
 from flame.measure.weight_blocks import TILE_ELEMENTS
 from flame.models.attention import IMPLEMENTATIONS, normalizer_of
 from flame.models.keywords import refuse_unknown
 from flame.models.operator_override import replaced_operator
-
-EMBEDDING = -1
-"""The "layer" of the embedding's output, in records of activations."""
 
 # attention of a layer on one sequence: (layer, q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed`) -> [T, HQ, V]
 _Attend = Callable[..., torch.Tensor]
@@ -158,59 +154,6 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@dataclass
-class Extreme:
-    """The smallest or largest activation so far, and where it is."""
-
-    value: float = math.nan
-    location: dict[str, int] = field(default_factory=dict)
-
-
-class Activations:
-    """Moments and extremes of the outputs of the embedding (index 0) and of each layer."""
-
-    def __init__(self, num_layers: int, device: torch.device) -> None:
-        self.powers = torch.zeros(1 + num_layers, 5, dtype=torch.float64, device=device)
-        self.minima = [Extreme() for _ in range(1 + num_layers)]
-        self.maxima = [Extreme() for _ in range(1 + num_layers)]
-
-    def see(self, index: int, x: torch.Tensor, sample: int) -> None:
-        """``x [1, T, hidden]`` of a sample."""
-        self.powers[index] += power_sums(x)
-        channels = x.shape[-1]
-        for extremes, at in ((self.minima, x.argmin()), (self.maxima, x.argmax())):
-            at, known = int(at.item()), extremes[index]
-            value = x.flatten()[at].item()
-            sign = -1 if extremes is self.minima else 1
-            if not known.location or value * sign > known.value * sign:
-                location = {"sample": sample, "position": at // channels, "channel": at % channels}
-                extremes[index] = Extreme(value, location)
-
-
-@contextlib.contextmanager
-def _observed_layers(
-    layers: list[nn.Module], see: Callable[[int, torch.Tensor], None]
-) -> Iterator[None]:
-    """``see(index, output)``: what enters the first layer as index 0, then each layer's output."""
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        see(0, args[0] if args else kwargs["hidden_states"])
-
-    def after(index: int, module: nn.Module, args: tuple, output: Any) -> None:
-        see(index, output[0] if isinstance(output, tuple) else output)
-
-    hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    hooks += [
-        layer.register_forward_hook(partial(after, index))
-        for index, layer in enumerate(layers, start=1)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def measure(
     model: PreTrainedModel,
     samples: torch.Tensor,
@@ -272,7 +215,7 @@ def measure(
     try:
         with replaced_attention(model, attend_layer):
             for sample, sequence in enumerate(samples):
-                with _observed_layers(layers, partial(activations.see, sample=sample)):
+                with observed_layers(layers, partial(activations.see, sample=sample)):
                     loss += sequence_loss(model, sequence)
                 tick()
     finally:
@@ -287,7 +230,7 @@ def measure(
     recorder.add("loss", loss, length=length)
     recorder.add("perplexity", perplexity(loss), length=length)
     _record_heads(recorder, [x for x in heads if x is not None], length, thresholds)
-    _record_activations(recorder, activations, length)
+    record_activations(recorder, activations, length)
 
 
 def _record_heads(
@@ -344,23 +287,6 @@ def _values(
         values["row_sum_at", key] = totals.row_sums[index] / n
         values["top_weight_at", key] = totals.tops[index] / n
     return values
-
-
-def _record_activations(recorder: Recorder, activations: Activations, length: int) -> None:
-    for index, powers in enumerate(activations.powers):
-        layer = EMBEDDING if index == 0 else index - 1
-        recorder.add("kurtosis", kurtosis(powers), layer=layer, length=length)
-        for metric, extremes in (("min", activations.minima), ("max", activations.maxima)):
-            extreme = extremes[index]
-            recorder.add(metric, extreme.value, layer=layer, length=length, **extreme.location)
-    recorder.add("kurtosis", kurtosis(activations.powers.sum(0)), length=length)
-    for metric, extremes, best in (
-        ("min", activations.minima, min),
-        ("max", activations.maxima, max),
-    ):
-        index = best(range(len(extremes)), key=lambda i, e=extremes: e[i].value)
-        where = {"in_layer": EMBEDDING if index == 0 else index - 1} | extremes[index].location
-        recorder.add(metric, extremes[index].value, length=length, **where)
 
 
 def record_maps(
