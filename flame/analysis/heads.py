@@ -46,7 +46,15 @@ def attend_observed(
     """Causal attention within one sequence; calls ``see`` with each block of its weights.
 
     Args:
-        q: ``[T, HQ, K]``; ``k [S, H, K]`` and ``v [S, H, V]``, ``S >= T``. Other arguments as in `weight_blocks`.
+        q: Queries ``[T, HQ, K]``.
+        k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
+        v: Values ``[S, H, V]``.
+        see: Called with each block, or None.
+        normalizer: A key of `fla.ops.attn.softpick.NORMALIZERS`.
+        scale: Factor on ``q @ k.T``.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
+        tile_elements: Scores in memory at a time, but at least one query row of all heads.
 
     Returns:
         ``[T, HQ, V]``, float32 at least.

@@ -84,8 +84,10 @@ def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource
     """Reads configuration and tokenizer of a Hugging Face folder or of a checkpoint ``step-N`` of a run.
 
     Args:
+        path: The folder.
         attn_implementation: `OWN`, or a name of `flame.models.attention.IMPLEMENTATIONS` for a model of transformers
             whose configuration names none.
+        device: Where the model will run; on ``"cpu"`` with the PyTorch reference of its operator.
 
     Raises:
         UsageError: There is no such model, or it does not say what it is.

@@ -64,10 +64,12 @@ def passkey_accuracy(
 
     Args:
         model: Anything with transformers' ``generate``, in evaluation mode.
+        tokenizer: The model's tokenizer, which counts ``length``.
         length: Tokens of the prompt, from the beginning to the question's last word.
         depths: Position of the key in the filler, 0 at its beginning and 1 at its end, rounded to the nearest end of
             a sentence.
-        samples: Keys, from 10000 to 99999, drawn with ``seed``.
+        samples: Number of keys, from 10000 to 99999.
+        seed: Seed of the keys.
 
     Returns:
         Depth -> share, from 0 to 1.

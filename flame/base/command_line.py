@@ -104,7 +104,8 @@ def make_folder(name: str, folder: Path) -> None:
     """Creates ``folder`` if needed and checks that it is writable, before work that would be lost otherwise.
 
     Args:
-        name: The user's name for it, such as a flag.
+        name: The user's name for the folder, such as a flag.
+        folder: The folder; its parents are created too.
 
     Raises:
         UsageError: It cannot be created or written to.

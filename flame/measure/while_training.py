@@ -85,11 +85,12 @@ class Observer:
 
 @contextlib.contextmanager
 def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[None]:
-    """Shows ``observer`` the attention and the outputs of a Llama decoder, which runs eagerly meanwhile.
+    """Context in which ``observer`` sees the attention and the outputs of a Llama decoder, which must run eagerly.
 
     Args:
         decoder: Module with ``embed_tokens`` and ``layers``.
         attn_impl: The operator it runs, a name in transformers' table of attention functions.
+        observer: Accumulates the statistics.
     """
     operator: Callable[..., object] = ALL_ATTENTION_FUNCTIONS[attn_impl]
 

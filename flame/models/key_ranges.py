@@ -180,9 +180,12 @@ def num_visible_keys(
     """Number of keys that each of ``T`` queries sees, itself included: ``[1 or B, T]`` integers, at least 1.
 
     Args:
-        S: Number of keys; without ``ranges`` the queries are the last of them.
+        B: Rows of the batch.
+        T: Queries of a row.
+        S: Keys of a row; without ``ranges`` the queries are the last of them.
         ranges: The keys of each row.
         cu_seqlens: Bounds ``[N + 1]`` of the sequences packed in ``B`` rows laid end to end, ``S == T``.
+        device: Device of the result.
     """
     if cu_seqlens is not None:
         positions = torch.arange(B * T, device=device)
@@ -211,12 +214,22 @@ def attend_key_ranges(
     """Causal attention of each row of a batch over the keys of its range; 0 for queries that are padding.
 
     Args:
-        q: ``[B, T, HQ, K]``; ``k [B, S, H, K]``, ``v [B, S, H, V]``.
+        q: Queries ``[B, T, HQ, K]``.
+        k: Keys ``[B, S, H, K]``.
+        v: Values ``[B, S, H, V]``.
         ranges: The columns of ``k`` and ``v`` that belong to each row.
         operator: Attention whose queries are the last positions of the keys.
+        normalizer: A key of `fla.ops.attn.softpick.NORMALIZERS`, that of ``operator``.
+        is_triton: Decode with the Triton operator instead of the reference.
+        scale: Factor on ``q @ k.T``; None: ``K ** -0.5``.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it; None: all.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value, or None.
 
     Returns:
         ``[B, T, HQ, V]``.
+
+    Raises:
+        NotImplementedError: A static cache gets too many queries, or needs a gradient.
     """
     T, HQ, H = q.shape[1], q.shape[2], k.shape[2]
     options = {"window_size": window_size, "sink_bias": sink_bias}

@@ -39,6 +39,8 @@ def document_bounds(
     Args:
         name: The operator, for messages.
         mask: What `causal_key_ranges` returned.
+        B: Rows of the batch.
+        T: Tokens of a row.
         S: Columns of the key tensor, more than ``T`` where there is a cache.
         position_ids: ``[1 or B, T]``; a document ends where they do not go on by one.
         cu_seq_lens_q: Bounds that are known, for ``B == 1``; they win over positions.

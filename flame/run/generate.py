@@ -51,6 +51,10 @@ def write(
     """Token ids ``[T]`` of the prompt and its continuation.
 
     Args:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to write; eos ends earlier.
         temperature: 0 takes the likeliest token each time.
         top_k: Sample from this many of the likeliest tokens. Default: from all.
         top_p: Sample from the likeliest tokens that together have this probability. Default: from all.
