@@ -167,6 +167,7 @@ class HeadObserver:
         )
 
     def see(self, block: WeightBlock) -> None:
+        """Adds a block of weights to the totals; each block of the sequence must be given once."""
         totals = self.totals
         # heads of all groups in one row: [HQ, rows, keys]
         w, scores = block.weights.flatten(0, 1), block.scores.flatten(0, 1)
@@ -219,6 +220,7 @@ class MapObserver:
         self.sums = torch.zeros(n, n, dtype=torch.float64)
 
     def see(self, block: WeightBlock) -> None:
+        """Adds a block of weights to the cells of its rows."""
         w = block.weights.flatten(0, 1)[self.head].double().cpu()
         rows = torch.arange(block.start, block.end) // self.size
         columns = torch.arange(w.shape[1]) // self.size

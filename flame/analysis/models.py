@@ -41,6 +41,7 @@ class ModelSource:
 
     @property
     def normalizer(self) -> str:
+        """A key of `fla.ops.attn.softpick.NORMALIZERS`."""
         return normalizer_of(self.operator)
 
     def fields(self) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no caller gives another kind of namespace
         self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        """As in argparse, after checks for text that is not UTF-8 and for unknown flags."""
         words = sys.argv[1:] if args is None else list(args)
         require_text(words)
         # the parser of a subcommand checks the flags of the subcommand
@@ -97,6 +98,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)  # pyright: ignore[reportReturnType]  # argparse makes a namespace where none is given
 
     def error(self, message: str) -> NoReturn:
+        """Raises UsageError, where argparse would print the usage and exit."""
         raise UsageError(f"{message} ({self.prog} -h lists the flags)")
 
 

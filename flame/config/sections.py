@@ -46,6 +46,8 @@ def _require_name(flag: str, value: str) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class Job:
+    """``--job.*``: where the run writes, its recipe file and description, and which GPUs it may take."""
+
     config_file: str | None = None
     """TOML file with the flags of a run; flags on the command line win over it."""
     dump_folder: str | None = None
@@ -67,6 +69,8 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
+    """``--model.*``: what is trained, and the tokenizer that makes its ids."""
+
     config: str = "configs/softpick_transformer_tiny.json"
     """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
     tokenizer_path: str = "byte"
@@ -78,6 +82,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Optimizer:
+    """``--optimizer.*``: one rate and one weight decay for all parameters."""
+
     name: Literal["AdamW", "Adam"] = "AdamW"
     """Optimizer."""
     lr: float = 3e-3
@@ -104,6 +110,8 @@ class Optimizer:
 
 @dataclass(kw_only=True, slots=True)
 class LRScheduler:
+    """``--lr_scheduler.*``: the learning rate of each step as a share of ``optimizer.lr``: warm-up, constant, decay."""
+
     warmup_steps: int = 30
     """Steps in which the learning rate rises linearly from 0."""
     decay_ratio: float | None = None
@@ -149,6 +157,8 @@ DEFAULT_BOS = "tokenizer"
 
 @dataclass(kw_only=True, slots=True)
 class Training:
+    """``--training.*``: data, batch and length of a run, numerics, and the layout of its processes."""
+
     dataset: str = "python-docs"
     """Text to train on, one source or several separated by commas (an existing path keeps its own): a file or folder (txt, md, jsonl, json,
     also compressed; parquet, arrow), a folder written by flame.data.prepare or by save_to_disk of
@@ -318,6 +328,8 @@ class Training:
 
 @dataclass(kw_only=True, slots=True)
 class ActivationCheckpoint:
+    """``--activation_checkpoint.*``: memory of activations against time in the backward pass."""
+
     mode: Literal["none", "selective", "full"] = "none"
     """Activations to compute again in the backward pass instead of keeping them: of every layer (full), or
     those that selective_ac_option picks."""
@@ -341,6 +353,8 @@ class ActivationCheckpoint:
 
 @dataclass(kw_only=True, slots=True)
 class Experimental:
+    """``--experimental.*``: context parallelism, in the section that upstream flame has for it."""
+
     context_parallel_degree: int = 1
     """Processes that share each sequence; every one needs the keys and values of all of it."""
 
@@ -351,6 +365,8 @@ class Experimental:
 
 @dataclass(kw_only=True, slots=True)
 class Validation:
+    """``--validation.*``: which data is held out, and when its loss is measured."""
+
     share: float = 0.05
     """Share of the tokens, the last ones, that is held out; 0: no validation."""
     sequences: int = 0
@@ -371,6 +387,8 @@ _LOADED = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
 @dataclass(kw_only=True, slots=True)
 class Checkpoint:
+    """``--checkpoint.*``: what is saved and when, what a run starts from, and what it exports."""
+
     enable_checkpoint: bool = True
     """Save checkpoints, without which a run can neither continue nor be exported."""
     folder: str = "checkpoint"
@@ -461,6 +479,8 @@ class Checkpoint:
 
 @dataclass(kw_only=True, slots=True)
 class MetricsConfig:
+    """``--metrics.*``: what is logged, how often, and where to; what counts as a spike of the loss."""
+
     log_freq: int = 10
     """Steps between two lines of the log, of metrics.jsonl and of TensorBoard; the first step is always
     logged."""
@@ -501,6 +521,8 @@ class MetricsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Profiling:
+    """``--profiling.*``: traces of steps and snapshots of GPU memory."""
+
     enable_profiling: bool = False
     """Write a trace of one step in every profile_freq with torch.profiler, for Perfetto or chrome://tracing."""
     save_traces_folder: str = "profile_traces"
@@ -522,6 +544,8 @@ class Profiling:
 
 @dataclass(kw_only=True, slots=True)
 class Comm:
+    """``--comm.*``: how long processes wait for one another, and the trace that a timeout leaves."""
+
     init_timeout_seconds: int = 300
     """Seconds that a process waits for the others up to the end of its first step."""
     train_timeout_seconds: int = 100
@@ -543,6 +567,8 @@ class Comm:
 
 @dataclass(kw_only=True, slots=True)
 class MemoryEstimation:
+    """``--memory_estimation.*``: an estimate of the peak memory instead of a run."""
+
     enabled: bool = False
     """Print an estimate of one process's peak memory, from two simulated steps, and end. Nothing is trained,
     and no dump folder is made."""
@@ -560,6 +586,8 @@ class MemoryEstimation:
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
+    """``--sample.*``: the text that the trained model writes at the end of a run."""
+
     prompt: str = "The "
     """Text that the trained model is asked to continue when the run ends."""
     max_new_tokens: int = 200
@@ -581,6 +609,8 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
+    """All flags of a run, one field a section, in the order of ``bash train.sh -h``; checks what involves two sections."""
+
     job: Job = field(default_factory=Job)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -641,6 +671,7 @@ class JobConfig:
 
     @property
     def dump_folder(self) -> Path:
+        """``job.dump_folder``, or its default: ``exp/`` and the name of the model configuration."""
         return Path(self.job.dump_folder or Path("exp") / Path(self.model.config).stem)
 
     def flags(self) -> dict[str, Any]:

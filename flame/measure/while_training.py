@@ -39,6 +39,7 @@ class Observer:
         cu_seqlens: torch.Tensor | None,
         sink_bias: torch.Tensor | None,
     ) -> None:
+        """Counts the weights of one layer's attention on one batch."""
         if self.is_counting:
             self.counts[layer].add(
                 attention_counts(
@@ -53,6 +54,7 @@ class Observer:
             )
 
     def see_output(self, index: int, output: torch.Tensor) -> None:
+        """Adds the output of the embedding (index 0) or of layer ``index - 1`` to its moments."""
         if self.is_counting:
             self.powers[index] += power_sums(local_tensor(output))
 
@@ -85,7 +87,7 @@ class Observer:
 
 @contextlib.contextmanager
 def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[None]:
-    """Context in which ``observer`` sees the attention and the outputs of a Llama decoder, which must run eagerly.
+    """Context in which ``observer`` sees the attention and the outputs of a Llama decoder; it runs eagerly meanwhile.
 
     Args:
         decoder: Module with ``embed_tokens`` and ``layers``.

@@ -36,6 +36,7 @@ class KeyRanges(NamedTuple):
     ndim = 0
 
     def contiguous(self) -> "KeyRanges":
+        """Itself: transformers asks this of a mask."""
         return self
 
     def queries(self, T: int) -> list[tuple[int, int]]:

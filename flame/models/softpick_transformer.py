@@ -121,6 +121,11 @@ class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
+        """Refuses an implementation that computes another normaliser than ``attn_impl``, or lacks an addition.
+
+        Raises:
+            ValueError: The message names the implementation, and what the model needs.
+        """
         attn_impl = self.config.attn_impl
         requested = requested_attention or attn_impl
         if normalizer_of(requested) != normalizer_of(attn_impl):

@@ -34,6 +34,8 @@ from flame.titan.patches import DEVICE_TYPE
 
 @dataclass(frozen=True, slots=True)
 class Size:
+    """Size of an arm's model."""
+
     parameters: int
     flops_per_token: int
     """Training FLOPs of a token by torchtitan's convention, see `flame.titan.model.ModelArgs`."""

@@ -37,6 +37,8 @@ _RESERVED = ("models", "report", "report.log", "lock")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
+    """An arm of the ablation: a model configuration, trained with each seed at each learning rate."""
+
     name: str
     model: dict[str, Any]
     """Fields of the model configuration that differ from the base."""
@@ -69,15 +71,19 @@ class Run:
 
     @property
     def name(self) -> str:
+        """``arm/lrX-seedN``: unique in the sweep, and the path of the folder below ``out``."""
         return f"{self.arm}/{self.folder.name}"
 
     @property
     def log(self) -> Path:
+        """File of what the run prints, next to its dump folder, which the run itself creates."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
+    """A checked sweep file: its settings, and the runs that they define."""
+
     file: Path
     name: str
     out: Path
@@ -89,6 +95,7 @@ class Sweep:
     runs: tuple[Run, ...]
 
     def model_file(self, arm: str) -> Path:
+        """Model configuration of an arm's runs, which the sweep writes before it starts them."""
         return self.out / "models" / f"{arm}.json"
 
     def model_keys(self, arm: Arm) -> dict[str, Any]:

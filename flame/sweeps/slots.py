@@ -13,6 +13,8 @@ from flame.machine.numa import TopologyError
 
 @dataclass(frozen=True, slots=True)
 class Slot:
+    """GPUs of one run, as the environment variables that select them."""
+
     name: str
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the processes in the slot."""

@@ -55,6 +55,10 @@ class TitanModel(ModelProtocol):
         self.__dict__["hf"] = hf
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draws the weights from the seed, once the parameters are on their device, sharded or not.
+
+        ``buffer_device`` gets the buffers if weights are offloaded.
+        """
         initialize_weights(self.hf, self.seed)
         if buffer_device is not None:
             # offloaded weights stay on the host, but what is computed with is on the device

@@ -102,9 +102,11 @@ class Validator(BaseValidator):
         self.trainer = trainer
 
     def should_validate(self, step: int) -> bool:
+        """True every ``validation.freq`` steps, but not after the last step."""
         config = self.trainer.config
         return step % config.validation.freq == 0 and step < config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Measures the validation loss and logs it."""
         loss = self.trainer.validation_loss()
         self.trainer.metrics_processor.log_validation(loss, step)

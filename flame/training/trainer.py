@@ -101,6 +101,7 @@ class FlameTrainer(Trainer):
         )
 
     def init_distributed(self) -> Layout:
+        """Joins the process group; the layout shards weights with FSDP2 in every run of several processes."""
         return Layout.of(super().init_distributed())
 
     def _build_dataloader(
@@ -236,6 +237,10 @@ class FlameTrainer(Trainer):
         return stopped
 
     def should_continue_training(self) -> bool:
+        """Whether another step follows: the same answer on all ranks, which all must ask.
+
+        The first call, after the checkpoint is loaded, sets ``start_step``.
+        """
         if self.start_step is None:
             self.start_step = self.metrics_processor.start_step = self.step
             if self.step >= self.config.training.steps:
@@ -250,11 +255,13 @@ class FlameTrainer(Trainer):
         return super().should_continue_training() and stopped is None
 
     def state_dict(self) -> dict[str, Any]:
+        """Step, skipped steps, and the tokens that all data-parallel ranks have seen."""
         # the total over data-parallel ranks, so that another number of ranks can continue it
         tokens = {"ntokens_seen": self.ntokens_seen * self._data_ranks()}
         return super().state_dict() | self.step_check.state_dict() | tokens
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the counts of a checkpoint, which another number of ranks may have written."""
         super().load_state_dict(state_dict)
         self.step_check.load_state_dict(state_dict)
         self.ntokens_seen = state_dict["ntokens_seen"] // self._data_ranks()
@@ -271,6 +278,7 @@ class FlameTrainer(Trainer):
         return held_out.attention_scalars(self)
 
     def close(self) -> None:
+        """Ends the workers of the data before torchtitan's own clean-up."""
         self.dataloader.close()
         super().close()
 

@@ -18,6 +18,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
+        """The table under a heading of level 3, its note below it; numbers are aligned to the right."""
         lines = [f"### {self.title}", ""]
         lines += ["| " + " | ".join(self.header) + " |"]
         lines += ["|---" + "|---:" * (len(self.header) - 1) + "|"]
