@@ -215,7 +215,7 @@ def _dcp_to_hf_command(args: argparse.Namespace) -> None:
 def _model_for(args: argparse.Namespace, run: dict[str, Any] | None) -> SoftpickTransformerConfig:
     given = None if args.config is None else _read_config(args.config, "--model.config")
     if run is None:
-        return given  # pyright: ignore[reportReturnType]  # asked for where there is no run
+        return given  # pyright: ignore[reportReturnType]  # the flag is required if there is no run
     trained = model_of(run)
     if given is not None:
         here, there = given.to_dict(), trained.to_dict()
@@ -228,7 +228,7 @@ def _model_for(args: argparse.Namespace, run: dict[str, Any] | None) -> Softpick
 
 
 def _tokenizer_for(args: argparse.Namespace, run: dict[str, Any] | None) -> PreTrainedTokenizerFast:
-    name = args.tokenizer or run["--model.tokenizer_path"]  # pyright: ignore[reportOptionalSubscript]  # set where there is no run
+    name = args.tokenizer or run["--model.tokenizer_path"]  # pyright: ignore[reportOptionalSubscript]  # --tokenizer is required if there is no run
     try:
         tokenizer = load_tokenizer(name)
         if run is not None:

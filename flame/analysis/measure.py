@@ -128,7 +128,7 @@ def sequence_loss(model: PreTrainedModel, sequence: torch.Tensor) -> float:
     pieces = zip(logits.split(1024), sequence[1:].split(1024), strict=True)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     total = sum(F.cross_entropy(x.to(dtype), y, reduction="sum").double() for x, y in pieces)
-    return total.item() / (len(sequence) - 1)  # pyright: ignore[reportAttributeAccessIssue]  # a sum of one tensor at least
+    return total.item() / (len(sequence) - 1)  # pyright: ignore[reportAttributeAccessIssue]  # at least one tensor is summed, so the sum is no int
 
 
 def loss_of(

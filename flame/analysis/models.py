@@ -65,7 +65,7 @@ class ModelSource:
                 return self._load(self.path)
             with tempfile.TemporaryDirectory(prefix="flame-analyze-") as folder:
                 out = Path(folder) / "hf"
-                dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)  # pyright: ignore[reportArgumentType]  # a checkpoint is of our model
+                dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)  # pyright: ignore[reportArgumentType]  # checkpoints are of softpick_transformer models only
                 return self._load(out)
         except UsageError as error:
             raise UsageError(f"--model {self.path}: {error}") from None
@@ -78,7 +78,7 @@ class ModelSource:
 
     def _load(self, folder: Path) -> PreTrainedModel:
         model = load_model(folder, dtype=torch.float32, attn_implementation=self.operator)
-        return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
+        return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers hides the signature of nn.Module.to
 
 
 def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource:

@@ -85,7 +85,7 @@ def passkey_accuracy(
             ids = _stack(
                 [_prompt(tokenizer, length, depth, case, case.key) for case in batch], model
             )
-            written = model.generate(  # pyright: ignore[reportCallIssue]  # of transformers' GenerationMixin, which every causal model has
+            written = model.generate(  # pyright: ignore[reportCallIssue]  # every causal model of transformers has GenerationMixin's generate
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=_NEW_TOKENS,
@@ -94,7 +94,7 @@ def passkey_accuracy(
                 pad_token_id=tokenizer.eos_token_id,
             )[:, length:]
             for case, answer in zip(batch, written, strict=True):
-                text: str = tokenizer.decode(answer, skip_special_tokens=True)  # pyright: ignore[reportAssignmentType]  # one answer gives one text
+                text: str = tokenizer.decode(answer, skip_special_tokens=True)  # pyright: ignore[reportAssignmentType]  # one sequence decodes to one str
                 number = re.match(r"\s*([0-9]+)", text)
                 correct += number is not None and number[1] == case.key
         shares[depth] = correct / samples

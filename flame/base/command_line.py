@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
 
-    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no caller gives another kind of namespace
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # argparse is generic in the class of the namespace; all callers use the default
         self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As in argparse, after checks for text that is not UTF-8 and for unknown flags."""
@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
                 if name.startswith("--")
             }
             require_flags(words, options, help_command=f"{self.prog} -h")
-        return super().parse_known_args(words, namespace)  # pyright: ignore[reportReturnType]  # argparse makes a namespace where none is given
+        return super().parse_known_args(words, namespace)  # pyright: ignore[reportReturnType]  # argparse replaces None by a new namespace
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError, where argparse would print the usage and exit."""

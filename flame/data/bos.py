@@ -48,7 +48,7 @@ def around_document(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[list
     Raises:
         ValueError: The tokenizer itself puts an eos elsewhere after the text than at the end.
     """
-    eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]  # an id; transformers types all special tokens at once
+    eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]  # transformers types the ids of all special tokens alike; this one is an int
     if mode != "tokenizer":
         return [], [eos]
     before, after = affixes(tokenizer)
@@ -76,7 +76,7 @@ def sequence_bos(tokenizer: PreTrainedTokenizerFast, mode: str) -> int | None:
             f"{_FLAG} sequence: the tokenizer of --model.tokenizer_path has no bos token; use {_FLAG} tokenizer or "
             f"none, or set bos_token in its {_CONFIG}"
         )
-    return tokenizer.bos_token_id  # pyright: ignore[reportReturnType]  # an id; transformers types all special tokens at once
+    return tokenizer.bos_token_id  # pyright: ignore[reportReturnType]  # transformers types the ids of all special tokens alike; this one is an int
 
 
 def before_prompt(tokenizer: PreTrainedTokenizerFast, mode: str) -> list[int]:
@@ -103,7 +103,7 @@ def for_inference(tokenizer: PreTrainedTokenizerFast, mode: str) -> PreTrainedTo
     if affixes(tokenizer) != (before, []):
         backend.post_processor = _post_processor(
             before,
-            tokenizer.convert_ids_to_tokens(before),  # pyright: ignore[reportArgumentType]  # a list of ids gives a list of tokens
+            tokenizer.convert_ids_to_tokens(before),  # pyright: ignore[reportArgumentType]  # given a list of ids, it returns a list of str
             backend.post_processor,
         )
     return tokenizer

@@ -142,7 +142,7 @@ def _saved_files(dataset: str, folder: Path, split: str) -> list[Path]:
         return [Path(file["filename"]) for file in part.cache_files]
 
     if isinstance(saved, datasets.DatasetDict):
-        chosen = _choose(dataset, {key: files(part) for key, part in saved.items()}, split)  # pyright: ignore[reportArgumentType]  # names of splits read from a file are str
+        chosen = _choose(dataset, {key: files(part) for key, part in saved.items()}, split)  # pyright: ignore[reportArgumentType]  # splits that were read from a folder have names of type str
     elif split in ("train", ALL, str(saved.split)):
         chosen = files(saved)
     else:
@@ -196,7 +196,7 @@ def _configured_splits(dataset: str, folder: Path, name: str | None) -> dict[str
         builder = datasets.load_dataset_builder(str(folder), name)
         return {
             str(split): [Path(file) for file in files]
-            for split, files in builder.config.data_files.items()  # pyright: ignore[reportOptionalMemberAccess]  # a builder of local files has them
+            for split, files in builder.config.data_files.items()  # pyright: ignore[reportOptionalMemberAccess]  # a builder of local files has data_files
         }
     # builders raise whatever they like
     except Exception as error:

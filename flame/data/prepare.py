@@ -187,7 +187,7 @@ def _chunks(shards: Shards) -> Iterator[tuple[int, list[str]]]:
                 yield shard, texts
                 texts, size = [], 0
     if texts:
-        yield shard, texts  # pyright: ignore[reportPossiblyUnboundVariable]  # texts are of a shard
+        yield shard, texts  # pyright: ignore[reportPossiblyUnboundVariable]  # if there are texts, the loop has bound shard
 
 
 def _flush(file: IO[Any]) -> None:

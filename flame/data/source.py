@@ -103,7 +103,7 @@ class TokenSource:
         return j < self._num_starts() and self._start(j) + j == position
 
     def _read_with_bos(self, position: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        bos: int = self.bos  # pyright: ignore[reportAssignmentType]  # has_document_bos comes with one
+        bos: int = self.bos  # pyright: ignore[reportAssignmentType]  # has_document_bos is set only together with bos
         # the bos of the sequence is that of its first document, or precedes the rest of a document
         position += self._is_start(position)
         j = self._starts_before(position)

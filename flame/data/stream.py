@@ -95,7 +95,7 @@ def hold_out(
     source = TokenSource(
         shards.name, stream, ends, checksum, bos=bos, has_document_bos=has_document_bos
     )
-    return source, cursor  # pyright: ignore[reportPossiblyUnboundVariable]  # documents() never ends
+    return source, cursor  # pyright: ignore[reportPossiblyUnboundVariable]  # documents() is endless, so the loop runs
 
 
 class _TokenStream:
@@ -165,7 +165,7 @@ class _TokenStream:
         self._offset += length
         self._num_tokens -= length
         self._drop_used()
-        return ends if row is not None else []  # pyright: ignore[reportPossiblyUnboundVariable]  # bound where there is a row
+        return ends if row is not None else []  # pyright: ignore[reportPossiblyUnboundVariable]  # bound if row is not None
 
     def _drop_used(self) -> None:
         while self._documents and self._offset >= len(self._documents[0][1]):
@@ -180,7 +180,7 @@ class _TokenStream:
                 if texts:
                     self._pending.append((cursors, self._workers.submit(texts)))
             if not self._pending:
-                raise self._error  # pyright: ignore[reportGeneralTypeIssues]  # set, since nothing is pending and nothing more was read
+                raise self._error  # pyright: ignore[reportGeneralTypeIssues]  # nothing is pending and nothing more was read, so an error is set
             cursors, future = self._pending.popleft()
             tokens, lengths = self._workers.result(future)
             starts = np.cumsum(lengths)[:-1]

@@ -26,7 +26,7 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
 
 
 def _call(item: object) -> object:
-    return _function(item)  # pyright: ignore[reportOptionalCall]  # set by _start, the initializer
+    return _function(item)  # pyright: ignore[reportOptionalCall]  # _start, the initializer of the process, has set it
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
     ) -> object:
         cu_seqlens, sink_bias = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux")
         observer.see_attention(
-            module.layer_idx,  # pyright: ignore[reportArgumentType]  # every attention of transformers has one
+            module.layer_idx,  # pyright: ignore[reportArgumentType]  # every attention module of transformers has layer_idx
             query,
             key,
             scaling,
@@ -118,7 +118,7 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
         kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         return operator(module, query, key, *args, **kwargs)
 
-    modules = [decoder.embed_tokens, *decoder.layers]  # pyright: ignore[reportGeneralTypeIssues]  # a decoder of transformers
+    modules = [decoder.embed_tokens, *decoder.layers]  # pyright: ignore[reportGeneralTypeIssues]  # a decoder of transformers has embed_tokens and layers
     hooks = [
         module.register_forward_hook(partial(_see_output, observer, index))
         for index, module in enumerate(modules)

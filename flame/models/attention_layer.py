@@ -52,7 +52,7 @@ class NormalizedAttention(LlamaAttention):
                 config.hidden_size, heads * self.head_dim, bias=config.attention_bias
             )
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # positions are needed, and weights are given where asked for
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # Llama's accepts None for positions, and declares that it always returns weights
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -103,7 +103,7 @@ class NormalizedAttention(LlamaAttention):
         if self.config.attn_sink:
             options["s_aux"] = local_tensor(self.sinks)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]  # set when the model is made
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]  # transformers sets it when it builds the model
             eager_attention_forward,
         )
         dropout = self.attention_dropout if self.training else 0.0

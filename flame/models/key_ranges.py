@@ -41,8 +41,8 @@ class KeyRanges(NamedTuple):
 
     def queries(self, T: int) -> list[tuple[int, int]]:
         """For each row, first and one past the last of its ``T`` queries that are not padding."""
-        begin: int = self.stop - T  # pyright: ignore[reportAssignmentType]  # an int where the bounds are known
-        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]  # pyright: ignore[reportOptionalIterable]  # known with the bounds
+        begin: int = self.stop - T  # pyright: ignore[reportAssignmentType]  # if the bounds are known, stop is an int
+        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]  # pyright: ignore[reportOptionalIterable]  # callers check that the bounds are known
 
 
 class MaskSentinel(enum.Enum):
@@ -121,7 +121,7 @@ def causal_key_ranges(
     if not allow_is_causal_skip and q_length > 1:
         # positions that restart come as an "and" around the whole mask; blocks that see each other as an "or"
         # (by __name__: Dynamo of torch 2.11 does not know the __qualname__ of a closure)
-        if not use_vmap and mask_function.__name__ == "and_mask":  # pyright: ignore[reportOptionalMemberAccess]  # transformers gives one
+        if not use_vmap and mask_function.__name__ == "and_mask":  # pyright: ignore[reportOptionalMemberAccess]  # transformers always passes a mask function here
             return MAYBE_PACKED
         use_vmap = True
     if use_vmap:
@@ -147,9 +147,9 @@ def causal_key_ranges(
         starts, ends = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in zip(*bounds, strict=True)
         )
-        return KeyRanges(starts, ends, stop, bounds)  # pyright: ignore[reportArgumentType]  # stop is an int where q_offset is
+        return KeyRanges(starts, ends, stop, bounds)  # pyright: ignore[reportArgumentType]  # q_offset is an int here, so stop is one
     # static cache: read nothing back during capture; the start of each row is its first unmasked column
-    ends = stop.to(torch.int32).expand(batch_size)  # pyright: ignore[reportAttributeAccessIssue]  # stop is a tensor where q_offset is
+    ends = stop.to(torch.int32).expand(batch_size)  # pyright: ignore[reportAttributeAccessIssue]  # q_offset is a tensor here, so stop is one
     starts = torch.zeros_like(ends)
     if padding is not None:
         starts = padding.int().argmax(1).to(torch.int32)
@@ -244,7 +244,7 @@ def attend_key_ranges(
             )
         options |= {"normalizer": normalizer, "starts": ranges.starts}
         if _reads is None:
-            return decode(q, k, v, ranges.ends, scale, **options)  # pyright: ignore[reportReturnType]  # no lse and no statistics are asked for
+            return decode(q, k, v, ranges.ends, scale, **options)  # pyright: ignore[reportReturnType]  # without return_lse and return_stats the result is one tensor
         o, share = _decode_and_count(q, k, v, ranges, scale, is_triton=is_triton, **options)
         _reads.add(share)
         return o
@@ -290,7 +290,7 @@ def _decode_and_count(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of decoding and the share of the values with any weight ``[B, H]``."""
     if is_triton:
-        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)  # pyright: ignore[reportReturnType]  # two, with return_stats
+        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)  # pyright: ignore[reportReturnType]  # with return_stats the result is a pair
     o = naive_normalized_attn_decode(q, k, v, ranges.ends, scale, **options)
     starts = options.pop("starts")
     # [B, HQ, T, S] -> [B, H, S]

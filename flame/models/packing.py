@@ -67,7 +67,7 @@ def document_bounds(
         return None
     if is_tracing(position_ids):
         if not isinstance(mask, KeyRanges):
-            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public asynchronous assertion
                 (position_ids.diff() == 1).all(), f"{name} {_RESTART}: {_PASS_BOUNDS}"
             )
         return None
@@ -94,7 +94,7 @@ def _require_equal(name: str, q: torch.Tensor | None, k: torch.Tensor | None) ->
             raise NotImplementedError(message)
     else:
         # an asynchronous check: reading back would synchronise in every layer
-        torch._assert_async((q == k).all(), message)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
+        torch._assert_async((q == k).all(), message)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public asynchronous assertion
 
 
 def _look(position_ids: torch.Tensor, B: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:

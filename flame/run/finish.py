@@ -33,7 +33,7 @@ def finish(
             checkpoint,
             config=inputs.model,
             tokenizer=inputs.tokenizer,
-            bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has filled it in
+            bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has replaced None
             run=config.dump_folder,
             out=out,
             dtype=getattr(torch, config.checkpoint.export_dtype),

@@ -182,7 +182,7 @@ def set_bos(config: JobConfig) -> None:
             earlier = read_run(folder)
             if not _saved_nothing(folder, earlier):
                 bos = bos_of(earlier)
-        config.training.bos = bos  # pyright: ignore[reportAttributeAccessIssue]  # run.json holds the value of a flag
+        config.training.bos = bos  # pyright: ignore[reportAttributeAccessIssue]  # run.json holds one of the flag's values
 
 
 def bos_of(run: dict[str, Any]) -> str:

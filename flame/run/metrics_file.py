@@ -147,7 +147,7 @@ class WeightsAndBiases:
     """Logs the run to wandb under one id, so that a continued run continues its curves."""
 
     def __init__(self, config: JobConfig) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]  # not among the dependencies; --metrics.enable_wandb asks for it
+        import wandb  # pyright: ignore[reportMissingImports]  # not a dependency; needed by --metrics.enable_wandb only
 
         folder = config.dump_folder
         file = folder / "wandb_id"

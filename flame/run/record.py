@@ -138,7 +138,7 @@ def _versions() -> dict[str, str | None]:
     versions["hip"] = torch.version.hip
     if torch.cuda.is_available():
         # RCCL on ROCm
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]  # a submodule that torch itself imports
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]  # torch imports this submodule itself
     return versions
 
 

@@ -132,9 +132,9 @@ def check_runs(sweep: Sweep) -> None:
                     except ValueError as error:
                         raise UsageError(str(error)) from None
                     first = tokenizer
-                    bos: str = config.training.bos  # pyright: ignore[reportAssignmentType]  # set_bos has filled it in
+                    bos: str = config.training.bos  # pyright: ignore[reportAssignmentType]  # set_bos has replaced None
                 _check_folder(sweep, run, config, model, data)
-    _check_analysis(sweep, first, bos)  # pyright: ignore[reportPossiblyUnboundVariable]  # a sweep has a run at least
+    _check_analysis(sweep, first, bos)  # pyright: ignore[reportPossiblyUnboundVariable]  # a sweep has at least one run, so the loop has bound it
 
 
 def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:

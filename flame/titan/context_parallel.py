@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
         return ops.wait_tensor(ops.all_gather_into_tensor(x, size, group))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient, since forward gives one tensor
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch declares *grads; forward has one output, so there is one
         # NOTE(numerics): the sum over processes is in the dtype of x; the kernel sums each process's part of dk and dv
         # over its queries in float32, and rounds it once
         ops = torch.ops._c10d_functional

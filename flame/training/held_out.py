@@ -53,7 +53,7 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     """
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     attn_impl = trainer.inputs.model.attn_impl
-    decoder: SoftpickTransformerModel = model.model  # pyright: ignore[reportAssignmentType]  # of TitanModel
+    decoder: SoftpickTransformerModel = model.model  # pyright: ignore[reportAssignmentType]  # the model is a TitanModel, whose decoder is this class
     layers = len(decoder.layers)
     mesh = dims.get_mesh("batch") if dims.dp_enabled else None
     rank, size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)

@@ -156,7 +156,7 @@ def _sinks(results: Results) -> str:
             if r["head"] is not None:
                 seeds.setdefault(r["layer"], {}).setdefault(r["head"], []).append(r["value"])
         values[label] = [
-            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])]  # pyright: ignore[reportOptionalMemberAccess]  # a head has a value at least
+            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])]  # pyright: ignore[reportOptionalMemberAccess]  # each head has at least one value, so no mean is None
             for i in sorted(seeds)
         ]
     # models without sinks would otherwise be one shade, and noise of theirs dark
@@ -193,7 +193,7 @@ def _activations(results: Results) -> str:
                     sides[key] = max(value, sides[key])
         layers = sorted({layer for _, layer in sides})
         points = {n: mean_of(v for (_, x), v in sides.items() if x == n) for n in layers}
-        lines.append(Line(index, label, points))  # pyright: ignore[reportArgumentType]  # a layer has a value at least
+        lines.append(Line(index, label, points))  # pyright: ignore[reportArgumentType]  # each layer has at least one value, so no point is None
     magnitude = line_chart(lines, axis, Axis("largest |activation|", log=True))
     by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
     kurtosis = line_chart(by_layer, axis, Axis("kurtosis", log=True))

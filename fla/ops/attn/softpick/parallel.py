@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, do, dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient for each output, by position
+    def backward(ctx, do, dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch declares *grads; forward has two outputs
         q, k, v, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
