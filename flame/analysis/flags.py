@@ -203,8 +203,8 @@ def labels_of(args: argparse.Namespace) -> list[str]:
             labels.append(path.name)
     if len(set(labels)) < len(labels):
         raise UsageError(
-            f"--label is needed: by their folders several models are called {max(labels, key=labels.count)!r}; seeds of "
-            "an arm share a label"
+            f"--label is needed, since several folders of --model give the label {max(labels, key=labels.count)!r}; "
+            "give all seeds of an arm the same label"
         )
     return labels
 
@@ -219,8 +219,8 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
     for model, label in zip(models, labels, strict=True):
         if _text_fingerprint(model) != _text_fingerprint(first):
             raise UsageError(
-                f"--model {model.path} has another tokenizer than {first.path}: they would be measured on other tokens, and "
-                "their losses do not compare"
+                f"--model {model.path} has another tokenizer than {first.path}: losses compare only if all models are "
+                "measured on the same tokens"
             )
         own, others = (before_prompt(x.tokenizer, "tokenizer") for x in (model, first))
         if args.first_token == "training" and own != others:
@@ -231,7 +231,8 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
         arm = arms.setdefault(label, model)
         if arm.fields() != model.fields():
             raise UsageError(
-                f"--label {label}: {model.path} ({model.fields()}) is no seed of the arm of {arm.path} ({arm.fields()})"
+                f"--label {label}: {model.path} ({model.fields()}) must be another seed of the arm of {arm.path} "
+                f"({arm.fields()}); give it another label"
             )
         most = getattr(model.config, "max_position_embeddings", None)
         longest = max([*args.lengths, *args.passkey_lengths])

@@ -156,5 +156,5 @@ def _read_checkpoint_run(path: Path) -> tuple[Config, Tokenizer]:
         return model_of(run), for_inference(tokenizer, bos_of(run))
     except READING_ERRORS as error:
         raise UsageError(
-            f"--model {path}: {folder / RUN_FILE} does not tell its model: {' '.join(str(error).split())}"
+            f"--model {path}: {folder / RUN_FILE} does not name its model and tokenizer: {' '.join(str(error).split())}"
         ) from None

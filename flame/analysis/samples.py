@@ -123,8 +123,8 @@ def _open(
         if is_held_out and path is not None and path.is_dir() and has_splits(data, path):
             # training reads the split train, whose end it holds out
             raise ValueError(
-                f"--data {data!r}: has splits, of which train is not held out; name files or a folder of "
-                "one that is"
+                f"--data {data!r}: has splits, and training reads the split train; name the files or the "
+                "folder of a split that is held out"
             )
     documents = load_documents(data)
     return (

@@ -51,14 +51,14 @@ def check_start(config: JobConfig, model: SoftpickTransformerConfig, device_type
             )
         if newest is not None:
             raise UsageError(
-                f"--checkpoint.create_seed_checkpoint: {newest} is there already; name another --job.dump_folder"
+                f"--checkpoint.create_seed_checkpoint: {newest} exists already; name another --job.dump_folder"
             )
     if newest is not None:
         step, steps = step_of(newest), config.training.steps
         if 0 < step < steps and has_weights_only(read_contents(newest)):
             raise UsageError(
                 f"--training.steps {steps}: {newest} holds weights only "
-                "(--checkpoint.last_save_model_weights_only), so the run cannot go on; start another with "
+                "(--checkpoint.last_save_model_weights_only), so the run cannot continue; start another with "
                 f"--checkpoint.initial_load_path {newest}"
             )
     elif c.initial_load_path is not None:

@@ -51,11 +51,11 @@ def check_weights(
     """
     for name, tensor in _meta_model(config).state_dict().items():
         if name not in contents:
-            raise UsageError(f"{what} is not of {wanted}: it has no {name}")
+            raise UsageError(f"{what} does not fit {wanted}: it has no {name}")
         if contents[name] != tensor.shape:
             raise UsageError(
-                f"{what} is not of {wanted}: {name} is {list(contents[name] or [])}, the model's is "
-                f"{list(tensor.shape)}"
+                f"{what} does not fit {wanted}: {name} must have the shape {list(tensor.shape)}, got "
+                f"{list(contents[name] or [])}"
             )
 
 
@@ -148,7 +148,7 @@ def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> N
         {name: x.shape for name, x in weights.items()}, config, what=what, wanted="the model"
     )
     if unknown := weights.keys() - _meta_model(config).state_dict().keys():
-        raise UsageError(f"{what} is not of the model, which has no parameter {min(unknown)}")
+        raise UsageError(f"{what} does not fit the model, which has no parameter {min(unknown)}")
     with no_process_group():
         dcp.save(weights, storage_writer=AtomicWriter(out), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
 

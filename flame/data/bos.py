@@ -36,8 +36,8 @@ def affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     texts = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
     if len(texts) != 1:
         raise ValueError(
-            f"{_FLAG} tokenizer: the post-processor of --model.tokenizer_path holds a text {len(texts)} times, "
-            f"not once; use {_FLAG} sequence or none, or another tokenizer"
+            f"{_FLAG} tokenizer: the post-processor of --model.tokenizer_path must hold a text once, got "
+            f"{len(texts)} times; use {_FLAG} sequence or none, or another tokenizer"
         )
     return encoding.ids[: texts[0]], encoding.ids[texts[0] + 1 :]
 
@@ -57,8 +57,8 @@ def around_document(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[list
     if after.count(eos) > 1:
         raise ValueError(
             f"{_FLAG} tokenizer: the post-processor of --model.tokenizer_path adds "
-            f"{' '.join(tokenizer.convert_ids_to_tokens(affixes(tokenizer)[1]))!r} after a text, in which eos does not "
-            f"end the document; use {_FLAG} sequence or none, or another tokenizer"
+            f"{' '.join(tokenizer.convert_ids_to_tokens(affixes(tokenizer)[1]))!r} after a text, but only its last token may "
+            f"be eos; use {_FLAG} sequence or none, or another tokenizer"
         )
     return before, after
 

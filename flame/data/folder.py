@@ -77,8 +77,8 @@ def folder_files(dataset: str, folder: Path, name: str | None, split: str) -> li
         rest = sorted(set(files).difference(*splits.values()))
         if rest:
             raise ValueError(
-                f"{_FLAG} {dataset!r}: {len(rest)} files, {rest[0].relative_to(folder)} the first, belong "
-                f"to none of the splits that names tell ({', '.join(splits)}); choose files with "
+                f"{_FLAG} {dataset!r}: {len(rest)} files, the first {rest[0].relative_to(folder)}, belong "
+                f"to none of the splits found in names ({', '.join(splits)}); choose files with "
                 f"{_FILES_FLAG}, or take them all with {_SPLIT_FLAG} {ALL}"
             )
     if len(splits) > 1:

@@ -83,7 +83,7 @@ def hold_out(
         if cursor.epoch:
             raise ValueError(
                 f"--validation.sequences {sequences}: {shards.name} has {ends[-1]} tokens, of which "
-                f"{needed} would be held out and none be left to train on; hold out fewer or give more text"
+                f"{needed} would be held out, which leaves none to train on; hold out fewer or give more text"
             )
         if ends[-1] >= needed:
             break
@@ -203,8 +203,8 @@ class _TokenStream:
         ):
             raise ValueError(
                 f"{_FLAG} {self._shards.name!r}: document {cursor.row} of "
-                f"{self._shards.part(cursor.shard)}, where the checkpoint stopped, is not there or is "
-                "another; documents up to that one must stay as they were"
+                f"{self._shards.part(cursor.shard)}, where the checkpoint stopped, is missing or has "
+                "changed; restore the documents up to that one"
             )
 
     def _chunk(self) -> tuple[list[Cursor], list[str]]:

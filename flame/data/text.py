@@ -167,7 +167,7 @@ def load_from_hub(
     # builders raise whatever they like, StopIteration included
     except Exception as error:
         raise ValueError(
-            f"{_FLAG} {dataset!r}: no local path, and Hugging Face datasets could not load it "
+            f"{_FLAG} {dataset!r}: not a local path, and Hugging Face datasets could not load it "
             f"({first_line(error)}); expected {_EXPECTED}"
         ) from error
     # a stream may not know its columns before its first row; rows are checked when they are read

@@ -109,7 +109,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
                 f"{name} has no dropout, got {dropout}: set attention_dropout to 0"
             )
         if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            raise NotImplementedError(f"{name} is causal; is_causal=False is not possible")
+            raise NotImplementedError(f"{name} computes causal attention only, got is_causal=False")
         if softcap is not None:
             raise NotImplementedError(f"{name} does not cap scores, got softcap {softcap}")
         if position_bias is not None:

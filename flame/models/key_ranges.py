@@ -239,8 +239,8 @@ def attend_key_ranges(
         decode = normalized_attn_decode if is_triton else naive_normalized_attn_decode
         if ranges.bounds is None and not is_decoding:
             raise NotImplementedError(
-                f"softpick attention with a static cache takes at most {MAX_ROWS} query tokens times query heads a key "
-                f"head after the first call, and no gradients; got {T} x {HQ // H}"
+                "after its first call, softpick attention with a static cache takes no gradients and at most "
+                f"{MAX_ROWS} query rows (query tokens times query heads per key head), got {T} x {HQ // H}"
             )
         options |= {"normalizer": normalizer, "starts": ranges.starts}
         if _reads is None:
@@ -317,7 +317,9 @@ def dense_attention_weights(
     if ranges is None:
         return dense(q, k, v)
     if ranges.bounds is None:
-        raise NotImplementedError("no weights (output_attentions) while a static cache is decoded")
+        raise NotImplementedError(
+            "a static cache is decoded without weights: output_attentions must be off"
+        )
     T = q.shape[1]
     w = q.new_zeros(q.shape[0], q.shape[2], T, k.shape[1])
     spans = zip(ranges.queries(T), ranges.bounds, strict=True)

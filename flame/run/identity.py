@@ -153,7 +153,7 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
         if {path.name for path in folder.iterdir()} <= {temporary_name(file).name, LOCK_FILE}:
             return
         raise UsageError(
-            f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
+            f"--job.dump_folder {folder} holds files but no run; name a new or an empty folder"
         )
     earlier = read_run(folder)
     if _saved_nothing(folder, earlier):
@@ -214,7 +214,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
     if not isinstance(run, dict):
-        raise UsageError(f"--job.dump_folder {folder}: {file} is not a run's")
+        raise UsageError(f"--job.dump_folder {folder}: {file} is not the file of a run")
     return run
 
 

@@ -62,7 +62,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
                 break
             raise UsageError(f"{file}, line {number} is damaged: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UsageError(f"{file}, line {number} is damaged: it is no object with a step")
+            raise UsageError(f"{file}, line {number} is damaged: it is not an object with a step")
         records.append(record)
     return records
 
