@@ -110,7 +110,7 @@ class HeadTotals:
     tops: torch.Tensor
     """``[P, HQ]``: largest weights of the rows."""
     entropy: torch.Tensor
-    """Of normalised rows that have weight, in nats."""
+    """Entropy in nats, summed over the rows that have weight, each normalised."""
     empty: torch.Tensor
     """Rows without any weight."""
     dormant: torch.Tensor

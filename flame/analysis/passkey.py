@@ -113,11 +113,11 @@ def passkey_loss(
 ) -> dict[float, dict[str, float]]:
     """Loss of the key as the answer, in nats for its five digits, mean over the samples.
 
-    The loss is summed over the tokens that hold digits, so that tokenizers are comparable; a guess costs ln 90000 = 11.4. A model that
-    retrieves has a lower loss ``with_key`` than with ``other_key``. Lower than ``without_key`` alone only says that the
-    needle makes digits likelier.
+    The loss is summed over the tokens that hold digits, so that tokenizers are comparable; a guess costs
+    ln 90000 = 11.4. A model that retrieves has a lower loss ``with_key`` than with ``other_key``. A loss below that
+    ``without_key`` alone says only that the needle makes digits likelier.
 
-    Args: As `passkey_accuracy`; ``model`` must take ``logits_to_keep``.
+    The arguments are those of `passkey_accuracy`; ``model`` must take ``logits_to_keep``.
 
     Returns:
         Depth -> ``with_key``: the key is in the text, as `passkey_accuracy` asks for it; ``other_key``: the text holds

@@ -153,7 +153,7 @@ class AtomicWriter(FileSystemWriter):
 
 
 def read_contents(checkpoint: Path) -> dict[str, torch.Size | None]:
-    """Name -> shape of everything in a complete checkpoint; None for what is no tensor.
+    """Name -> shape of everything in a complete checkpoint; None for what is not a tensor.
 
     Raises:
         UsageError: The metadata cannot be read.

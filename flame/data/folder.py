@@ -177,7 +177,7 @@ def _has_configurations(folder: Path, files: list[Path]) -> bool:
     card = folder / _CARD
     if (folder / ".huggingface.yaml").is_file():
         return True
-    # among the files it is text
+    # a card that is listed among the files is text
     if card in files or not card.is_file():
         return False
     from huggingface_hub import DatasetCard
@@ -208,7 +208,7 @@ def _configured_splits(dataset: str, folder: Path, name: str | None) -> dict[str
 
 
 def _named_splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Splits that names tell, by the first set of the Hub's patterns that any file matches."""
+    """Splits found in names, by the first of the Hub's sets of patterns that any file matches."""
     from datasets.data_files import (
         DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
         DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
@@ -288,7 +288,7 @@ def _list(folder: Path) -> list[Path]:
 def _descriptions(files: Iterable[Path]) -> set[Path]:
     """The files that describe the data and are not part of it: a card, and files that `datasets` adds.
 
-    A README.md is text where all files below its folder are .md.
+    A README.md is text if all files below its folder are .md.
     """
     from datasets.data_files import FILES_TO_IGNORE
 

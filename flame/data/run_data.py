@@ -163,7 +163,7 @@ def open_data(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
 
 
 def _source_suffix(sources: list[Any], source: Any) -> str:
-    """End of a fingerprint's key: which source it is of, if there are several, and its flag."""
+    """Suffix of a fingerprint's key: the number of the source, if there are several, and the flag."""
     number = f" of source {sources.index(source) + 1}" if len(sources) > 1 else ""
     return f"{number} (--training.dataset)"
 

@@ -22,15 +22,15 @@ class TokenSource:
     tokens: np.ndarray
     """Token ids ``[num_tokens]``, any integer dtype; may be a memory map."""
     ends: np.ndarray
-    """One past the last token of each document ``[num_documents]``, in the stream that this is a part of."""
+    """One past the last token of each document ``[num_documents]``, counted in the whole stream."""
     checksum: str
-    """Of all tokens of that stream."""
+    """Checksum of all tokens of the whole stream."""
     offset: int = 0
-    """Where in that stream the part begins."""
+    """Where in the whole stream this part begins."""
     bos: int | None = None
-    """Starts every sequence; the tokens themselves are without it."""
+    """Added at the start of every sequence; `tokens` does not contain it."""
     has_document_bos: bool = False
-    """Sequences are cut from the stream with ``bos`` before every document as well."""
+    """Whether ``bos`` is also added before every document, before the stream is cut into sequences."""
 
     @classmethod
     def of_documents(
@@ -117,8 +117,9 @@ class TokenSource:
         return np.insert(tokens, 0, bos), ends[ends <= seq_len]
 
     def position_checksum(self) -> int:
-        """CRC-32 of evenly spaced tokens, cheap on a memory map and moved by any shift of the stream, and of how
-        sequences are cut from it.
+        """CRC-32 of evenly spaced tokens, and of how sequences are cut.
+
+        It is cheap on a memory map, and any shift of the stream changes it.
         """
         sample = sample_crc32(self.tokens)
         if self.bos is None:

@@ -128,7 +128,7 @@ class _TokenStream:
         self._has_begun = False
 
     def position(self) -> tuple[Cursor, int, np.ndarray | int | None]:
-        """Arguments of `seek` for the next token: the last document of which one was taken."""
+        """Arguments of `seek` for the next token, relative to the document of the last token that was taken."""
         if self._has_begun and self._offset:
             cursor, tokens = self._documents[0]
             return cursor, self._offset, tokens
@@ -329,7 +329,7 @@ class StreamLoader(Stateful):
             stream.seek(*position)
 
     def _read(self, stream: _TokenStream, row: np.ndarray) -> np.ndarray:
-        """Fills a row with the next sequence; where documents end in its inputs."""
+        """Fills a row with the next sequence; returns where documents end in its inputs."""
         if self._bos is None:
             return np.asarray(stream.advance(self._seq_len, row), np.int64)
         # the bos of a document that starts here is the sequence's

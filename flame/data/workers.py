@@ -72,7 +72,7 @@ class Workers:
         function: Called with each item. It is inherited, not pickled, so it may hold memory maps and arrays, which
             are not copied. Items and results are pickled.
         num_workers: Number of processes; 0: none.
-        prefetch_factor: Items that a worker gets ahead of those whose results are taken.
+        prefetch_factor: Items submitted ahead for each worker.
     """
 
     def __init__(

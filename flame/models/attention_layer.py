@@ -70,8 +70,8 @@ class NormalizedAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output ``[B, T, hidden]`` of ``hidden_states`` ``[B, T, hidden]``, and weights where they are asked for.
 
-        ``num_keys`` ``[1 or B, T]``, integers, gives ``n_i`` if the local keys do not determine it: under context
-        parallelism, which gathers the keys later. ``cache`` is called ``past_key_values`` before transformers
+        ``num_keys`` ``[1 or B, T]``, integers, gives ``n_i`` where the local keys do not determine it, that is, under
+        context parallelism, which gathers the keys later. ``cache`` is called ``past_key_values`` before transformers
         5.24. Everything else is as in Llama.
         """
         name = type(self).__name__

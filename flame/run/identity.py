@@ -22,7 +22,7 @@ BOS_KEY = "--training.bos"
 BATCH_KEY = "the number of sequences in a step (--training.batch_size x ...)"
 CONFIG_FILE = "config.toml"
 
-# Flags that may change when a run is continued: they alter how far, how often and where, not what.
+# Flags that may change when a run is continued: they decide how long, how often and where it runs, not what it computes.
 _FREE_SECTIONS = (
     "metrics",
     "sample",

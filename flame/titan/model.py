@@ -95,7 +95,7 @@ class TitanModel(ModelProtocol):
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)[None]
         if self.hf.config.attn_log_scale:
-            # told, since under context parallelism a layer does not have the keys
+            # given here, since under context parallelism a layer does not have all keys
             extra["num_keys"] = positions + 1
         hidden = decoder.embed_tokens(input_ids)
         if torch.is_autocast_enabled(hidden.device.type):
@@ -106,7 +106,7 @@ class TitanModel(ModelProtocol):
             hidden = layer(hidden, position_embeddings=position_embeddings, **extra)
         hidden = decoder.norm(hidden)
         if linear_loss is not None:
-            # here, where FSDP has the weights of the head whole
+            # computed here, where FSDP has gathered the weights of the head
             weight = self.lm_head.weight
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)

@@ -85,7 +85,7 @@ class Validator(BaseValidator):
         self,
         *,
         trainer: "FlameTrainer",
-        # arguments that torchtitan passes; the trainer holds what is needed of them
+        # arguments that torchtitan passes; the trainer has those that are needed
         job_config: TitanConfig,
         dp_world_size: int,
         dp_rank: int,

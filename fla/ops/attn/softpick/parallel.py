@@ -271,7 +271,7 @@ def parallel_softpick_attn(
         is 0.
 
     Source:
-        Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966. Derivation: README.md beside this file.
+        Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966. Derivation: README.md in this folder.
     """
     return parallel_normalized_attn(
         q,
