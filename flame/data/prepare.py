@@ -119,7 +119,7 @@ def prepare(
         raise UsageError(f"--out {out} cannot be written: {error}") from None
     finally:
         workers.close()
-        # gone already where it was moved
+        # it no longer exists if it was moved
         shutil.rmtree(folder, ignore_errors=True)
 
 
