@@ -37,7 +37,8 @@ from flame.models.operator_override import replaced_operator
 EMBEDDING = -1
 """The "layer" of the embedding's output, in records of activations."""
 
-# attention of a layer on one sequence: (layer, q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed`) -> [T, HQ, V]
+# attention of a layer on one sequence:
+# (layer, q [T, HQ, K], k [S, H, K], v [S, H, V], options of `attend_observed`) -> [T, HQ, V]
 _Attend = Callable[..., torch.Tensor]
 _Metric = tuple[str, tuple[tuple[str, float], ...]]
 """Name, and the keys of its record besides layer, head and length."""

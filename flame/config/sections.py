@@ -495,7 +495,8 @@ class MetricsConfig:
     """Also log to Weights & Biases; project, name and id by WANDB_PROJECT (default: flame), WANDB_NAME and
     WANDB_RUN_ID (default: the dump folder's)."""
     save_for_all_ranks: bool = False
-    """Every process writes its own metrics.rankN.jsonl and TensorBoard folder; without this flag the first process alone does."""
+    """Every process writes its own metrics.rankN.jsonl and TensorBoard folder; without this flag only the
+    first process writes."""
     disable_color_printing: bool = False
     """Print without colours, as is done anyway where the output is no terminal."""
     attention_freq: int = 0

@@ -25,7 +25,9 @@ class WeightBlock(NamedTuple):
     scores: torch.Tensor
     weights: torch.Tensor
     visible: torch.Tensor
-    """``[rows, keys]``, bool, True where causality and window let a query see a key. Keys after the last query are left out."""
+    """``[rows, keys]``, bool, True where causality and window let a query see a key.
+
+    Keys after the last query are left out."""
 
 
 def weight_blocks(

@@ -308,7 +308,10 @@ def dense_attention_weights(
     normalizer: str,
     **options: Any,
 ) -> torch.Tensor:
-    """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key; ``options`` as in the operators."""
+    """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key.
+
+    ``options`` are those of the operators.
+    """
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         _, w = naive_normalized_attn(q, k, v, normalizer=normalizer, return_weights=True, **options)
