@@ -190,7 +190,11 @@ def require_out(out: Path) -> None:
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:
-    """The arm of each model: --label, or the name of its folder."""
+    """The arm of each model: --label, or the name of its folder.
+
+    Raises:
+        UsageError: There is no --label, and two folders have the same name.
+    """
     if args.label is not None:
         return args.label
     labels = []
@@ -210,7 +214,11 @@ def labels_of(args: argparse.Namespace) -> list[str]:
 
 
 def find_models(args: argparse.Namespace, labels: list[str], device: str) -> list[ModelSource]:
-    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded."""
+    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded.
+
+    Raises:
+        UsageError: A model cannot be found, or does not fit the other models or the flags.
+    """
     names = args.attn_implementation
     names = names * len(args.model) if len(names) == 1 else names
     models = [find_model(p, n, device) for p, n in zip(args.model, names, strict=True)]
@@ -263,7 +271,11 @@ def _words(model: ModelSource, ids: list[int]) -> str:
 
 
 def head_of(text: str) -> tuple[int, int]:
-    """Layer and head of a value of --heatmap_heads."""
+    """Layer and head of a value of --heatmap_heads, such as ``3.5``.
+
+    Raises:
+        UsageError: The value is not two numbers joined by a dot.
+    """
     layer, dot, head = text.partition(".")
     if not (dot and layer.isdecimal() and head.isdecimal()):
         raise UsageError(f"--heatmap_heads must be layer.head, such as 3.5, got {text}")

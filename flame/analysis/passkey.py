@@ -174,7 +174,11 @@ def _has_digit(tokenizer: Tokenizer, token: int) -> bool:
 def draw(
     tokenizer: Tokenizer, length: int, depths: Sequence[float], samples: int, seed: int
 ) -> list[_Sample]:
-    """The samples of `passkey_accuracy`, which checks its arguments by drawing them."""
+    """The samples of `passkey_accuracy`, which checks its arguments by drawing them.
+
+    Raises:
+        UsageError: As `passkey_accuracy`.
+    """
     if not depths:
         raise UsageError("depths must name at least one depth")
     for depth in depths:

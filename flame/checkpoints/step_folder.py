@@ -139,7 +139,11 @@ class AtomicWriter(FileSystemWriter):
             raise cause from None
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Runs on the coordinating rank, after all ranks have written and synced their files."""
+        """Renames the folder; runs on the coordinating rank, after all ranks have written and synced their files.
+
+        Raises:
+            FileExistsError: There is a complete checkpoint of that name.
+        """
         super().finish(metadata, results)
         fsync(self.path)  # pyright: ignore[reportArgumentType]  # __init__ was given a Path, not a str
         if self.final.exists():

@@ -41,7 +41,11 @@ class TokenSource:
         return cls(name, tokens, np.cumsum(lengths), f"crc32 {crc32(tokens):08x}", **bos)
 
     def split(self, seq_len: int, share: float) -> "tuple[TokenSource, TokenSource]":
-        """The part to train on and the part held out, as `split_tokens` cuts them, without a copy."""
+        """The part to train on and the part held out, as `split_tokens` cuts them, without a copy.
+
+        Raises:
+            ValueError: As `split_tokens`.
+        """
         try:
             train, held_out = split_tokens(
                 self.tokens, seq_len, share, stride=self._stride(seq_len)

@@ -43,7 +43,11 @@ class Cursor(NamedTuple):
 
 
 def documents(shards: Shards, start: Cursor, begin: Cursor) -> Iterator[tuple[Cursor, str]]:
-    """Documents from ``start`` on, without end; every later epoch starts at ``begin``."""
+    """Documents from ``start`` on, without end; every later epoch starts at ``begin``.
+
+    Raises:
+        ValueError: A whole epoch has no document, or a shard cannot be read.
+    """
     epoch, shard, row = start
     is_empty = False
     while True:

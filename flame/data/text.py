@@ -115,6 +115,9 @@ def python_docs() -> list[str]:
     They ship with the interpreter, so the text differs between Python versions: 79 topics and
     466,117 bytes in 3.11.7, 493,344 bytes in 3.12.1, 511,791 bytes in 3.13.0, nearly all ASCII. Losses
     compare only between runs on the same Python.
+
+    Raises:
+        ValueError: This Python comes without them.
     """
     try:
         from pydoc_data.topics import topics

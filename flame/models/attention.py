@@ -75,7 +75,13 @@ def require_device(name: str, device_type: str) -> None:
 
 
 def attention_forward(name: str) -> Callable[..., Any]:
-    """The operator of that name as transformers calls attention."""
+    """The operator of that name as transformers calls attention.
+
+    Returns:
+        A function of ``query [B, HQ, T, K]``, ``key [B, H, S, K]`` and ``value [B, H, S, V]`` that returns the output
+        ``[B, T, HQ, V]`` and the weights ``[B, HQ, T, S]``, or None unless ``output_attentions`` is set. It raises
+        NotImplementedError for what the operator cannot compute, and TypeError for an unknown keyword.
+    """
     operator = OPERATORS[name]
     normalizer, is_triton = normalizer_of(name), name.startswith("parallel_")
 

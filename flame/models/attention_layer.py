@@ -73,6 +73,9 @@ class NormalizedAttention(LlamaAttention):
         ``num_keys`` ``[1 or B, T]``, integers, gives ``n_i`` where the local keys do not determine it, that is, under
         context parallelism, which gathers the keys later. ``cache`` is called ``past_key_values`` before transformers
         5.24. Everything else is as in Llama.
+
+        Raises:
+            TypeError: Both names of the cache are given, or a keyword is unknown.
         """
         name = type(self).__name__
         refuse_unknown(name, kwargs)

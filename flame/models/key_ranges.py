@@ -311,6 +311,9 @@ def dense_attention_weights(
     """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key.
 
     ``options`` are those of the operators.
+
+    Raises:
+        NotImplementedError: A static cache is decoded, whose ranges are not known on the host.
     """
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -217,7 +217,11 @@ class FlameTrainer(Trainer):
         return model(inputs, **rest, labels=labels, linear_loss=self.linear_loss)
 
     def train(self) -> signal.Signals | None:  # pyright: ignore[reportIncompatibleMethodOverride]  # torchtitan's returns None
-        """Trains; returns the signal that ended it before the last step, the same on every rank."""
+        """Trains; returns the signal that ended it before the last step, the same on every rank.
+
+        Raises:
+            UsageError: The data of a stream cannot be read; the steps so far are saved.
+        """
         try:
             super().train()
             stopped, _ = self.stop.agree(failed=False)
