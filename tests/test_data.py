@@ -328,7 +328,7 @@ class TestSplits:
         write(tmp_path / "essay.txt", "essay")
         with pytest.raises(
             ValueError,
-            match=r"1 files, essay\.txt the first, .*none of the splits .*\(train, validation, test\)",
+            match=r"1 files, the first essay\.txt, .*none of the splits .*\(train, validation, test\)",
         ):
             load_documents(str(tmp_path))
         assert "essay" in load_documents(str(tmp_path), split="all")
