@@ -1,4 +1,4 @@
-"""Times the Triton operators beside other people's softmax attention: python benchmarks/bench_attn.py
+"""Times the Triton operators and other projects' softmax attention: python benchmarks/bench_attn.py
 
 bfloat16, causal, random normal inputs, medians of `triton.testing.do_bench` in one process. Each row is one
 operator at one shape: milliseconds with the spread between the 20th and the 80th percentile, TFLOP/s, peak

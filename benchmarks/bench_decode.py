@@ -1,4 +1,4 @@
-"""Times decoding beside other people's: python benchmarks/bench_decode.py
+"""Times decoding, and that of other projects: python benchmarks/bench_decode.py
 
 Query tokens of a sequence in bfloat16 against a full cache, each operator captured in a CUDA graph over caches of
 at least 1 GiB together, so that none is found in L2, and replayed: medians of `triton.testing.do_bench`. Each row

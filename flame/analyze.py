@@ -215,7 +215,7 @@ def _analyze(args: argparse.Namespace) -> None:
     for model in models:
         if samples.tokens.max() >= model.config.vocab_size:
             raise UsageError(
-                f"--model {model.path} has {model.config.vocab_size} tokens, and its tokenizer more"
+                f"--model {model.path} must have a row of its vocabulary, {model.config.vocab_size}, for each token of its tokenizer"
             )
     logger.info(
         f"{args.samples} sequences from the last {samples.share_from_end:.2%} of {args.data}, "

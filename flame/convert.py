@@ -75,8 +75,8 @@ def _config_of(folder: Path, target: str | None) -> SoftpickTransformerConfig:
     for key in _MEANING:
         if getattr(source, key) != getattr(config, key):
             raise UsageError(
-                f"--model {folder} is not of --model.config {target}: {key} is {getattr(source, key)!r} "
-                f"there, {getattr(config, key)!r} here"
+                f"--model {folder} does not fit --model.config {target}: {key} must be {getattr(config, key)!r}, "
+                f"got {getattr(source, key)!r}"
             )
     return config
 
@@ -92,7 +92,7 @@ def _require_new(out: Path) -> None:
     if out.name in ("", ".."):
         raise UsageError(f"--out must be the name of a new folder, got {str(out)!r}")
     if os.path.lexists(out):
-        raise UsageError(f"--out {out} is there already; name a new folder")
+        raise UsageError(f"--out {out} exists already; name a new folder")
 
 
 def _size(text: str) -> str:
@@ -215,7 +215,7 @@ def _dcp_to_hf_command(args: argparse.Namespace) -> None:
 def _model_for(args: argparse.Namespace, run: dict[str, Any] | None) -> SoftpickTransformerConfig:
     given = None if args.config is None else _read_config(args.config, "--model.config")
     if run is None:
-        return given  # pyright: ignore[reportReturnType]  # asked for where there is no run
+        return given  # pyright: ignore[reportReturnType]  # --model.config is required if there is no run
     trained = model_of(run)
     if given is not None:
         here, there = given.to_dict(), trained.to_dict()
@@ -228,7 +228,7 @@ def _model_for(args: argparse.Namespace, run: dict[str, Any] | None) -> Softpick
 
 
 def _tokenizer_for(args: argparse.Namespace, run: dict[str, Any] | None) -> PreTrainedTokenizerFast:
-    name = args.tokenizer or run["--model.tokenizer_path"]  # pyright: ignore[reportOptionalSubscript]  # set where there is no run
+    name = args.tokenizer or run["--model.tokenizer_path"]  # pyright: ignore[reportOptionalSubscript]  # args.tokenizer is set if there is no run
     try:
         tokenizer = load_tokenizer(name)
         if run is not None:

@@ -89,7 +89,9 @@ def main() -> None:
             raise UsageError(f"--model: {error}") from None
         for flag in ("top_k", "top_p"):
             if getattr(args, flag) is not None and not args.temperature:
-                raise UsageError(f"--{flag} is of sampling: leave it out with --temperature 0")
+                raise UsageError(
+                    f"--{flag} has no effect with --temperature 0; leave one of them out"
+                )
         for flag, value, is_valid, expected in (
             ("max_new_tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
             (

@@ -1,6 +1,6 @@
-"""``python -m flame.lm_eval ...``: the command line of EleutherAI's lm-evaluation-harness, with this project's models registered.
+"""``python -m flame.lm_eval ...``: the command line of EleutherAI's lm-evaluation-harness, for this project's models.
 
-``lm_eval`` loads a model through transformers' Auto classes, and these know ``softpick_transformer`` once `flame.models`
+``lm_eval`` loads a model through transformers' Auto classes, which know ``softpick_transformer`` once `flame.models`
 is imported. Everything else, flags and output included, is the harness's, except the token before a text: see
 `begin_texts_as_training_did`.
 """

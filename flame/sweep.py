@@ -123,7 +123,9 @@ def _say_failed(failed: dict[str, str]) -> None:
 def _require_out(sweep: Sweep) -> None:
     nearest = next(x for x in (sweep.out, *sweep.out.parents) if os.path.lexists(x))
     if not nearest.is_dir():
-        raise UsageError(f"{sweep.file}: out {sweep.out} must be a folder, but {nearest} is none")
+        raise UsageError(
+            f"{sweep.file}: out {sweep.out} must be a folder, but {nearest} is not one"
+        )
 
 
 def _states(sweep: Sweep) -> dict[str, State]:

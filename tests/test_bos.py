@@ -55,9 +55,9 @@ class TestDocuments:
     @pytest.mark.parametrize(
         ("template", "message"),
         [
-            ("<s> $A </s> [SEP]", "'</s> [SEP]' after a text, in which eos does not end"),
+            ("<s> $A </s> [SEP]", "'</s> [SEP]' after a text, but only its last token may"),
             ("<s> $A </s> </s>", "'</s> </s>' after a text"),
-            ("<s> $A $A", "holds a text 2 times"),
+            ("<s> $A $A", "must hold a text once, got 2 times"),
         ],
     )
     def test_without_a_sensible_end_are_refused(self, template, message):

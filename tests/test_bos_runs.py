@@ -186,9 +186,7 @@ class TestRunFolder:
             set_bos(config)
         sweep = SimpleNamespace(file="sweep.toml")
         _require_one_bos(sweep, [old, old])
-        with pytest.raises(
-            ValueError, match="sweep.toml: .* training.bos .*old has none, .*new has"
-        ):
+        with pytest.raises(ValueError, match="sweep.toml: training.bos .*old has none, .*new has"):
             _require_one_bos(sweep, [old, new])
 
 

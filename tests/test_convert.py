@@ -158,12 +158,12 @@ def test_what_is_no_source_is_refused(llama, source, tmp_path, monkeypatch, capf
     for key, value in (("num_attention_heads", 8), ("rms_norm_eps", 1e-5)):
         (tmp_path / "other.json").write_text(json.dumps(raw | {key: value}))
         line = hf("--model", folder, "--model.config", tmp_path / "other.json")
-        assert f"{key} is {raw[key]} there, {value} here" in line
+        assert f"{key} must be {value}, got {raw[key]}" in line
     (tmp_path / "other.json").write_text(json.dumps(raw | {"intermediate_size": 48}))
     line = hf("--model", folder, "--model.config", tmp_path / "other.json")
-    assert "gate_proj.weight is [64, 32], the model's is [48, 32]" in line
+    assert "gate_proj.weight must have the shape [48, 32], got [64, 32]" in line
     line = dcp_("--checkpoint", checkpoint, "--model.config", tmp_path / "other.json")
-    assert "gate_proj.weight is [64, 32], the model's is [48, 32]" in line
+    assert "gate_proj.weight must have the shape [48, 32], got [64, 32]" in line
     assert "has no usable config.json" in hf("--model", tmp_path / "nowhere")
     assert "is not a complete checkpoint" in dcp_("--checkpoint", tmp_path, "--model.config", file)
     small = ["--checkpoint", checkpoint, "--model.config", file]
@@ -172,7 +172,7 @@ def test_what_is_no_source_is_refused(llama, source, tmp_path, monkeypatch, capf
     assert "the following arguments are required: --model" in hf()
     (tmp_path / "there").mkdir()
     line = refused(monkeypatch, capfd, "hf-to-dcp", "--model", folder, "--out", tmp_path / "there")
-    assert "is there already; name a new folder" in line
+    assert "exists already; name a new folder" in line
     blocked = refused(monkeypatch, capfd, "dcp-to-hf", *small, "--out", file / "out")
     assert f"--out {file / 'out'} cannot be written" in blocked
     part = next(folder.glob("*.safetensors"))

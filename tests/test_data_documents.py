@@ -68,6 +68,7 @@ class TestLoadDocuments:
         assert load_documents(write(tmp_path / "text=x" / "a.parquet", table)) == ["a", "", "é"]
 
     def test_folder_is_recursive_sorted_and_complete(self, tmp_path, caplog):
+        caplog.set_level("WARNING", "flame")
         write(tmp_path / "b" / "deep" / "2.txt", "b2")
         write(tmp_path / "c.MD", "c")
         write(tmp_path / "b" / "1.jsonl", '{"text": "b1"}')
@@ -193,7 +194,7 @@ class TestSplits:
         write(tmp_path / "essay.txt", "essay")
         with pytest.raises(
             ValueError,
-            match=r"1 files, essay\.txt the first, .*none of the splits .*\(train, validation, test\)",
+            match=r"1 files, the first essay\.txt, .*none of the splits .*\(train, validation, test\)",
         ):
             load_documents(str(tmp_path))
         assert "essay" in load_documents(str(tmp_path), split="all")

@@ -164,7 +164,7 @@ class TestLoadDocumentsErrors:
     @pytest.mark.usefixtures("offline")
     def test_hub_out_of_reach(self):
         with pytest.raises(
-            ValueError, match=self.FLAG + "'some/dataset': no local path, .*'python-docs'"
+            ValueError, match=self.FLAG + "'some/dataset': not a local path, .*'python-docs'"
         ):
             load_documents("some/dataset")
 

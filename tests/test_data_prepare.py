@@ -200,7 +200,7 @@ def test_command_line(text, tmp_path, monkeypatch, capsys):
     assert "must be one source" in refused("--out", tmp_path / "x", "--training.dataset", "a,b")
     assert "--num_proc must be at least 1" in refused("--out", out, *data, "--num_proc", 0)
     assert "no other flag" in refused("--verify", out, "--num_proc", 2)
-    assert "holds tokens and no text" in refused("--out", tmp_path / "x", "--training.dataset", out)
+    assert "holds tokens, not text" in refused("--out", tmp_path / "x", "--training.dataset", out)
     raw = bytearray((out / "tokens.bin").read_bytes())
     raw[101] ^= 1
     (out / "tokens.bin").write_bytes(raw)
@@ -259,7 +259,7 @@ class TestDamage:
 
     def test_streaming(self, out):
         argv = ["--training.dataset", str(out), "--training.streaming", "--validation.share", "0"]
-        with pytest.raises(ValueError, match="holds tokens and no text"):
+        with pytest.raises(ValueError, match="holds tokens, not text"):
             open_data(parse_args(argv), BYTE)
 
 

@@ -147,6 +147,6 @@ class TestStream:
         other.load_state_dict(state)
         with pytest.raises(
             ValueError,
-            match=r"document 1 of a\.jsonl, where the checkpoint stopped, is not there or is an",
+            match=r"document 1 of a\.jsonl, where the checkpoint stopped, is missing or has",
         ):
             next(iter(other))

@@ -99,7 +99,7 @@ def test_share_of_the_values_read(model):
         (["--top_k", "0"], "--top_k must be at least 1, got 0"),
         (["--top_p", "1.5"], "--top_p must be above 0 and at most 1, got 1.5"),
         (["--top_p", "nan"], "--top_p must be above 0 and at most 1, got nan"),
-        (["--top_k", "5", "--temperature", "0"], "--top_k is of sampling: leave it out with"),
+        (["--top_k", "5", "--temperature", "0"], "--top_k has no effect with --temperature 0"),
         # what Python makes of bytes that are no UTF-8
         (["--prompt", "caf\udce9"], "--prompt must be text in UTF-8, got 'caf\\udce9'"),
         (["--model", "/nowhere"], "--model must be the folder of an exported model, got /nowhere"),

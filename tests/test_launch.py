@@ -246,7 +246,7 @@ def test_a_mixture_is_refused_before_anything_starts(fake, tmp_path):
     flags = ["--job.dump_folder", tmp_path / "run"]
     env = {"HIP_VISIBLE_DEVICES": "3,4", "NGPU": "2", "MASTER_PORT": free_port()}
     assert (
-        f"Right would be HIP_VISIBLE_DEVICES=0,1 MASTER_PORT={env['MASTER_PORT']} NGPU=2 bash train.sh "
+        f"run HIP_VISIBLE_DEVICES=0,1 MASTER_PORT={env['MASTER_PORT']} NGPU=2 bash train.sh "
         f"--job.dump_folder {tmp_path / 'run'} or HIP_VISIBLE_DEVICES=4,5 "
         in error_of(start(fake, flags, **env))
     )

@@ -320,7 +320,7 @@ def check(argv, *, processes, device_type="cpu", **changes):
             "--training.fsdp_reshard_after_forward never",
             1,
             {},
-            "never has no meaning in one process",
+            "never has no effect in one process",
         ),
         ("--training.enable_cpu_offload", 2, {}, "--training.enable_cpu_offload needs several"),
         (

@@ -44,7 +44,9 @@ def test_trainer_refuses_urls(flag):
 
 
 def test_nobodys_home_is_refused():
-    with pytest.raises(UsageError, match=r"^--flag '~no-such-user/x' names the home folder of no"):
+    with pytest.raises(
+        UsageError, match=r"^--flag '~no-such-user/x' names the home folder of a user"
+    ):
         expand("--flag", "~no-such-user/x")
 
 

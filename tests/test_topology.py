@@ -87,10 +87,10 @@ def test_a_mixture_is_refused_with_who_is_where_and_the_right_command(build):
         place(4, "2,3,4,5", MASTER_PORT="29501", argv=["--job.dump_folder", "exp/a b"])
     assert str(error.value) == (
         "NGPU=4 with HIP_VISIBLE_DEVICES=2,3,4,5 mixes NUMA groups: GPU 2-3 in group A (GPU 0-3, NUMA node 0), "
-        "GPU 4-5 in group B (GPU 4-7, NUMA node 1). Right would be HIP_VISIBLE_DEVICES=0,1,2,3 "
+        "GPU 4-5 in group B (GPU 4-7, NUMA node 1); run HIP_VISIBLE_DEVICES=0,1,2,3 "
         "MASTER_PORT=29501 NGPU=4 bash train.sh --job.dump_folder 'exp/a b' or HIP_VISIBLE_DEVICES=4,5,6,7 "
-        "MASTER_PORT=29501 NGPU=4 bash train.sh --job.dump_folder 'exp/a b'; --job.allow_cross_numa allows "
-        "the mixture"
+        "MASTER_PORT=29501 NGPU=4 bash train.sh --job.dump_folder 'exp/a b'; or give --job.allow_cross_numa "
+        "to mix them"
     )
     with pytest.raises(UsageError, match="NGPU=8 with no HIP_VISIBLE_DEVICES mixes"):
         place(8)
@@ -104,7 +104,7 @@ def test_a_mixture_is_refused_with_who_is_where_and_the_right_command(build):
 
 def test_the_command_for_nvidia(build):
     build()
-    with pytest.raises(UsageError, match=r"Right would be CUDA_VISIBLE_DEVICES=0,1 NGPU=2 bash"):
+    with pytest.raises(UsageError, match=r"; run CUDA_VISIBLE_DEVICES=0,1 NGPU=2 bash"):
         place(2, "3,4", is_rocm=False)
 
 

@@ -190,7 +190,11 @@ def require_out(out: Path) -> None:
 
 
 def labels_of(args: argparse.Namespace) -> list[str]:
-    """The arm of each model: --label, or the name of its folder."""
+    """The arm of each model: --label, or the name of its folder.
+
+    Raises:
+        UsageError: There is no --label, and two folders have the same name.
+    """
     if args.label is not None:
         return args.label
     labels = []
@@ -203,14 +207,18 @@ def labels_of(args: argparse.Namespace) -> list[str]:
             labels.append(path.name)
     if len(set(labels)) < len(labels):
         raise UsageError(
-            f"--label is needed: by their folders several models are called {max(labels, key=labels.count)!r}; seeds of "
-            "an arm share a label"
+            f"--label is needed, since several folders of --model give the label {max(labels, key=labels.count)!r}; "
+            "give all seeds of an arm the same label"
         )
     return labels
 
 
 def find_models(args: argparse.Namespace, labels: list[str], device: str) -> list[ModelSource]:
-    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded."""
+    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded.
+
+    Raises:
+        UsageError: A model cannot be found, or does not fit the other models or the flags.
+    """
     names = args.attn_implementation
     names = names * len(args.model) if len(names) == 1 else names
     models = [find_model(p, n, device) for p, n in zip(args.model, names, strict=True)]
@@ -219,8 +227,8 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
     for model, label in zip(models, labels, strict=True):
         if _text_fingerprint(model) != _text_fingerprint(first):
             raise UsageError(
-                f"--model {model.path} has another tokenizer than {first.path}: they would be measured on other tokens, and "
-                "their losses do not compare"
+                f"--model {model.path} has another tokenizer than {first.path}: losses compare only if all models are "
+                "measured on the same tokens"
             )
         own, others = (before_prompt(x.tokenizer, "tokenizer") for x in (model, first))
         if args.first_token == "training" and own != others:
@@ -231,7 +239,8 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
         arm = arms.setdefault(label, model)
         if arm.fields() != model.fields():
             raise UsageError(
-                f"--label {label}: {model.path} ({model.fields()}) is no seed of the arm of {arm.path} ({arm.fields()})"
+                f"--label {label}: {model.path} ({model.fields()}) must be another seed of the arm of {arm.path} "
+                f"({arm.fields()}); give it another label"
             )
         most = getattr(model.config, "max_position_embeddings", None)
         longest = max([*args.lengths, *args.passkey_lengths])
@@ -262,7 +271,11 @@ def _words(model: ModelSource, ids: list[int]) -> str:
 
 
 def head_of(text: str) -> tuple[int, int]:
-    """Layer and head of a value of --heatmap_heads."""
+    """Layer and head of a value of --heatmap_heads, such as ``3.5``.
+
+    Raises:
+        UsageError: The value is not two numbers joined by a dot.
+    """
     layer, dot, head = text.partition(".")
     if not (dot and layer.isdecimal() and head.isdecimal()):
         raise UsageError(f"--heatmap_heads must be layer.head, such as 3.5, got {text}")

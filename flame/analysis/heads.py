@@ -46,7 +46,15 @@ def attend_observed(
     """Causal attention within one sequence; calls ``see`` with each block of its weights.
 
     Args:
-        q: ``[T, HQ, K]``; ``k [S, H, K]`` and ``v [S, H, V]``, ``S >= T``. Other arguments as in `weight_blocks`.
+        q: Queries ``[T, HQ, K]``.
+        k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
+        v: Values ``[S, H, V]``.
+        see: Called with each block, or None.
+        normalizer: A key of `fla.ops.attn.softpick.NORMALIZERS`.
+        scale: Factor on ``q @ k.T``.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
+        tile_elements: Scores in memory at a time, but at least one query row of all heads.
 
     Returns:
         ``[T, HQ, V]``, float32 at least.
@@ -102,7 +110,7 @@ class HeadTotals:
     tops: torch.Tensor
     """``[P, HQ]``: largest weights of the rows."""
     entropy: torch.Tensor
-    """Of normalised rows that have weight, in nats."""
+    """Entropy in nats, summed over the rows that have weight, each normalised."""
     empty: torch.Tensor
     """Rows without any weight."""
     dormant: torch.Tensor
@@ -159,6 +167,7 @@ class HeadObserver:
         )
 
     def see(self, block: WeightBlock) -> None:
+        """Adds a block of weights to the totals; each block of the sequence must be given once."""
         totals = self.totals
         # heads of all groups in one row: [HQ, rows, keys]
         w, scores = block.weights.flatten(0, 1), block.scores.flatten(0, 1)
@@ -211,6 +220,7 @@ class MapObserver:
         self.sums = torch.zeros(n, n, dtype=torch.float64)
 
     def see(self, block: WeightBlock) -> None:
+        """Adds a block of weights to the cells of its rows."""
         w = block.weights.flatten(0, 1)[self.head].double().cpu()
         rows = torch.arange(block.start, block.end) // self.size
         columns = torch.arange(w.shape[1]) // self.size

@@ -1,7 +1,7 @@
 """Runs a decoder over sequences and turns what its heads and layers do into records.
 
-The model's attention is computed by `flame.analysis.heads.attend_observed` instead of its operator. It is the same function, computed for
-a block of query rows at a time, so that the weights never exist all at once, by the same code for every arm.
+`flame.analysis.heads.attend_observed` computes the attention instead of the model's operator. It is the same function,
+computed by the same code for every arm, a block of query rows at a time, so all weights never exist at once.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def sequence_loss(model: PreTrainedModel, sequence: torch.Tensor) -> float:
     pieces = zip(logits.split(1024), sequence[1:].split(1024), strict=True)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     total = sum(F.cross_entropy(x.to(dtype), y, reduction="sum").double() for x, y in pieces)
-    return total.item() / (len(sequence) - 1)  # pyright: ignore[reportAttributeAccessIssue]  # a sum of one tensor at least
+    return total.item() / (len(sequence) - 1)  # pyright: ignore[reportAttributeAccessIssue]  # at least one tensor is summed, so the sum is no int
 
 
 def loss_of(
@@ -163,13 +163,15 @@ def measure(
     tick: Callable[[], object] = lambda: None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> None:
-    """Adds every record of one length.
+    """Measures a model on sequences of one length, and adds the results to ``recorder``.
 
     Args:
         model: In evaluation mode, running one of `flame.models.attention.IMPLEMENTATIONS`.
         samples: Token ids ``[N, length + 1]``.
+        recorder: Gets loss, perplexity, and a record of each metric for every head, layer and the model.
+        thresholds: What counts as a sink and as a small weight.
         tick: Called after each sample.
-        tile_elements: Scores that exist at a time, as in `flame.measure.while_training.weight_blocks`.
+        tile_elements: Scores in memory at a time, as in `flame.measure.weight_blocks.weight_blocks`.
 
     Raises:
         UsageError: A layer has no attention of this kind.
@@ -301,8 +303,10 @@ def record_maps(
     """Adds the pooled maps of single heads on one sequence.
 
     Args:
+        model: In evaluation mode, running one of `flame.models.attention.IMPLEMENTATIONS`.
         sequence: Token ids ``[length]``.
         heads: ``(layer, head)``, which the model must have.
+        recorder: Gets a record of each map.
         cells: Largest number of rows of a map.
         why: What each head was chosen for.
     """

@@ -41,6 +41,7 @@ class ModelSource:
 
     @property
     def normalizer(self) -> str:
+        """A key of `fla.ops.attn.softpick.NORMALIZERS`."""
         return normalizer_of(self.operator)
 
     def fields(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class ModelSource:
                 return self._load(self.path)
             with tempfile.TemporaryDirectory(prefix="flame-analyze-") as folder:
                 out = Path(folder) / "hf"
-                dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)  # pyright: ignore[reportArgumentType]  # a checkpoint is of our model
+                dcp_to_hf(self.path, config=self.config, tokenizer=self.tokenizer, out=out)  # pyright: ignore[reportArgumentType]  # checkpoints are of softpick_transformer models only
                 return self._load(out)
         except UsageError as error:
             raise UsageError(f"--model {self.path}: {error}") from None
@@ -77,15 +78,17 @@ class ModelSource:
 
     def _load(self, folder: Path) -> PreTrainedModel:
         model = load_model(folder, dtype=torch.float32, attn_implementation=self.operator)
-        return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
+        return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers hides the signature of nn.Module.to
 
 
 def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource:
     """Reads configuration and tokenizer of a Hugging Face folder or of a checkpoint ``step-N`` of a run.
 
     Args:
+        path: The folder.
         attn_implementation: `OWN`, or a name of `flame.models.attention.IMPLEMENTATIONS` for a model of transformers
             whose configuration names none.
+        device: Where the model will run; on ``"cpu"`` with the PyTorch reference of its operator.
 
     Raises:
         UsageError: There is no such model, or it does not say what it is.
@@ -153,5 +156,5 @@ def _read_checkpoint_run(path: Path) -> tuple[Config, Tokenizer]:
         return model_of(run), for_inference(tokenizer, bos_of(run))
     except READING_ERRORS as error:
         raise UsageError(
-            f"--model {path}: {folder / RUN_FILE} does not tell its model: {' '.join(str(error).split())}"
+            f"--model {path}: {folder / RUN_FILE} does not name its model and tokenizer: {' '.join(str(error).split())}"
         ) from None

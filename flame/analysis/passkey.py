@@ -64,10 +64,12 @@ def passkey_accuracy(
 
     Args:
         model: Anything with transformers' ``generate``, in evaluation mode.
+        tokenizer: The model's tokenizer, which counts ``length``.
         length: Tokens of the prompt, from the beginning to the question's last word.
         depths: Position of the key in the filler, 0 at its beginning and 1 at its end, rounded to the nearest end of
             a sentence.
-        samples: Keys, from 10000 to 99999, drawn with ``seed``.
+        samples: Number of keys, from 10000 to 99999.
+        seed: Seed of the keys.
 
     Returns:
         Depth -> share, from 0 to 1.
@@ -83,7 +85,7 @@ def passkey_accuracy(
             ids = _stack(
                 [_prompt(tokenizer, length, depth, case, case.key) for case in batch], model
             )
-            written = model.generate(  # pyright: ignore[reportCallIssue]  # of transformers' GenerationMixin, which every causal model has
+            written = model.generate(  # pyright: ignore[reportCallIssue]  # every causal model of transformers has GenerationMixin's generate
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=_NEW_TOKENS,
@@ -92,7 +94,7 @@ def passkey_accuracy(
                 pad_token_id=tokenizer.eos_token_id,
             )[:, length:]
             for case, answer in zip(batch, written, strict=True):
-                text: str = tokenizer.decode(answer, skip_special_tokens=True)  # pyright: ignore[reportAssignmentType]  # one answer gives one text
+                text: str = tokenizer.decode(answer, skip_special_tokens=True)  # pyright: ignore[reportAssignmentType]  # one sequence decodes to one str
                 number = re.match(r"\s*([0-9]+)", text)
                 correct += number is not None and number[1] == case.key
         shares[depth] = correct / samples
@@ -111,11 +113,11 @@ def passkey_loss(
 ) -> dict[float, dict[str, float]]:
     """Loss of the key as the answer, in nats for its five digits, mean over the samples.
 
-    The loss is summed over the tokens that hold digits, so that tokenizers are comparable; a guess costs ln 90000 = 11.4. A model that
-    retrieves has a lower loss ``with_key`` than with ``other_key``. Lower than ``without_key`` alone only says that the
-    needle makes digits likelier.
+    The loss is summed over the tokens that hold digits, so that tokenizers are comparable; a guess costs
+    ln 90000 = 11.4. A model that retrieves has a lower loss ``with_key`` than with ``other_key``. A loss below that
+    ``without_key`` alone says only that the needle makes digits likelier.
 
-    Args: As `passkey_accuracy`; ``model`` must take ``logits_to_keep``.
+    The arguments are those of `passkey_accuracy`; ``model`` must take ``logits_to_keep``.
 
     Returns:
         Depth -> ``with_key``: the key is in the text, as `passkey_accuracy` asks for it; ``other_key``: the text holds
@@ -172,7 +174,11 @@ def _has_digit(tokenizer: Tokenizer, token: int) -> bool:
 def draw(
     tokenizer: Tokenizer, length: int, depths: Sequence[float], samples: int, seed: int
 ) -> list[_Sample]:
-    """The samples of `passkey_accuracy`, which checks its arguments by drawing them."""
+    """The samples of `passkey_accuracy`, which checks its arguments by drawing them.
+
+    Raises:
+        UsageError: As `passkey_accuracy`.
+    """
     if not depths:
         raise UsageError("depths must name at least one depth")
     for depth in depths:

@@ -25,14 +25,15 @@ def require_hqq() -> None:
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, bits: int, group_size: int = 64) -> None:
-    """Replaces the weights of the linear layers by what their ``bits``-bit values dequantise to, in place.
+    """Quantises the weights of the linear layers and replaces them by the dequantised values, in place.
 
-    ``group_size`` weights that follow each other in a row share a scale and a zero point, kept in float32; where a row
-    is no multiple of it, a group continues in the next row. All `nn.Linear` but ``lm_head`` are quantised, as by the
-    tools that the paper used; embeddings, norms and biases stay unchanged.
+    ``group_size`` consecutive weights of a row share a scale and a zero point, kept in float32. If a row is no multiple
+    of it, a group continues in the next row. All `nn.Linear` but ``lm_head`` are quantised, as by the tools that the
+    paper used; embeddings, norms and biases stay unchanged.
 
     Args:
-        bits: 2, 3, 4 or 8.
+        model: The model to change.
+        bits: Bits of a weight: 2, 3, 4 or 8.
         group_size: A multiple of 8 that divides the number of weights of each layer.
 
     Raises:

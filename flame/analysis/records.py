@@ -129,4 +129,4 @@ class Results:
             key = x(record)
             if key is not None:
                 groups.setdefault(key, []).append(record["value"])
-        return {key: mean_of(groups[key]) for key in sorted(groups)}  # pyright: ignore[reportReturnType]  # a group has a value at least
+        return {key: mean_of(groups[key]) for key in sorted(groups)}  # pyright: ignore[reportReturnType]  # each group has at least one value, so no mean is None

@@ -43,10 +43,13 @@ def read_samples(
     first_token: str,
     is_held_out: bool,
 ) -> Samples:
-    """``number`` sequences of ``length`` inputs and a last label, each within one document and without padding.
+    """Takes sequences of ``length`` inputs and a last label, each within one document and without padding.
 
     Args:
         data: A text file, a folder of text, a folder of `flame.data.prepare`, or another value of --training.dataset.
+        tokenizer: The models' tokenizer.
+        number: Sequences to take.
+        length: Inputs of a sequence, in tokens.
         first_token: ``training``: the tokens that ``tokenizer`` puts before a text, as in training, then a sequence
             shorter by their number. ``text``: a sequence without them. ``bos``, ``eos``: this token, then a sequence
             shorter by one.
@@ -120,8 +123,8 @@ def _open(
         if is_held_out and path is not None and path.is_dir() and has_splits(data, path):
             # training reads the split train, whose end it holds out
             raise ValueError(
-                f"--data {data!r}: has splits, of which train is not held out; name files or a folder of "
-                "one that is"
+                f"--data {data!r}: has splits, and training reads the split train; name the files or the "
+                "folder of a split that is held out"
             )
     documents = load_documents(data)
     return (

@@ -80,9 +80,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, allow_abbrev=False)
 
-    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # no caller gives another kind of namespace
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # argparse is generic in the class of the namespace; all callers use the default
         self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
+        """As in argparse, after checks for text that is not UTF-8 and for unknown flags."""
         words = sys.argv[1:] if args is None else list(args)
         require_text(words)
         # the parser of a subcommand checks the flags of the subcommand
@@ -94,9 +95,10 @@ class Parser(argparse.ArgumentParser):
                 if name.startswith("--")
             }
             require_flags(words, options, help_command=f"{self.prog} -h")
-        return super().parse_known_args(words, namespace)  # pyright: ignore[reportReturnType]  # argparse makes a namespace where none is given
+        return super().parse_known_args(words, namespace)  # pyright: ignore[reportReturnType]  # argparse replaces None by a new namespace
 
     def error(self, message: str) -> NoReturn:
+        """Raises UsageError, where argparse would print the usage and exit."""
         raise UsageError(f"{message} ({self.prog} -h lists the flags)")
 
 
@@ -104,7 +106,8 @@ def make_folder(name: str, folder: Path) -> None:
     """Creates ``folder`` if needed and checks that it is writable, before work that would be lost otherwise.
 
     Args:
-        name: The user's name for it, such as a flag.
+        name: The user's name for the folder, such as a flag.
+        folder: The folder; its parents are created too.
 
     Raises:
         UsageError: It cannot be created or written to.

@@ -24,11 +24,11 @@ class UsageError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message names the step, what happened and where to look."""
+    """A run that cannot continue; the message names the step, what happened and where to look."""
 
 
 def require_unicode(flag: str, text: str) -> None:
-    """Raises UsageError for bytes of a command line that are no UTF-8, which Python passes on as lone surrogates."""
+    """Raises UsageError for bytes of a command line that are not UTF-8, which Python passes on as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

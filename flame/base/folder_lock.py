@@ -1,5 +1,6 @@
-"""The lock of a dump folder. A run holds it while it lives; the launcher waits for it before it starts a run. A sweep
-locks its folder in the same way.
+"""Locks a dump folder: a run holds the lock while it lives, and the launcher waits for it before it starts a run.
+
+A sweep locks its folder in the same way.
 
 It is flock(2) on a file that names the holder. It excludes processes of one machine, and of several machines if the
 shared file system supports flock (NFS and GPFS do, Lustre if mounted with `flock`).
@@ -26,6 +27,7 @@ def lock_folder(
     """Locks ``folder`` for as long as the file that it returns stays open.
 
     Args:
+        folder: Folder that exists; the lock is its file `LOCK_FILE`.
         name: The user's name for the folder, such as a flag.
         who: The kind of process that holds it, for the message.
         waits: Wait up to `WAIT_S` seconds for a holder that is about to end.
@@ -46,7 +48,7 @@ def wait_until_free(folder: Path) -> None:
     """Returns when no living run holds ``folder``, and writes nothing.
 
     Raises:
-        UsageError: A run that lives on holds it, or the file system has no locks.
+        UsageError: A run still holds it after `WAIT_S` seconds, or the file system has no locks.
     """
     try:
         # opened for writing, which NFS requires for a lock

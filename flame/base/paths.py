@@ -60,6 +60,6 @@ def _expand(value: str) -> str:
     path = os.path.expanduser(value)
     if path.startswith("~"):
         raise argparse.ArgumentTypeError(
-            f"{value!r} names the home folder of nobody here; a file of that name is ./{value}"
+            f"{value!r} names the home folder of a user that does not exist; a file of that name is ./{value}"
         )
     return path

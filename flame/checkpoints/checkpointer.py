@@ -51,14 +51,14 @@ def check_start(config: JobConfig, model: SoftpickTransformerConfig, device_type
             )
         if newest is not None:
             raise UsageError(
-                f"--checkpoint.create_seed_checkpoint: {newest} is there already; name another --job.dump_folder"
+                f"--checkpoint.create_seed_checkpoint: {newest} exists already; name another --job.dump_folder"
             )
     if newest is not None:
         step, steps = step_of(newest), config.training.steps
         if 0 < step < steps and has_weights_only(read_contents(newest)):
             raise UsageError(
                 f"--training.steps {steps}: {newest} holds weights only "
-                "(--checkpoint.last_save_model_weights_only), so the run cannot go on; start another with "
+                "(--checkpoint.last_save_model_weights_only), so the run cannot continue; start another with "
                 f"--checkpoint.initial_load_path {newest}"
             )
     elif c.initial_load_path is not None:
@@ -131,7 +131,7 @@ class Checkpointer:
         self.folder = config.dump_folder / self.config.folder
         self.model, self.states, self.export = ModelWrapper(model), states, export
         # a separate group on the host: an asynchronous save must not interleave with the collectives of training
-        self.group: dist.ProcessGroup = dist.new_group(backend="gloo")  # pyright: ignore[reportAttributeAccessIssue]  # an int where this process is none of the group, which holds all
+        self.group: dist.ProcessGroup = dist.new_group(backend="gloo")  # pyright: ignore[reportAttributeAccessIssue]  # new_group returns an int to processes outside the group; this group has all
         self.stager = _Stager(
             cache_staged_state_dict=self.config.async_mode == "async_with_pinned_mem",
             others=tuple(name for name in states if name != "optimizer"),
@@ -169,7 +169,7 @@ class Checkpointer:
         states = {name: x for name, x in states.items() if name not in excluded}
         weights = self.model.state_dict()
         try:
-            dcp.load(weights | states, checkpoint_id=str(path), process_group=self.group)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
+            dcp.load(weights | states, checkpoint_id=str(path), process_group=self.group)  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
         except CheckpointException as error:
             raise UsageError(
                 f"checkpoint {path} cannot be loaded ({describe_failure(error)}); if it is damaged, delete the "
@@ -183,9 +183,9 @@ class Checkpointer:
             self.saved_step = step_of(path)
             if weights_only:
                 # the initial weights, or the last ones of a run that is done
-                self.states["train_state"].step = self.saved_step  # pyright: ignore[reportAttributeAccessIssue]  # the trainer
+                self.states["train_state"].step = self.saved_step  # pyright: ignore[reportAttributeAccessIssue]  # the trainer, which counts the steps
         elif not weights_only:
-            self.saved_step = self.states["train_state"].step  # pyright: ignore[reportAttributeAccessIssue]  # the trainer
+            self.saved_step = self.states["train_state"].step  # pyright: ignore[reportAttributeAccessIssue]  # the trainer, which counts the steps
         return True
 
     def save(self, step: int, last_step: bool = False) -> None:
@@ -222,13 +222,13 @@ class Checkpointer:
         self.saved_step = step
         if wait:
             try:
-                dcp.save(state, storage_writer=writer, process_group=self.group)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
+                dcp.save(state, storage_writer=writer, process_group=self.group)  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
             except CheckpointException as error:
                 raise self._failure(step, error) from error
         else:
-            self._pending = (  # pyright: ignore[reportAttributeAccessIssue]  # a Future, as the stager is a blocking one
+            self._pending = (  # pyright: ignore[reportAttributeAccessIssue]  # a Future, since the stager blocks
                 step,
-                dcp.async_save(  # pyright: ignore[reportPrivateImportUsage]  # the documented name
+                dcp.async_save(  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
                     state,
                     storage_writer=writer,
                     process_group=self.group,

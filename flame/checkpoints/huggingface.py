@@ -51,11 +51,11 @@ def check_weights(
     """
     for name, tensor in _meta_model(config).state_dict().items():
         if name not in contents:
-            raise UsageError(f"{what} is not of {wanted}: it has no {name}")
+            raise UsageError(f"{what} does not fit {wanted}: it has no {name}")
         if contents[name] != tensor.shape:
             raise UsageError(
-                f"{what} is not of {wanted}: {name} is {list(contents[name] or [])}, the model's is "
-                f"{list(tensor.shape)}"
+                f"{what} does not fit {wanted}: {name} must have the shape {list(tensor.shape)}, got "
+                f"{list(contents[name] or [])}"
             )
 
 
@@ -93,9 +93,9 @@ def dcp_to_hf(
     )
     model = _meta_model(config)
     for x in (model.config, model.generation_config):
-        x.bos_token_id = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue]  # an id or None; transformers types all special tokens at once
-        x.eos_token_id = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]  # an id or None; transformers types all special tokens at once
-        x.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]  # an id or None; transformers types all special tokens at once
+        x.bos_token_id = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue]  # transformers types the ids of all special tokens alike; this one is an int or None
+        x.eos_token_id = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]  # transformers types the ids of all special tokens alike; this one is an int or None
+        x.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]  # transformers types the ids of all special tokens alike; this one is an int or None
     # transformers would sample from only the 50 likeliest tokens; it saves these values only with do_sample
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     model.config.architectures = [type(model).__name__]
@@ -148,9 +148,9 @@ def hf_to_dcp(model: Path, *, config: SoftpickTransformerConfig, out: Path) -> N
         {name: x.shape for name, x in weights.items()}, config, what=what, wanted="the model"
     )
     if unknown := weights.keys() - _meta_model(config).state_dict().keys():
-        raise UsageError(f"{what} is not of the model, which has no parameter {min(unknown)}")
+        raise UsageError(f"{what} does not fit the model, which has no parameter {min(unknown)}")
     with no_process_group():
-        dcp.save(weights, storage_writer=AtomicWriter(out), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
+        dcp.save(weights, storage_writer=AtomicWriter(out), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
 
 
 def _meta_model(config: SoftpickTransformerConfig) -> SoftpickTransformerForCausalLM:
@@ -173,7 +173,7 @@ def _load(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.
     """The weights named in ``wanted``, in its dtypes; the tensors of ``wanted`` may be on the meta device."""
     tensors = {name: torch.empty_like(x, device="cpu") for name, x in wanted.items()}
     with no_process_group():
-        dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
+        dcp.load(tensors, checkpoint_id=str(checkpoint), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
     return tensors
 
 

@@ -117,7 +117,7 @@ class AtomicWriter(FileSystemWriter):
     ) -> None:
         # copying ahead helps only for tensors on a GPU; for others torch would start a stream needlessly
         ahead = {"per_thread_copy_ahead": 0} if staged else {}
-        super().__init__(path.with_name(path.name + _SAVING), **ahead)  # pyright: ignore[reportArgumentType]  # per_thread_copy_ahead alone
+        super().__init__(path.with_name(path.name + _SAVING), **ahead)  # pyright: ignore[reportArgumentType]  # the dict holds per_thread_copy_ahead only
         self.final = path
         self.then = then
 
@@ -139,21 +139,25 @@ class AtomicWriter(FileSystemWriter):
             raise cause from None
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Runs on the coordinating rank, after all ranks have written and synced their files."""
+        """Renames the folder; runs on the coordinating rank, after all ranks have written and synced their files.
+
+        Raises:
+            FileExistsError: There is a complete checkpoint of that name.
+        """
         super().finish(metadata, results)
-        fsync(self.path)  # pyright: ignore[reportArgumentType]  # the Path that was given
+        fsync(self.path)  # pyright: ignore[reportArgumentType]  # __init__ was given a Path, not a str
         if self.final.exists():
             if is_complete(self.final):
                 raise FileExistsError(f"{self.final} is a complete checkpoint already")
             remove(self.final)
-        self.path.rename(self.final)  # pyright: ignore[reportAttributeAccessIssue]  # the Path that was given
+        self.path.rename(self.final)  # pyright: ignore[reportAttributeAccessIssue]  # __init__ was given a Path, not a str
         fsync(self.final.parent)
         if self.then is not None:
             self.then(self.final)
 
 
 def read_contents(checkpoint: Path) -> dict[str, torch.Size | None]:
-    """Name -> shape of everything in a complete checkpoint; None for what is no tensor.
+    """Name -> shape of everything in a complete checkpoint; None for what is not a tensor.
 
     Raises:
         UsageError: The metadata cannot be read.
@@ -203,7 +207,7 @@ def read_step(checkpoint: Path) -> int:
     state = {"train_state.step": 0}
     try:
         with no_process_group():
-            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # the documented name
+            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]  # torch documents this name but does not export it
     except CheckpointException as error:
         raise UsageError(
             f"checkpoint {checkpoint} cannot be loaded ({describe_failure(error)}); if it is damaged, delete the "

@@ -120,5 +120,5 @@ def _texts(module: ModuleType) -> dict[tuple[str, str], str]:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                    found[node.name, field.target.id] = ast.literal_eval(below.value)  # pyright: ignore[reportAttributeAccessIssue]  # fields are plain names
+                    found[node.name, field.target.id] = ast.literal_eval(below.value)  # pyright: ignore[reportAttributeAccessIssue]  # the target of a field is a plain name
     return found

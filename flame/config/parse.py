@@ -56,7 +56,7 @@ def _known_words() -> dict[str, bool]:
 
 
 def _checked_words(argv: list[str]) -> list[str]:
-    """``argv`` without what is done anyway; raises UsageError for a flag that is refused or not known."""
+    """``argv`` without flags that `refuse` drops; raises UsageError for a flag that is refused or not known."""
     require_text(argv)
     argv = refuse(argv)
     # dashes and underscores are both accepted

@@ -46,6 +46,8 @@ def _require_name(flag: str, value: str) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class Job:
+    """``--job.*``: where the run writes, its recipe file and description, and which GPUs it may take."""
+
     config_file: str | None = None
     """TOML file with the flags of a run; flags on the command line win over it."""
     dump_folder: str | None = None
@@ -53,9 +55,9 @@ class Job:
     command continues the run. Default: exp/<name of the model config>."""
     allow_cross_numa: bool = False
     """Lets a run take GPUs of several NUMA groups and more than 4 of a machine; each process is still bound to
-    the group of its GPU. Where the groups cannot be read it runs unchecked and unbound."""
+    the group of its GPU. If the groups cannot be read, the run is neither checked nor bound."""
     description: str = ""
-    """A sentence about the run: printed at its start, kept in its record, the notes in wandb."""
+    """A sentence about the run: printed at its start, kept in its record, and the notes of the run in wandb."""
     print_args: bool = False
     """Print all flags, as the TOML that --job.config_file reads, at the start."""
 
@@ -67,6 +69,8 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
+    """``--model.*``: what is trained, and the tokenizer that makes its ids."""
+
     config: str = "configs/softpick_transformer_tiny.json"
     """Model configuration: a JSON file in Hugging Face style, model_type softpick_transformer."""
     tokenizer_path: str = "byte"
@@ -78,6 +82,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Optimizer:
+    """``--optimizer.*``: one rate and one weight decay for all parameters."""
+
     name: Literal["AdamW", "Adam"] = "AdamW"
     """Optimizer."""
     lr: float = 3e-3
@@ -104,6 +110,8 @@ class Optimizer:
 
 @dataclass(kw_only=True, slots=True)
 class LRScheduler:
+    """``--lr_scheduler.*``: the learning rate of each step as a share of ``optimizer.lr``: warm-up, constant, decay."""
+
     warmup_steps: int = 30
     """Steps in which the learning rate rises linearly from 0."""
     decay_ratio: float | None = None
@@ -149,17 +157,20 @@ DEFAULT_BOS = "tokenizer"
 
 @dataclass(kw_only=True, slots=True)
 class Training:
+    """``--training.*``: data, batch and length of a run, numerics, and the layout of its processes."""
+
     dataset: str = "python-docs"
-    """Text to train on, one source or several separated by commas (an existing path keeps its own): a file or folder (txt, md, jsonl, json,
-    also compressed; parquet, arrow), a folder written by flame.data.prepare or by save_to_disk of
-    datasets, a Hugging Face dataset name, or the built-in "python-docs", Python's language reference as
-    it ships with every interpreter."""
+    """Text to train on, one source or several separated by commas (an existing path keeps the commas in its
+    name): a file or folder (txt, md, jsonl, json, also compressed; parquet, arrow), a folder written by
+    flame.data.prepare or by save_to_disk of datasets, a Hugging Face dataset name, or the built-in
+    "python-docs", Python's language reference as it ships with every interpreter."""
     dataset_name: str | None = None
-    """Configuration of a Hugging Face dataset, or of a folder with a dataset card. With several sources one value each, separated by commas,
-    an empty one where a source takes none; so with the next three flags."""
+    """Configuration of a Hugging Face dataset, or of a folder with a dataset card. With several sources it has
+    one value each, separated by commas, and an empty one for a source that takes none. dataset_split,
+    data_dir and data_files are given in the same way."""
     dataset_split: str = "train"
-    """Split of a Hugging Face dataset, or of a folder that has splits, where several are joined by + and
-    "all" is every file; the default is that of every source."""
+    """Split of a Hugging Face dataset, or of a folder that has splits. For a folder, several splits are joined
+    by + and "all" means every file."""
     data_dir: str | None = None
     """Folder within a Hugging Face dataset."""
     data_files: str | None = None
@@ -206,8 +217,8 @@ class Training:
     compile: bool = False
     """Compile every layer and the loss with torch.compile."""
     mixed_precision_param: Literal["bfloat16", "float32"] | None = None
-    """Dtype of weights and activations in forward and backward; masters, gradients' reduction and the
-    optimizer stay in float32. Default: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of weights and activations in forward and backward; master weights, the sums of gradients over
+    processes and the optimizer stay in float32. Default: bfloat16 on a GPU, float32 on a CPU."""
     data_parallel_replicate_degree: int = 1
     """Copies of the model (DDP; with data_parallel_shard_degree above 1, HSDP)."""
     data_parallel_shard_degree: int = -1
@@ -218,7 +229,7 @@ class Training:
     enable_cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in host memory (several processes, on GPUs)."""
     tensor_parallel_degree: int = 1
-    """Processes that share the heads and the width of every layer, the vocabulary, and between layers the
+    """Processes that share every layer, by heads and width, and the vocabulary; between layers they share the
     sequence."""
     disable_loss_parallel: bool = False
     """Under tensor parallelism gather the logits of the whole vocabulary before the loss."""
@@ -318,6 +329,8 @@ class Training:
 
 @dataclass(kw_only=True, slots=True)
 class ActivationCheckpoint:
+    """``--activation_checkpoint.*``: memory of activations against time in the backward pass."""
+
     mode: Literal["none", "selective", "full"] = "none"
     """Activations to compute again in the backward pass instead of keeping them: of every layer (full), or
     those that selective_ac_option picks."""
@@ -341,6 +354,8 @@ class ActivationCheckpoint:
 
 @dataclass(kw_only=True, slots=True)
 class Experimental:
+    """``--experimental.*``: context parallelism, in the section that upstream flame has for it."""
+
     context_parallel_degree: int = 1
     """Processes that share each sequence; every one needs the keys and values of all of it."""
 
@@ -351,6 +366,8 @@ class Experimental:
 
 @dataclass(kw_only=True, slots=True)
 class Validation:
+    """``--validation.*``: which data is held out, and when its loss is measured."""
+
     share: float = 0.05
     """Share of the tokens, the last ones, that is held out; 0: no validation."""
     sequences: int = 0
@@ -371,6 +388,8 @@ _LOADED = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
 @dataclass(kw_only=True, slots=True)
 class Checkpoint:
+    """``--checkpoint.*``: what is saved and when, what a run starts from, and what it exports."""
+
     enable_checkpoint: bool = True
     """Save checkpoints, without which a run can neither continue nor be exported."""
     folder: str = "checkpoint"
@@ -380,8 +399,8 @@ class Checkpoint:
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "async"
     """How the checkpoints before the last are saved: "async" copies the state to the host and writes it
     while the training goes on; "async_with_pinned_mem" keeps the copy, in pinned memory, which makes
-    copying from a GPU faster; "disabled" writes while the training waits, so that a kill never loses more
-    than an interval, and not the steps on top that were done while the last checkpoint was written."""
+    copying from a GPU faster; "disabled" writes while the training waits. A kill loses the steps since the
+    last complete checkpoint: with "disabled" at most an interval, else also those done while one is written."""
     keep_latest_k: int = 2
     """Checkpoints to keep, the last one included; 0: all."""
     load_step: int = -1
@@ -396,11 +415,13 @@ class Checkpoint:
     """What not to take from initial_load_path, with no_initial_load_model_weights_only: some of
     optimizer, lr_scheduler, dataloader, train_state, rng, separated by commas."""
     last_save_model_weights_only: bool = False
-    """Save the weights alone after the last step, in export_dtype; such a run cannot be prolonged."""
+    """Save only the weights after the last step, in export_dtype; such a run cannot be continued with more
+    steps."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of exported models, and of a last checkpoint that holds the weights alone."""
     convert_to_hf_on_save: bool = False
-    """Export every checkpoint, to the folder hf in it; without, the last one to hf in the dump folder."""
+    """Export every checkpoint to the folder hf in it. The last one is always exported to hf in the dump
+    folder."""
     create_seed_checkpoint: bool = False
     """Save the initial weights as step-0 and end: a checkpoint that several runs start from with
     initial_load_path. Takes one process."""
@@ -461,6 +482,8 @@ class Checkpoint:
 
 @dataclass(kw_only=True, slots=True)
 class MetricsConfig:
+    """``--metrics.*``: what is logged, how often, and where to; what counts as a spike of the loss."""
+
     log_freq: int = 10
     """Steps between two lines of the log, of metrics.jsonl and of TensorBoard; the first step is always
     logged."""
@@ -472,7 +495,8 @@ class MetricsConfig:
     """Also log to Weights & Biases; project, name and id by WANDB_PROJECT (default: flame), WANDB_NAME and
     WANDB_RUN_ID (default: the dump folder's)."""
     save_for_all_ranks: bool = False
-    """Every process writes its own metrics.rankN.jsonl and TensorBoard folder, not the first alone."""
+    """Every process writes its own metrics.rankN.jsonl and TensorBoard folder; without this flag only the
+    first process writes."""
     disable_color_printing: bool = False
     """Print without colours, as is done anyway where the output is no terminal."""
     attention_freq: int = 0
@@ -484,7 +508,7 @@ class MetricsConfig:
     """A loss this many standard deviations above the mean of the last spike_window steps is a spike and is
     written to spikes/; 0: none is."""
     spike_window: int = 100
-    """Steps whose losses a spike is judged by; before as many are done there are no spikes."""
+    """Number of previous losses that decide whether a loss is a spike; until then there are no spikes."""
     max_dumps: int = 10
     """Steps a process writes to spikes/, spikes and losses that are not finite together; 0: none."""
 
@@ -501,6 +525,8 @@ class MetricsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Profiling:
+    """``--profiling.*``: traces of steps and snapshots of GPU memory."""
+
     enable_profiling: bool = False
     """Write a trace of one step in every profile_freq with torch.profiler, for Perfetto or chrome://tracing."""
     save_traces_folder: str = "profile_traces"
@@ -522,6 +548,8 @@ class Profiling:
 
 @dataclass(kw_only=True, slots=True)
 class Comm:
+    """``--comm.*``: how long processes wait for one another, and the trace that a timeout leaves."""
+
     init_timeout_seconds: int = 300
     """Seconds that a process waits for the others up to the end of its first step."""
     train_timeout_seconds: int = 100
@@ -543,6 +571,8 @@ class Comm:
 
 @dataclass(kw_only=True, slots=True)
 class MemoryEstimation:
+    """``--memory_estimation.*``: an estimate of the peak memory instead of a run."""
+
     enabled: bool = False
     """Print an estimate of one process's peak memory, from two simulated steps, and end. Nothing is trained,
     and no dump folder is made."""
@@ -560,6 +590,8 @@ class MemoryEstimation:
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
+    """``--sample.*``: the text that the trained model writes at the end of a run."""
+
     prompt: str = "The "
     """Text that the trained model is asked to continue when the run ends."""
     max_new_tokens: int = 200
@@ -581,6 +613,8 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
+    """All flags of a run, one field a section, in the order of ``bash train.sh -h``; checks what involves two sections."""
+
     job: Job = field(default_factory=Job)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -641,6 +675,7 @@ class JobConfig:
 
     @property
     def dump_folder(self) -> Path:
+        """``job.dump_folder``, or its default: ``exp/`` and the name of the model configuration."""
         return Path(self.job.dump_folder or Path("exp") / Path(self.model.config).stem)
 
     def flags(self) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     texts = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
     if len(texts) != 1:
         raise ValueError(
-            f"{_FLAG} tokenizer: the post-processor of --model.tokenizer_path holds a text {len(texts)} times, "
-            f"not once; use {_FLAG} sequence or none, or another tokenizer"
+            f"{_FLAG} tokenizer: the post-processor of --model.tokenizer_path must hold a text once, got "
+            f"{len(texts)} times; use {_FLAG} sequence or none, or another tokenizer"
         )
     return encoding.ids[: texts[0]], encoding.ids[texts[0] + 1 :]
 
@@ -48,7 +48,7 @@ def around_document(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[list
     Raises:
         ValueError: The tokenizer itself puts an eos elsewhere after the text than at the end.
     """
-    eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]  # an id; transformers types all special tokens at once
+    eos: int = tokenizer.eos_token_id  # pyright: ignore[reportAssignmentType]  # transformers types the ids of all special tokens alike; this one is an int
     if mode != "tokenizer":
         return [], [eos]
     before, after = affixes(tokenizer)
@@ -57,8 +57,8 @@ def around_document(tokenizer: PreTrainedTokenizerFast, mode: str) -> tuple[list
     if after.count(eos) > 1:
         raise ValueError(
             f"{_FLAG} tokenizer: the post-processor of --model.tokenizer_path adds "
-            f"{' '.join(tokenizer.convert_ids_to_tokens(affixes(tokenizer)[1]))!r} after a text, in which eos does not "
-            f"end the document; use {_FLAG} sequence or none, or another tokenizer"
+            f"{' '.join(tokenizer.convert_ids_to_tokens(affixes(tokenizer)[1]))!r} after a text, but only its last token may "
+            f"be eos; use {_FLAG} sequence or none, or another tokenizer"
         )
     return before, after
 
@@ -76,7 +76,7 @@ def sequence_bos(tokenizer: PreTrainedTokenizerFast, mode: str) -> int | None:
             f"{_FLAG} sequence: the tokenizer of --model.tokenizer_path has no bos token; use {_FLAG} tokenizer or "
             f"none, or set bos_token in its {_CONFIG}"
         )
-    return tokenizer.bos_token_id  # pyright: ignore[reportReturnType]  # an id; transformers types all special tokens at once
+    return tokenizer.bos_token_id  # pyright: ignore[reportReturnType]  # transformers types the ids of all special tokens alike; this one is an int
 
 
 def before_prompt(tokenizer: PreTrainedTokenizerFast, mode: str) -> list[int]:
@@ -103,7 +103,7 @@ def for_inference(tokenizer: PreTrainedTokenizerFast, mode: str) -> PreTrainedTo
     if affixes(tokenizer) != (before, []):
         backend.post_processor = _post_processor(
             before,
-            tokenizer.convert_ids_to_tokens(before),  # pyright: ignore[reportArgumentType]  # a list of ids gives a list of tokens
+            tokenizer.convert_ids_to_tokens(before),  # pyright: ignore[reportArgumentType]  # given a list of ids, it returns a list of str
             backend.post_processor,
         )
     return tokenizer

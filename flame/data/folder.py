@@ -77,8 +77,8 @@ def folder_files(dataset: str, folder: Path, name: str | None, split: str) -> li
         rest = sorted(set(files).difference(*splits.values()))
         if rest:
             raise ValueError(
-                f"{_FLAG} {dataset!r}: {len(rest)} files, {rest[0].relative_to(folder)} the first, belong "
-                f"to none of the splits that names tell ({', '.join(splits)}); choose files with "
+                f"{_FLAG} {dataset!r}: {len(rest)} files, the first {rest[0].relative_to(folder)}, belong "
+                f"to none of the splits found in names ({', '.join(splits)}); choose files with "
                 f"{_FILES_FLAG}, or take them all with {_SPLIT_FLAG} {ALL}"
             )
     if len(splits) > 1:
@@ -142,7 +142,7 @@ def _saved_files(dataset: str, folder: Path, split: str) -> list[Path]:
         return [Path(file["filename"]) for file in part.cache_files]
 
     if isinstance(saved, datasets.DatasetDict):
-        chosen = _choose(dataset, {key: files(part) for key, part in saved.items()}, split)  # pyright: ignore[reportArgumentType]  # names of splits read from a file are str
+        chosen = _choose(dataset, {key: files(part) for key, part in saved.items()}, split)  # pyright: ignore[reportArgumentType]  # splits that were read from a folder have names of type str
     elif split in ("train", ALL, str(saved.split)):
         chosen = files(saved)
     else:
@@ -177,7 +177,7 @@ def _has_configurations(folder: Path, files: list[Path]) -> bool:
     card = folder / _CARD
     if (folder / ".huggingface.yaml").is_file():
         return True
-    # among the files it is text
+    # a card that is listed among the files is text
     if card in files or not card.is_file():
         return False
     from huggingface_hub import DatasetCard
@@ -196,7 +196,7 @@ def _configured_splits(dataset: str, folder: Path, name: str | None) -> dict[str
         builder = datasets.load_dataset_builder(str(folder), name)
         return {
             str(split): [Path(file) for file in files]
-            for split, files in builder.config.data_files.items()  # pyright: ignore[reportOptionalMemberAccess]  # a builder of local files has them
+            for split, files in builder.config.data_files.items()  # pyright: ignore[reportOptionalMemberAccess]  # a builder of local files has data_files
         }
     # builders raise whatever they like
     except Exception as error:
@@ -208,7 +208,7 @@ def _configured_splits(dataset: str, folder: Path, name: str | None) -> dict[str
 
 
 def _named_splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Splits that names tell, by the first set of the Hub's patterns that any file matches."""
+    """Splits found in names, by the first of the Hub's sets of patterns that any file matches."""
     from datasets.data_files import (
         DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
         DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
@@ -288,7 +288,7 @@ def _list(folder: Path) -> list[Path]:
 def _descriptions(files: Iterable[Path]) -> set[Path]:
     """The files that describe the data and are not part of it: a card, and files that `datasets` adds.
 
-    A README.md is text where all files below its folder are .md.
+    A README.md is text if all files below its folder are .md.
     """
     from datasets.data_files import FILES_TO_IGNORE
 

@@ -1,4 +1,4 @@
-"""Tell a local path from a hub name, and put a cause on one line."""
+"""Tells a local path from a hub name, and puts the cause of an error on one line."""
 
 from pathlib import Path
 

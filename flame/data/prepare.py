@@ -119,7 +119,7 @@ def prepare(
         raise UsageError(f"--out {out} cannot be written: {error}") from None
     finally:
         workers.close()
-        # gone already where it was moved
+        # it no longer exists if it was moved
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -187,7 +187,7 @@ def _chunks(shards: Shards) -> Iterator[tuple[int, list[str]]]:
                 yield shard, texts
                 texts, size = [], 0
     if texts:
-        yield shard, texts  # pyright: ignore[reportPossiblyUnboundVariable]  # texts are of a shard
+        yield shard, texts  # pyright: ignore[reportPossiblyUnboundVariable]  # if there are texts, the loop has bound shard
 
 
 def _flush(file: IO[Any]) -> None:

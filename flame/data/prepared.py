@@ -87,11 +87,14 @@ def read_prepared(
     mode: str | None = None,
     **sequences: Any,
 ) -> TokenSource:
-    """Maps the token files of a folder; only what is asked for is ever read.
+    """Maps the token files of a folder into memory; a page is read when it is used.
 
     A sample of the tokens is compared with its checksum; `verify` compares all of them.
 
     Args:
+        name: The value of --training.dataset, for messages.
+        folder: Folder that `flame.data.prepare` wrote.
+        tokenizer: Tokenizer of the run, which must be the one that made the tokens.
         mode: The mode of `flame.data.bos` that the tokens must have been made for; None: any, and the tokenizer may
             add other tokens around a document.
         sequences: How sequences begin, fields of `TokenSource`.

@@ -121,7 +121,7 @@ class _StreamData(_RunDataBase):
                 self._encoder,
                 config.validation.sequences,
                 config.training.seq_len,
-                **self._sequences,  # pyright: ignore[reportArgumentType]  # bos and has_document_bos, each of its type
+                **self._sequences,  # pyright: ignore[reportArgumentType]  # the dict holds bos and has_document_bos, each of the right type
             )
             self._held_out.append(held_out)
             self._train.append((shards, begin))
@@ -145,7 +145,7 @@ class _StreamData(_RunDataBase):
             seed=self._seed,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
-            **self._sequences,  # pyright: ignore[reportArgumentType]  # bos and has_document_bos, each of its type
+            **self._sequences,  # pyright: ignore[reportArgumentType]  # the dict holds bos and has_document_bos, each of the right type
             **self._shape,
             **self._workers,
         )
@@ -163,7 +163,7 @@ def open_data(config: JobConfig, tokenizer: PreTrainedTokenizerFast) -> RunData:
 
 
 def _source_suffix(sources: list[Any], source: Any) -> str:
-    """End of a fingerprint's key: which source it is of, if there are several, and its flag."""
+    """Suffix of a fingerprint's key: the number of the source, if there are several, and the flag."""
     number = f" of source {sources.index(source) + 1}" if len(sources) > 1 else ""
     return f"{number} (--training.dataset)"
 

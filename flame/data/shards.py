@@ -55,8 +55,8 @@ def open_shards(source: DataSource, *, streaming: bool) -> Shards:
         path = local_path(_FLAG, source.dataset, "a file or folder of text")
         if path is not None and is_prepared(path):
             raise ValueError(
-                f"{_FLAG} {source.dataset!r}: holds tokens and no text, so it can neither be streamed nor "
-                "prepared again; it is read a piece at a time without --training.streaming"
+                f"{_FLAG} {source.dataset!r}: holds tokens, not text, so it cannot be streamed or prepared "
+                "again; leave out --training.streaming, and it is read a piece at a time"
             )
     files = local_files(source.dataset, **options)
     if files is None:

@@ -22,15 +22,15 @@ class TokenSource:
     tokens: np.ndarray
     """Token ids ``[num_tokens]``, any integer dtype; may be a memory map."""
     ends: np.ndarray
-    """One past the last token of each document ``[num_documents]``, in the stream that this is a part of."""
+    """One past the last token of each document ``[num_documents]``, counted in the whole stream."""
     checksum: str
-    """Of all tokens of that stream."""
+    """Checksum of all tokens of the whole stream."""
     offset: int = 0
-    """Where in that stream the part begins."""
+    """Where in the whole stream this part begins."""
     bos: int | None = None
-    """Starts every sequence; the tokens themselves are without it."""
+    """Added at the start of every sequence; `tokens` does not contain it."""
     has_document_bos: bool = False
-    """Sequences are cut from the stream with ``bos`` before every document as well."""
+    """Whether ``bos`` is also added before every document, before the stream is cut into sequences."""
 
     @classmethod
     def of_documents(
@@ -41,7 +41,11 @@ class TokenSource:
         return cls(name, tokens, np.cumsum(lengths), f"crc32 {crc32(tokens):08x}", **bos)
 
     def split(self, seq_len: int, share: float) -> "tuple[TokenSource, TokenSource]":
-        """The part to train on and the part held out, as `split_tokens` cuts them, without a copy."""
+        """The part to train on and the part held out, as `split_tokens` cuts them, without a copy.
+
+        Raises:
+            ValueError: As `split_tokens`.
+        """
         try:
             train, held_out = split_tokens(
                 self.tokens, seq_len, share, stride=self._stride(seq_len)
@@ -103,7 +107,7 @@ class TokenSource:
         return j < self._num_starts() and self._start(j) + j == position
 
     def _read_with_bos(self, position: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        bos: int = self.bos  # pyright: ignore[reportAssignmentType]  # has_document_bos comes with one
+        bos: int = self.bos  # pyright: ignore[reportAssignmentType]  # has_document_bos is set only together with bos
         # the bos of the sequence is that of its first document, or precedes the rest of a document
         position += self._is_start(position)
         j = self._starts_before(position)
@@ -117,8 +121,9 @@ class TokenSource:
         return np.insert(tokens, 0, bos), ends[ends <= seq_len]
 
     def position_checksum(self) -> int:
-        """CRC-32 of evenly spaced tokens, cheap on a memory map and moved by any shift of the stream, and of how
-        sequences are cut from it.
+        """CRC-32 of evenly spaced tokens, and of how sequences are cut.
+
+        It is cheap on a memory map, and any shift of the stream changes it.
         """
         sample = sample_crc32(self.tokens)
         if self.bos is None:

@@ -51,7 +51,7 @@ def hold_out(
         if cursor.epoch:
             raise ValueError(
                 f"--validation.sequences {sequences}: {shards.name} has {ends[-1]} tokens, of which "
-                f"{needed} would be held out and none be left to train on; hold out fewer or give more text"
+                f"{needed} would be held out, which leaves none to train on; hold out fewer or give more text"
             )
         if ends[-1] >= needed:
             break
@@ -63,7 +63,7 @@ def hold_out(
     source = TokenSource(
         shards.name, stream, ends, checksum, bos=bos, has_document_bos=has_document_bos
     )
-    return source, cursor  # pyright: ignore[reportPossiblyUnboundVariable]  # documents() never ends
+    return source, cursor  # pyright: ignore[reportPossiblyUnboundVariable]  # documents() is endless, so the loop runs
 
 
 class StreamLoader(Stateful):

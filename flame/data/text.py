@@ -1,7 +1,7 @@
 """Documents from the built-in text, local files and folders, or a Hugging Face dataset.
 
-Every source gives whole documents, a list-like of str, in an order that depends on the data alone.
-Nothing is skipped in silence: what cannot be read is an error that names the file and the position in it.
+Every source gives whole documents, a sequence of str, in an order that depends on the data alone.
+Nothing is skipped silently: what cannot be read is an error that names the file and the position in it.
 """
 
 import logging
@@ -33,7 +33,7 @@ def load_documents(
     data_dir: str | None = None,
     data_files: str | Sequence[str] | None = None,
 ) -> Sequence[str]:
-    """Load every document of a dataset.
+    """Loads every document of a dataset.
 
     Args:
         dataset: One of
@@ -43,7 +43,7 @@ def load_documents(
               ``.ndjson``: one object with a string ``"text"`` a line; ``.json``: the same, or one array of
               such objects; all of these also compressed, ``.gz``, ``.bz2``, ``.xz`` or ``.zst``.
               ``.parquet`` and ``.arrow``: a string column ``text``. A folder is read recursively, sorted
-              by path, its split alone where it has splits (see `folder_files`); hidden files, linked
+              by path, and only its split if it has splits (see `folder_files`); hidden files, linked
               folders and files that are not data are left out, and named in a warning unless hidden;
             - a folder that ``save_to_disk`` of Hugging Face datasets wrote, with a string column ``text``;
             - a Hugging Face dataset with a string column ``text``.
@@ -115,6 +115,9 @@ def python_docs() -> list[str]:
     They ship with the interpreter, so the text differs between Python versions: 79 topics and
     466,117 bytes in 3.11.7, 493,344 bytes in 3.12.1, 511,791 bytes in 3.13.0, nearly all ASCII. Losses
     compare only between runs on the same Python.
+
+    Raises:
+        ValueError: This Python comes without them.
     """
     try:
         from pydoc_data.topics import topics
@@ -127,7 +130,7 @@ def python_docs() -> list[str]:
 
 
 def refuse_hub_options(dataset: str, **options: str | Sequence[str] | None) -> None:
-    """Reject hub options given with a source that would ignore them."""
+    """Raises ValueError for options of the hub that the source would ignore."""
     flags = {"name": "--training.dataset_name", "split": "--training.dataset_split"}
     unused = {"name": None, "split": "train", "data_dir": None, "data_files": None}
     for option, value in options.items():
@@ -167,7 +170,7 @@ def load_from_hub(
     # builders raise whatever they like, StopIteration included
     except Exception as error:
         raise ValueError(
-            f"{_FLAG} {dataset!r}: no local path, and Hugging Face datasets could not load it "
+            f"{_FLAG} {dataset!r}: not a local path, and Hugging Face datasets could not load it "
             f"({first_line(error)}); expected {_EXPECTED}"
         ) from error
     # a stream may not know its columns before its first row; rows are checked when they are read

@@ -26,7 +26,11 @@ class Cursor(NamedTuple):
 
 
 def documents(shards: Shards, start: Cursor, begin: Cursor) -> Iterator[tuple[Cursor, str]]:
-    """Documents from ``start`` on, without end; every later epoch starts at ``begin``."""
+    """Documents from ``start`` on, without end; every later epoch starts at ``begin``.
+
+    Raises:
+        ValueError: A whole epoch has no document, or a shard cannot be read.
+    """
     epoch, shard, row = start
     is_empty = False
     while True:
@@ -79,7 +83,7 @@ class TokenStream:
         self._has_begun = False
 
     def position(self) -> tuple[Cursor, int, np.ndarray | int | None]:
-        """Arguments of `seek` for the next token: the last document of which one was taken."""
+        """Arguments of `seek` for the next token, relative to the document of the last token that was taken."""
         if self._has_begun and self._offset:
             cursor, tokens = self._documents[0]
             return cursor, self._offset, tokens
@@ -116,7 +120,7 @@ class TokenStream:
         self._offset += length
         self._num_tokens -= length
         self._drop_used()
-        return ends if row is not None else []  # pyright: ignore[reportPossiblyUnboundVariable]  # bound where there is a row
+        return ends if row is not None else []  # pyright: ignore[reportPossiblyUnboundVariable]  # bound if row is not None
 
     def _drop_used(self) -> None:
         while self._documents and self._offset >= len(self._documents[0][1]):
@@ -131,7 +135,7 @@ class TokenStream:
                 if texts:
                     self._pending.append((cursors, self._workers.submit(texts)))
             if not self._pending:
-                raise self._error  # pyright: ignore[reportGeneralTypeIssues]  # set, since nothing is pending and nothing more was read
+                raise self._error  # pyright: ignore[reportGeneralTypeIssues]  # nothing is pending and nothing more was read, so an error is set
             cursors, future = self._pending.popleft()
             tokens, lengths = self._workers.result(future)
             starts = np.cumsum(lengths)[:-1]
@@ -154,8 +158,8 @@ class TokenStream:
         ):
             raise ValueError(
                 f"{SOURCE_FLAG} {self._shards.name!r}: document {cursor.row} of "
-                f"{self._shards.part(cursor.shard)}, where the checkpoint stopped, is not there or is "
-                "another; documents up to that one must stay as they were"
+                f"{self._shards.part(cursor.shard)}, where the checkpoint stopped, is missing or has "
+                "changed; restore the documents up to that one"
             )
 
     def _chunk(self) -> tuple[list[Cursor], list[str]]:

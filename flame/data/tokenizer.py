@@ -20,7 +20,7 @@ _EXPECTED = f"{BYTE!r}, a folder written by save_pretrained, or a Hugging Face t
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer that has an end-of-sequence token.
+    """Loads a fast tokenizer that has an end-of-sequence token.
 
     Args:
         name_or_path: ``"byte"`` for :func:`byte_tokenizer`, a local folder, or a hub name. A local
@@ -63,7 +63,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     It decodes every string exactly, and puts bos before a text as a Llama tokenizer does. Text that spells a special
     token, such as ``<|eos|>``, stays bytes (``split_special_tokens``, which ``save_pretrained`` keeps);
-    pass ``split_special_tokens=False`` in a call to have it read as the token. A str that is no valid
+    pass ``split_special_tokens=False`` in a call to have it read as the token. A str that is not valid
     Unicode (a lone surrogate) is a TypeError.
     """
     # byte-level libraries write byte b as one printable character; no merges keeps bytes apart

@@ -84,7 +84,7 @@ def tokenize(
 def split_tokens(
     tokens: np.ndarray, seq_len: int, validation_share: float, *, stride: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out the end of the stream for validation.
+    """Holds out the end of the stream for validation.
 
     Args:
         tokens: The stream ``[num_tokens]``.

@@ -58,7 +58,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
             "ask for fewer, or use more text"
         )
     bos, eos, pad = _SPECIAL
-    backend.post_processor = bos_template(bos, backend.token_to_id(bos))  # pyright: ignore[reportArgumentType]  # trained with this token
+    backend.post_processor = bos_template(bos, backend.token_to_id(bos))  # pyright: ignore[reportArgumentType]  # the tokenizer was trained with this token, so it has an id
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,

@@ -26,7 +26,7 @@ def _start(function: Callable[[Any], Any], parent: int) -> None:
 
 
 def _call(item: object) -> object:
-    return _function(item)  # pyright: ignore[reportOptionalCall]  # set by _start, the initializer
+    return _function(item)  # pyright: ignore[reportOptionalCall]  # _start, the initializer of the process, has set it
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ class Workers:
         function: Called with each item. It is inherited, not pickled, so it may hold memory maps and arrays, which
             are not copied. Items and results are pickled.
         num_workers: Number of processes; 0: none.
-        prefetch_factor: Items that a worker gets ahead of those whose results are taken.
+        prefetch_factor: Items submitted ahead for each worker.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""``python -m flame.machine.bind_and_train BINDINGS [flags]``: binds itself to the CPUs and memory of its GPU, then runs `flame.train`.
+"""``python -m flame.machine.bind_and_train BINDINGS [flags]``: binds itself to a GPU's CPUs and memory, then trains.
 
 `flame.launch` starts a run's processes this way on a machine of several NUMA groups. torchrun's own
 ``--numa-binding`` needs the program numactl, starts the GPU runtime in the launcher and binds no memory.

@@ -102,4 +102,4 @@ def group_of(address: str, groups: list[Group]) -> Group:
     for group in groups:
         if node in group.nodes:
             return group
-    raise TopologyError(f"{path} says {node}, which is no NUMA node with CPUs")
+    raise TopologyError(f"{path} says {node}, which is not a NUMA node with CPUs")

@@ -59,7 +59,7 @@ def bind_processes(
                 "; HIP counts from 0 what ROCR_VISIBLE_DEVICES leaves" if len(masks) > 1 else ""
             )
             raise UsageError(
-                f"torch sees no GPU with {given}{counted}: name GPUs that there are, or set {variable}= to nothing "
+                f"torch sees no GPU with {given}{counted}: name GPUs of this machine, or set {variable}= to nothing "
                 "to train on the CPU"
             )
         return []
@@ -83,7 +83,7 @@ def bind_processes(
         if len(set(group_of.values())) > 1:
             raise UsageError(
                 f"NGPU={ngpu} with {given} mixes NUMA groups: "
-                f"{_proposal(used, groups, variable, env, argv)}; --job.allow_cross_numa allows the mixture"
+                f"{_proposal(used, groups, variable, env, argv)}; or give --job.allow_cross_numa to mix them"
             )
         if ngpu > MAX_GPUS:
             raise UsageError(
@@ -131,7 +131,7 @@ def _proposal(
             words += [f"MASTER_PORT={env['MASTER_PORT']}"] if "MASTER_PORT" in env else []
             words += [f"NGPU={len(numbers)}", "bash train.sh", *map(shlex.quote, argv)]
             commands.append(" ".join(words))
-    return f"{', '.join(found)}. Right would be {' or '.join(commands)}"
+    return f"{', '.join(found)}; run {' or '.join(commands)}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -40,10 +40,12 @@ class AttentionCounts:
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu") -> "AttentionCounts":
+        """Counts of nothing, to add to."""
         sums = torch.zeros(4 + len(SINK_EPS), dtype=torch.float64, device=device)
         return cls(sums=sums, max_score=torch.full_like(sums[0], -math.inf))
 
     def add(self, other: "AttentionCounts") -> None:
+        """Adds counts of other sequences or layers in place."""
         self.sums += other.sums
         self.max_score = torch.maximum(self.max_score, other.max_score)
 

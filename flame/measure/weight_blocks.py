@@ -25,7 +25,9 @@ class WeightBlock(NamedTuple):
     scores: torch.Tensor
     weights: torch.Tensor
     visible: torch.Tensor
-    """``[rows, keys]``, bool, True where causality and window let a query see a key. Keys after the last query are left out."""
+    """``[rows, keys]``, bool, True where causality and window let a query see a key.
+
+    Keys after the last query are left out."""
 
 
 def weight_blocks(
@@ -43,6 +45,9 @@ def weight_blocks(
     Args:
         q: Queries ``[T, HQ, K]``; weights are computed in their dtype, in float32 at least.
         k: Keys ``[S, H, K]``, ``S >= T``: the queries are the last ``T`` positions.
+        normalizer: A key of `fla.ops.attn.softpick.NORMALIZERS`.
+        scale: Factor on ``q @ k.T``.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
         tile_elements: Scores in memory at a time, but at least one query row of all heads.
     """

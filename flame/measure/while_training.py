@@ -39,6 +39,7 @@ class Observer:
         cu_seqlens: torch.Tensor | None,
         sink_bias: torch.Tensor | None,
     ) -> None:
+        """Counts the weights of one layer's attention on one batch."""
         if self.is_counting:
             self.counts[layer].add(
                 attention_counts(
@@ -53,6 +54,7 @@ class Observer:
             )
 
     def see_output(self, index: int, output: torch.Tensor) -> None:
+        """Adds the output of the embedding (index 0) or of layer ``index - 1`` to its moments."""
         if self.is_counting:
             self.powers[index] += power_sums(local_tensor(output))
 
@@ -85,11 +87,12 @@ class Observer:
 
 @contextlib.contextmanager
 def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[None]:
-    """Shows ``observer`` the attention and the outputs of a Llama decoder, which runs eagerly meanwhile.
+    """Context in which ``observer`` sees the attention and the outputs of a Llama decoder; it runs eagerly meanwhile.
 
     Args:
         decoder: Module with ``embed_tokens`` and ``layers``.
         attn_impl: The operator it runs, a name in transformers' table of attention functions.
+        observer: Accumulates the statistics.
     """
     operator: Callable[..., object] = ALL_ATTENTION_FUNCTIONS[attn_impl]
 
@@ -104,7 +107,7 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
     ) -> object:
         cu_seqlens, sink_bias = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux")
         observer.see_attention(
-            module.layer_idx,  # pyright: ignore[reportArgumentType]  # every attention of transformers has one
+            module.layer_idx,  # pyright: ignore[reportArgumentType]  # every attention module of transformers has layer_idx
             query,
             key,
             scaling,
@@ -115,7 +118,7 @@ def observe(decoder: nn.Module, attn_impl: str, observer: Observer) -> Iterator[
         kwargs |= {"scaling": scaling, "sliding_window": sliding_window}
         return operator(module, query, key, *args, **kwargs)
 
-    modules = [decoder.embed_tokens, *decoder.layers]  # pyright: ignore[reportGeneralTypeIssues]  # a decoder of transformers
+    modules = [decoder.embed_tokens, *decoder.layers]  # pyright: ignore[reportGeneralTypeIssues]  # a decoder of transformers has embed_tokens and layers
     hooks = [
         module.register_forward_hook(partial(_see_output, observer, index))
         for index, module in enumerate(modules)

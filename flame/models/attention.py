@@ -75,7 +75,13 @@ def require_device(name: str, device_type: str) -> None:
 
 
 def attention_forward(name: str) -> Callable[..., Any]:
-    """The operator of that name as transformers calls attention."""
+    """The operator of that name as transformers calls attention.
+
+    Returns:
+        A function of ``query [B, HQ, T, K]``, ``key [B, H, S, K]`` and ``value [B, H, S, V]`` that returns the output
+        ``[B, T, HQ, V]`` and the weights ``[B, HQ, T, S]``, or None unless ``output_attentions`` is set. It raises
+        NotImplementedError for what the operator cannot compute, and TypeError for an unknown keyword.
+    """
     operator = OPERATORS[name]
     normalizer, is_triton = normalizer_of(name), name.startswith("parallel_")
 
@@ -109,7 +115,7 @@ def attention_forward(name: str) -> Callable[..., Any]:
                 f"{name} has no dropout, got {dropout}: set attention_dropout to 0"
             )
         if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            raise NotImplementedError(f"{name} is causal; is_causal=False is not possible")
+            raise NotImplementedError(f"{name} computes causal attention only, got is_causal=False")
         if softcap is not None:
             raise NotImplementedError(f"{name} does not cap scores, got softcap {softcap}")
         if position_bias is not None:

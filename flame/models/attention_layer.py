@@ -52,7 +52,7 @@ class NormalizedAttention(LlamaAttention):
                 config.hidden_size, heads * self.head_dim, bias=config.attention_bias
             )
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # positions are needed, and weights are given where asked for
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # Llama's accepts None for positions, and declares that it always returns weights
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -70,9 +70,12 @@ class NormalizedAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Output ``[B, T, hidden]`` of ``hidden_states`` ``[B, T, hidden]``, and weights where they are asked for.
 
-        ``num_keys`` ``[1 or B, T]``, integers, gives ``n_i`` if the local keys do not determine it: under context
-        parallelism, which gathers the keys later. ``cache`` is called ``past_key_values`` before transformers
+        ``num_keys`` ``[1 or B, T]``, integers, gives ``n_i`` where the local keys do not determine it, that is, under
+        context parallelism, which gathers the keys later. ``cache`` is called ``past_key_values`` before transformers
         5.24. Everything else is as in Llama.
+
+        Raises:
+            TypeError: Both names of the cache are given, or a keyword is unknown.
         """
         name = type(self).__name__
         refuse_unknown(name, kwargs)
@@ -103,7 +106,7 @@ class NormalizedAttention(LlamaAttention):
         if self.config.attn_sink:
             options["s_aux"] = local_tensor(self.sinks)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]  # set when the model is made
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]  # transformers sets it when it builds the model
             eager_attention_forward,
         )
         dropout = self.attention_dropout if self.training else 0.0

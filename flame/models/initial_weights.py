@@ -34,7 +34,7 @@ def initialize_weights(model: PreTrainedModel, seed: int) -> None:
         }
         for buffer in module.buffers(recurse=False):
             # set when the model was initialised on meta
-            buffer._is_hf_initialized = False  # pyright: ignore[reportAttributeAccessIssue]  # tensors take attributes; transformers reads this one
+            buffer._is_hf_initialized = False  # pyright: ignore[reportAttributeAccessIssue]  # a mark that transformers reads; tensors accept new attributes
         module._parameters.update(whole)
         try:
             with torch.random.fork_rng(devices=[]):

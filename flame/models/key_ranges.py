@@ -36,12 +36,13 @@ class KeyRanges(NamedTuple):
     ndim = 0
 
     def contiguous(self) -> "KeyRanges":
+        """Itself: transformers asks this of a mask."""
         return self
 
     def queries(self, T: int) -> list[tuple[int, int]]:
         """For each row, first and one past the last of its ``T`` queries that are not padding."""
-        begin: int = self.stop - T  # pyright: ignore[reportAssignmentType]  # an int where the bounds are known
-        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]  # pyright: ignore[reportOptionalIterable]  # known with the bounds
+        begin: int = self.stop - T  # pyright: ignore[reportAssignmentType]  # if the bounds are known, stop is an int
+        return [(max(first - begin, 0), max(end - begin, 0)) for first, end in self.bounds]  # pyright: ignore[reportOptionalIterable]  # callers check that the bounds are known
 
 
 class MaskSentinel(enum.Enum):
@@ -120,7 +121,7 @@ def causal_key_ranges(
     if not allow_is_causal_skip and q_length > 1:
         # positions that restart come as an "and" around the whole mask; blocks that see each other as an "or"
         # (by __name__: Dynamo of torch 2.11 does not know the __qualname__ of a closure)
-        if not use_vmap and mask_function.__name__ == "and_mask":  # pyright: ignore[reportOptionalMemberAccess]  # transformers gives one
+        if not use_vmap and mask_function.__name__ == "and_mask":  # pyright: ignore[reportOptionalMemberAccess]  # transformers always passes a mask function here
             return MAYBE_PACKED
         use_vmap = True
     if use_vmap:
@@ -146,9 +147,9 @@ def causal_key_ranges(
         starts, ends = (
             torch.tensor(x, dtype=torch.int32, device=device) for x in zip(*bounds, strict=True)
         )
-        return KeyRanges(starts, ends, stop, bounds)  # pyright: ignore[reportArgumentType]  # stop is an int where q_offset is
+        return KeyRanges(starts, ends, stop, bounds)  # pyright: ignore[reportArgumentType]  # q_offset is an int here, so stop is one
     # static cache: read nothing back during capture; the start of each row is its first unmasked column
-    ends = stop.to(torch.int32).expand(batch_size)  # pyright: ignore[reportAttributeAccessIssue]  # stop is a tensor where q_offset is
+    ends = stop.to(torch.int32).expand(batch_size)  # pyright: ignore[reportAttributeAccessIssue]  # q_offset is a tensor here, so stop is one
     starts = torch.zeros_like(ends)
     if padding is not None:
         starts = padding.int().argmax(1).to(torch.int32)
@@ -180,9 +181,12 @@ def num_visible_keys(
     """Number of keys that each of ``T`` queries sees, itself included: ``[1 or B, T]`` integers, at least 1.
 
     Args:
-        S: Number of keys; without ``ranges`` the queries are the last of them.
+        B: Rows of the batch.
+        T: Queries of a row.
+        S: Keys of a row; without ``ranges`` the queries are the last of them.
         ranges: The keys of each row.
         cu_seqlens: Bounds ``[N + 1]`` of the sequences packed in ``B`` rows laid end to end, ``S == T``.
+        device: Device of the result.
     """
     if cu_seqlens is not None:
         positions = torch.arange(B * T, device=device)
@@ -211,12 +215,22 @@ def attend_key_ranges(
     """Causal attention of each row of a batch over the keys of its range; 0 for queries that are padding.
 
     Args:
-        q: ``[B, T, HQ, K]``; ``k [B, S, H, K]``, ``v [B, S, H, V]``.
+        q: Queries ``[B, T, HQ, K]``.
+        k: Keys ``[B, S, H, K]``.
+        v: Values ``[B, S, H, V]``.
         ranges: The columns of ``k`` and ``v`` that belong to each row.
         operator: Attention whose queries are the last positions of the keys.
+        normalizer: A key of `fla.ops.attn.softpick.NORMALIZERS`, that of ``operator``.
+        is_triton: Decode with the Triton operator instead of the reference.
+        scale: Factor on ``q @ k.T``; None: ``K ** -0.5``.
+        window_size: A query sees itself and the ``window_size - 1`` keys before it; None: all.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value, or None.
 
     Returns:
         ``[B, T, HQ, V]``.
+
+    Raises:
+        NotImplementedError: A static cache gets too many queries, or needs a gradient.
     """
     T, HQ, H = q.shape[1], q.shape[2], k.shape[2]
     options = {"window_size": window_size, "sink_bias": sink_bias}
@@ -225,12 +239,12 @@ def attend_key_ranges(
         decode = normalized_attn_decode if is_triton else naive_normalized_attn_decode
         if ranges.bounds is None and not is_decoding:
             raise NotImplementedError(
-                f"softpick attention with a static cache takes at most {MAX_ROWS} query tokens times query heads a key "
-                f"head after the first call, and no gradients; got {T} x {HQ // H}"
+                "after its first call, softpick attention with a static cache takes no gradients and at most "
+                f"{MAX_ROWS} query rows (query tokens times query heads per key head), got {T} x {HQ // H}"
             )
         options |= {"normalizer": normalizer, "starts": ranges.starts}
         if _reads is None:
-            return decode(q, k, v, ranges.ends, scale, **options)  # pyright: ignore[reportReturnType]  # no lse and no statistics are asked for
+            return decode(q, k, v, ranges.ends, scale, **options)  # pyright: ignore[reportReturnType]  # without return_lse and return_stats the result is one tensor
         o, share = _decode_and_count(q, k, v, ranges, scale, is_triton=is_triton, **options)
         _reads.add(share)
         return o
@@ -276,7 +290,7 @@ def _decode_and_count(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output of decoding and the share of the values with any weight ``[B, H]``."""
     if is_triton:
-        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)  # pyright: ignore[reportReturnType]  # two, with return_stats
+        return normalized_attn_decode(q, k, v, ranges.ends, scale, return_stats=True, **options)  # pyright: ignore[reportReturnType]  # with return_stats the result is a pair
     o = naive_normalized_attn_decode(q, k, v, ranges.ends, scale, **options)
     starts = options.pop("starts")
     # [B, HQ, T, S] -> [B, H, S]
@@ -294,7 +308,13 @@ def dense_attention_weights(
     normalizer: str,
     **options: Any,
 ) -> torch.Tensor:
-    """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key; ``options`` as in the operators."""
+    """Weights ``[B, HQ, T, S]`` of `attend_key_ranges`, 0 where a row has no such query or key.
+
+    ``options`` are those of the operators.
+
+    Raises:
+        NotImplementedError: A static cache is decoded, whose ranges are not known on the host.
+    """
 
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         _, w = naive_normalized_attn(q, k, v, normalizer=normalizer, return_weights=True, **options)
@@ -303,7 +323,9 @@ def dense_attention_weights(
     if ranges is None:
         return dense(q, k, v)
     if ranges.bounds is None:
-        raise NotImplementedError("no weights (output_attentions) while a static cache is decoded")
+        raise NotImplementedError(
+            "a static cache is decoded without weights: output_attentions must be off"
+        )
     T = q.shape[1]
     w = q.new_zeros(q.shape[0], q.shape[2], T, k.shape[1])
     spans = zip(ranges.queries(T), ranges.bounds, strict=True)

@@ -24,5 +24,5 @@ def refuse_unknown(name: str, keywords: Iterable[str]) -> None:
     for keyword in keywords:
         if keyword not in HARMLESS:
             raise TypeError(
-                f"{name} does not know the keyword {keyword!r}, and would compute something else without it"
+                f"{name} does not know the keyword {keyword!r}; ignoring it could compute something else"
             )

@@ -22,7 +22,7 @@ def _fla(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> to
         # upstream warns on every machine without a GPU, where `linear_loss` refuses
         warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
         from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
-    return fused_linear_cross_entropy_loss(hidden, labels, weight, reduction="sum")  # pyright: ignore[reportArgumentType]  # upstream's name for int64
+    return fused_linear_cross_entropy_loss(hidden, labels, weight, reduction="sum")  # pyright: ignore[reportArgumentType]  # upstream annotates labels with torch.LongTensor
 
 
 def linear_loss(name: str, device_type: str) -> LinearLoss | None:

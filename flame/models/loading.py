@@ -21,7 +21,7 @@ def load_model(folder: str | Path, **options: Any) -> PreTrainedModel:
         UsageError: A weight is missing, has another shape, is unknown to the model, or is not finite.
         READING_ERRORS: The files cannot be read.
     """
-    model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # a pair, with output_loading_info
+    model, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  # with output_loading_info the result is a pair
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     for key, what in (

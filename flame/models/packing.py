@@ -39,6 +39,8 @@ def document_bounds(
     Args:
         name: The operator, for messages.
         mask: What `causal_key_ranges` returned.
+        B: Rows of the batch.
+        T: Tokens of a row.
         S: Columns of the key tensor, more than ``T`` where there is a cache.
         position_ids: ``[1 or B, T]``; a document ends where they do not go on by one.
         cu_seq_lens_q: Bounds that are known, for ``B == 1``; they win over positions.
@@ -65,7 +67,7 @@ def document_bounds(
         return None
     if is_tracing(position_ids):
         if not isinstance(mask, KeyRanges):
-            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]  # torch has no public asynchronous assertion
                 (position_ids.diff() == 1).all(), f"{name} {_RESTART}: {_PASS_BOUNDS}"
             )
         return None
@@ -92,7 +94,7 @@ def _require_equal(name: str, q: torch.Tensor | None, k: torch.Tensor | None) ->
             raise NotImplementedError(message)
     else:
         # an asynchronous check: reading back would synchronise in every layer
-        torch._assert_async((q == k).all(), message)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public one
+        torch._assert_async((q == k).all(), message)  # pyright: ignore[reportPrivateImportUsage]  # torch has no public asynchronous assertion
 
 
 def _look(position_ids: torch.Tensor, B: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:

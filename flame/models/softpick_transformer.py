@@ -69,7 +69,7 @@ class SoftpickTransformerConfig(LlamaConfig):
         return self._attn_implementation_internal or self.attn_impl
 
     @_attn_implementation.setter
-    def _attn_implementation(self, value: str | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  # a property of transformers too
+    def _attn_implementation(self, value: str | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  # transformers declares a property too, with another type
         self._attn_implementation_internal = value
 
 
@@ -80,7 +80,7 @@ class _Initialized:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]  # of the model that this is mixed into
+        super()._init_weights(module)  # pyright: ignore[reportAttributeAccessIssue]  # the class that this is mixed into has it
         if isinstance(module, NormalizedAttention):
             if self.config.attn_sink:
                 # as in transformers' gpt-oss
@@ -93,7 +93,7 @@ class SoftpickTransformerModel(_Initialized, LlamaModel):
     """Llama's decoder with `NormalizedAttention` in its layers."""
 
     config_class = SoftpickTransformerConfig
-    config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # never set to another kind
+    config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower than in transformers; nothing sets another class
 
     def __init__(self, config: SoftpickTransformerConfig) -> None:
         super().__init__(config)
@@ -107,7 +107,7 @@ class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
     """Llama with the attention of its configuration."""
 
     config_class = SoftpickTransformerConfig
-    config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # never set to another kind
+    config: SoftpickTransformerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower than in transformers; nothing sets another class
 
     def __init__(self, config: SoftpickTransformerConfig) -> None:
         # Llama's own constructor would build Llama's decoder
@@ -121,6 +121,11 @@ class SoftpickTransformerForCausalLM(_Initialized, LlamaForCausalLM):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
+        """Refuses an implementation that computes another normaliser than ``attn_impl``, or lacks an addition.
+
+        Raises:
+            ValueError: The message names the implementation, and what the model needs.
+        """
         attn_impl = self.config.attn_impl
         requested = requested_attention or attn_impl
         if normalizer_of(requested) != normalizer_of(attn_impl):
@@ -198,12 +203,12 @@ def _check_shape(config: SoftpickTransformerConfig, file: Path) -> None:
         if value < 1:
             raise ValueError(f"{file}: {name} must be at least 1, got {value}")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:  # pyright: ignore[reportOperatorIssue]  # filled in by the configuration itself
+    if heads % kv_heads:  # pyright: ignore[reportOperatorIssue]  # the configuration has replaced None
         raise ValueError(
             f"{file}: num_attention_heads must be a multiple of num_key_value_heads, "
             f"got {heads} and {kv_heads}"
         )
-    if config.head_dim % 2 or config.head_dim > 256:  # pyright: ignore[reportOptionalOperand]  # filled in by the configuration itself
+    if config.head_dim % 2 or config.head_dim > 256:  # pyright: ignore[reportOptionalOperand]  # the configuration has replaced None
         raise ValueError(
             f"{file}: the head dimension must be even (RoPE) and at most 256, got {config.head_dim}"
         )

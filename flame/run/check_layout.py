@@ -33,7 +33,7 @@ def check_layout(
     if t.varlen and context > 1:
         raise UsageError(
             f"--training.varlen does not go with --experimental.context_parallel_degree {context}: packed "
-            "documents are short, give each process whole ones"
+            "documents are short, so processes need not share one; leave out either"
         )
     for name in (
         "num_attention_heads",
@@ -57,12 +57,12 @@ def check_layout(
         )
     if t.disable_loss_parallel and tensor == 1:
         raise UsageError(
-            "--training.disable_loss_parallel has no meaning without --training.tensor_parallel_degree "
+            "--training.disable_loss_parallel has no effect without --training.tensor_parallel_degree "
             "above 1"
         )
     if num_processes == 1 and t.fsdp_reshard_after_forward != "default":
         raise UsageError(
-            f"--training.fsdp_reshard_after_forward {t.fsdp_reshard_after_forward} has no meaning in one "
+            f"--training.fsdp_reshard_after_forward {t.fsdp_reshard_after_forward} has no effect in one "
             "process (NGPU), which gathers no weights"
         )
     if t.enable_cpu_offload and (num_processes == 1 or device_type == "cpu"):

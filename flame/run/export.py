@@ -21,10 +21,15 @@ def export_model(
     run: Path | None = None,
     **options: Any,
 ) -> None:
-    """`dcp_to_hf` with the model card of a run.
+    """Writes a checkpoint as a Hugging Face folder (`dcp_to_hf`), with the model card of its run.
 
     Args:
-        run: Folder of the run that saved the checkpoint; None where it is not known.
+        checkpoint: Folder ``step-N``.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the run.
+        out: Folder to write.
+        bos: Mode of `flame.data.bos` that the model was trained in.
+        run: Folder of the run that saved the checkpoint; None if it is not known.
         options: The other arguments of `dcp_to_hf`.
 
     Raises:

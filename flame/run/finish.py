@@ -21,7 +21,17 @@ from flame.titan.patches import DEVICE_TYPE
 def finish(
     config: JobConfig, inputs: RunInputs, asked: dict[str, Any], validation_loss: float | None
 ) -> None:
-    """Exports the newest checkpoint, prints a sample of the model, its files, and the next commands."""
+    """Exports the newest checkpoint, prints a sample of the model, its files, and the next commands.
+
+    Args:
+        config: The resolved flags.
+        inputs: What the run has read.
+        asked: The flags before defaults of this machine were filled in, for the twin's command.
+        validation_loss: Loss after the last step, in nats a token; None if nothing was held out.
+
+    Raises:
+        UsageError: The exported folder cannot be written; the checkpoint is kept.
+    """
     checkpoints = config.dump_folder / config.checkpoint.folder
     checkpoint = newest_checkpoint(checkpoints) if config.checkpoint.enable_checkpoint else None
     if checkpoint is None:
@@ -33,7 +43,7 @@ def finish(
             checkpoint,
             config=inputs.model,
             tokenizer=inputs.tokenizer,
-            bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has filled it in
+            bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has replaced None
             run=config.dump_folder,
             out=out,
             dtype=getattr(torch, config.checkpoint.export_dtype),

@@ -18,7 +18,7 @@ def load(folder: str, device: str) -> tuple[PreTrainedModel, Tokenizer]:
         UsageError: The model has weights that are not finite, or not all of them.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder).to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers wraps nn.Module.to without its signature
+    model = load_model(folder).to(device).eval()  # pyright: ignore[reportArgumentType]  # transformers hides the signature of nn.Module.to
     # ignore the sampling settings of the folder
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(
@@ -33,7 +33,7 @@ def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Tokens that the tokenizer adds after a text are left out, since the model would begin another text.
     """
     text = tokenizer(prompt, add_special_tokens=False).input_ids
-    return [*before_prompt(tokenizer, "tokenizer"), *text] or [tokenizer.eos_token_id]  # pyright: ignore[reportReturnType]  # an id; transformers types all special tokens at once
+    return [*before_prompt(tokenizer, "tokenizer"), *text] or [tokenizer.eos_token_id]  # pyright: ignore[reportReturnType]  # transformers types the ids of all special tokens alike; this one is an int
 
 
 @torch.no_grad()
@@ -51,6 +51,10 @@ def write(
     """Token ids ``[T]`` of the prompt and its continuation.
 
     Args:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to write; eos ends earlier.
         temperature: 0 takes the likeliest token each time.
         top_k: Sample from this many of the likeliest tokens. Default: from all.
         top_p: Sample from the likeliest tokens that together have this probability. Default: from all.
@@ -62,7 +66,7 @@ def write(
         # transformers would sample from 50 tokens where top_k is None
         limits = {"top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
         sampling = {"do_sample": True, "temperature": temperature, **limits}
-    return model.generate(  # pyright: ignore[reportCallIssue]  # of transformers' GenerationMixin, which every causal model has
+    return model.generate(  # pyright: ignore[reportCallIssue]  # every causal model of transformers has GenerationMixin's generate
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
@@ -84,4 +88,4 @@ def generate(
     model, tokenizer = load(folder, device)
     torch.manual_seed(seed)
     ids = write(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
-    return tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]  # one text
+    return tokenizer.decode(ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]  # one sequence decodes to one str

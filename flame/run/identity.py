@@ -22,7 +22,7 @@ BOS_KEY = "--training.bos"
 BATCH_KEY = "the number of sequences in a step (--training.batch_size x ...)"
 CONFIG_FILE = "config.toml"
 
-# Flags that may change when a run is continued: they alter how far, how often and where, not what.
+# Flags that may change when a run is continued: they decide how long, how often and where it runs, not what it computes.
 _FREE_SECTIONS = (
     "metrics",
     "sample",
@@ -153,7 +153,7 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
         if {path.name for path in folder.iterdir()} <= {temporary_name(file).name, LOCK_FILE}:
             return
         raise UsageError(
-            f"--job.dump_folder {folder} holds files that are no run's; name a new or an empty folder"
+            f"--job.dump_folder {folder} holds files but no run; name a new or an empty folder"
         )
     earlier = read_run(folder)
     if _saved_nothing(folder, earlier):
@@ -182,7 +182,7 @@ def set_bos(config: JobConfig) -> None:
             earlier = read_run(folder)
             if not _saved_nothing(folder, earlier):
                 bos = bos_of(earlier)
-        config.training.bos = bos  # pyright: ignore[reportAttributeAccessIssue]  # run.json holds the value of a flag
+        config.training.bos = bos  # pyright: ignore[reportAttributeAccessIssue]  # run.json holds one of the flag's values
 
 
 def bos_of(run: dict[str, Any]) -> str:
@@ -214,7 +214,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"--job.dump_folder {folder}: {file} cannot be read: {error}") from None
     if not isinstance(run, dict):
-        raise UsageError(f"--job.dump_folder {folder}: {file} is not a run's")
+        raise UsageError(f"--job.dump_folder {folder}: {file} is not the file of a run")
     return run
 
 

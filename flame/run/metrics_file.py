@@ -21,9 +21,13 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Writer(Protocol):
-    def write(self, scalars: dict[str, float], step: int) -> None: ...
+    """Where the numbers of a step go."""
 
-    def close(self) -> None: ...
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Writes numbers by name, all of one step; steps do not decrease."""
+
+    def close(self) -> None:
+        """Writes out what is buffered; nothing can be written afterwards."""
 
 
 def strict_json(value: Any, *, indent: int | None = None) -> str:
@@ -58,7 +62,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
                 break
             raise UsageError(f"{file}, line {number} is damaged: {error}") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UsageError(f"{file}, line {number} is damaged: it is no object with a step")
+            raise UsageError(f"{file}, line {number} is damaged: it is not an object with a step")
         records.append(record)
     return records
 
@@ -87,6 +91,7 @@ class JsonLines:
         self.stream = open(file, "ab", buffering=0)  # noqa: SIM115  # closed by `close`
 
     def write(self, scalars: dict[str, float], step: int) -> None:
+        """Appends a line, unless the step is the one that the run continues from and its numbers are there."""
         if step == self.start_step and scalars.keys() <= self.done:
             # a finished run that is started again measures its last step again
             return
@@ -97,6 +102,7 @@ class JsonLines:
             line = line[self.stream.write(line) :]
 
     def close(self) -> None:
+        """Closes the file, to which every line is written already."""
         self.stream.close()
 
 
@@ -108,10 +114,12 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=10)
 
     def write(self, scalars: dict[str, float], step: int) -> None:
+        """Queues the numbers; a thread writes them within 10 seconds."""
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes out what is queued."""
         self.writer.close()
 
 
@@ -139,7 +147,7 @@ class WeightsAndBiases:
     """Logs the run to wandb under one id, so that a continued run continues its curves."""
 
     def __init__(self, config: JobConfig) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]  # not among the dependencies; --metrics.enable_wandb asks for it
+        import wandb  # pyright: ignore[reportMissingImports]  # not a dependency; needed by --metrics.enable_wandb only
 
         folder = config.dump_folder
         file = folder / "wandb_id"
@@ -156,7 +164,9 @@ class WeightsAndBiases:
         )
 
     def write(self, scalars: dict[str, float], step: int) -> None:
+        """Sends the numbers of a step."""
         self.run.log(scalars, step=step)
 
     def close(self) -> None:
+        """Marks the run as finished, once everything is sent."""
         self.run.finish()

@@ -54,7 +54,9 @@ def model_card(
     """The text of the card, with facts from the files of the run.
 
     Args:
-        bos: Mode of `flame.data.bos` it was trained in.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the run.
+        bos: Mode of `flame.data.bos` that the model was trained in.
         parameters: Number of the model's weights.
         checkpoint: Folder ``step-N`` that is exported.
         folder: Folder of the exported model.

@@ -80,8 +80,8 @@ def write_record(config: JobConfig, argv: list[str]) -> Path:
         argv: The flags as they were given.
 
     Returns:
-        The file ``record/NNN.json``. Beside it lies ``NNN.toml``, the resolved flags, and, where the checkout
-        differs from its commit, ``NNN.patch``.
+        The file ``record/NNN.json``. The same folder gets ``NNN.toml``, the resolved flags, and ``NNN.patch`` if the
+        checkout differs from its commit.
     """
     folder = config.dump_folder / RECORD_FOLDER
     folder.mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ def _versions() -> dict[str, str | None]:
     versions["hip"] = torch.version.hip
     if torch.cuda.is_available():
         # RCCL on ROCm
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]  # a submodule that torch itself imports
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]  # torch imports this submodule itself
     return versions
 
 
@@ -149,9 +149,9 @@ def _device() -> str:
 
 
 def _git(root: Path) -> tuple[dict[str, Any], bytes]:
-    """Commit, branch and changed files of the checkout at ``root``, and a patch for `git apply` that turns the commit into this code.
+    """Commit, branch and changed files of the checkout at ``root``, and the patch from the commit to this code.
 
-    Code that was installed rather than checked out has no commit; its entry says why.
+    `git apply` takes the patch. Code that was installed rather than checked out has no commit; its entry says why.
     """
 
     def git(*words: str, **kwargs: Any) -> bytes:

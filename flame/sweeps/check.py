@@ -34,6 +34,8 @@ from flame.titan.patches import DEVICE_TYPE
 
 @dataclass(frozen=True, slots=True)
 class Size:
+    """Size of an arm's model."""
+
     parameters: int
     flops_per_token: int
     """Training FLOPs of a token by torchtitan's convention, see `flame.titan.model.ModelArgs`."""
@@ -130,9 +132,9 @@ def check_runs(sweep: Sweep) -> None:
                     except ValueError as error:
                         raise UsageError(str(error)) from None
                     first = tokenizer
-                    bos: str = config.training.bos  # pyright: ignore[reportAssignmentType]  # set_bos has filled it in
+                    bos: str = config.training.bos  # pyright: ignore[reportAssignmentType]  # set_bos has replaced None
                 _check_folder(sweep, run, config, model, data)
-    _check_analysis(sweep, first, bos)  # pyright: ignore[reportPossiblyUnboundVariable]  # a sweep has a run at least
+    _check_analysis(sweep, first, bos)  # pyright: ignore[reportPossiblyUnboundVariable]  # a sweep has at least one run, so the loop has bound it
 
 
 def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:
@@ -145,8 +147,8 @@ def _require_one_bos(sweep: Sweep, configs: list[JobConfig]) -> None:
     if len(modes) > 1:
         has = ", ".join(f"{folder} has {mode}" for mode, folder in sorted(modes.items()))
         raise UsageError(
-            f"{sweep.file}: the runs do not compare, since they differ in training.bos ({has}); set it in [base] to "
-            "that of the runs that are there"
+            f"{sweep.file}: training.bos must be the same in all runs, but {has}; set it in [base] to that of the "
+            "runs that exist"
         )
 
 
@@ -189,9 +191,9 @@ def _require_same_steps(run: Run) -> None:
         raise UsageError(f"{file} cannot be read: {type(error).__name__}: {error}") from None
     if steps != run.config.training.steps:
         raise UsageError(
-            f"training.steps in [base] is {run.config.training.steps}, but {run.folder} was started "
-            f"with {steps}: continued, it would have another schedule than a new run; put it back, or name "
-            "another `out`"
+            f"training.steps in [base] must be {steps}, with which {run.folder} was started, got "
+            f"{run.config.training.steps}: continued, it would have another learning-rate schedule than a new run; "
+            "set it back, or name another `out`"
         )
 
 

@@ -17,6 +17,8 @@ _EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Cost:
+    """What a sweep will take, and whether the disk holds it."""
+
     lines: list[str]
     """The estimate as lines of text for the log."""
     missing_bytes: int

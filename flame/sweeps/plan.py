@@ -37,6 +37,8 @@ _RESERVED = ("models", "report", "report.log", "lock")
 
 @dataclass(frozen=True, slots=True)
 class Arm:
+    """An arm of the ablation: a model configuration, trained with each seed at each learning rate."""
+
     name: str
     model: dict[str, Any]
     """Fields of the model configuration that differ from the base."""
@@ -69,15 +71,19 @@ class Run:
 
     @property
     def name(self) -> str:
+        """``arm/lrX-seedN``: unique in the sweep, and the path of the folder below ``out``."""
         return f"{self.arm}/{self.folder.name}"
 
     @property
     def log(self) -> Path:
+        """File of what the run prints, next to its dump folder, which the run itself creates."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
+    """A checked sweep file: its settings, and the runs that they define."""
+
     file: Path
     name: str
     out: Path
@@ -89,6 +95,7 @@ class Sweep:
     runs: tuple[Run, ...]
 
     def model_file(self, arm: str) -> Path:
+        """Model configuration of an arm's runs, which the sweep writes before it starts them."""
         return self.out / "models" / f"{arm}.json"
 
     def model_keys(self, arm: Arm) -> dict[str, Any]:
@@ -194,7 +201,9 @@ def read_sweep(file: Path) -> Sweep:
     parallel = run.take("parallel", "true or false", _is_switch, False)
     run.end()
     if not arms:
-        raise UsageError(f"{file}, [arms]: there is none; add [arms.<name>] tables")
+        raise UsageError(
+            f"{file}, [arms]: there must be at least one arm; add an [arms.<name>] table"
+        )
     flags = _base_flags(file, base)
     base_model = Path(expand(f"{file}, [base]: model.config", base["model"]["config"]))
     arms = tuple(_arm(file, arm, table, seeds, rates) for arm, table in arms.items())
@@ -248,7 +257,7 @@ def _arm(
     where = f"[arms.{name}]"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) or name in _RESERVED:
         raise UsageError(
-            f"{file}, {where}: an arm's name must be letters, digits and _ . + -, since its folder has it, and "
+            f"{file}, {where}: an arm's name must be letters, digits and _ . + -, since it names a folder, and "
             f"none of {', '.join(_RESERVED)}"
         )
     table = _Table(file, where, content)
@@ -303,7 +312,9 @@ def _check_base(sweep: Sweep, config: JobConfig) -> None:
             f"{sweep.file}, [base]: model.config must be a JSON file, got {str(sweep.base_model)!r}: {error}"
         ) from None
     if not isinstance(raw, dict):
-        raise UsageError(f"{sweep.file}, [base]: model.config {sweep.base_model} is no JSON object")
+        raise UsageError(
+            f"{sweep.file}, [base]: model.config {sweep.base_model} must be a JSON object, got {type(raw).__name__}"
+        )
 
 
 def _analyze(file: Path, content: dict[str, Any]) -> Analyze:

@@ -41,7 +41,7 @@ def _runs_at_rate(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
 
 
 def _losses(runs: list[Run], states: dict[str, State]) -> list[float]:
-    return [states[run.name].validation_loss for run in runs]  # pyright: ignore[reportReturnType]  # of runs that are finished
+    return [states[run.name].validation_loss for run in runs]  # pyright: ignore[reportReturnType]  # the runs are finished, so they have a loss
 
 
 def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
@@ -100,7 +100,7 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
 def _gaps(runs: list[Run], reference: list[Run], states: dict[str, State]) -> list[float]:
     of_seed = dict(zip((run.seed for run in reference), _losses(reference, states), strict=True))
     return [
-        states[run.name].validation_loss - of_seed[run.seed]  # pyright: ignore[reportOptionalOperand]  # of runs that are finished
+        states[run.name].validation_loss - of_seed[run.seed]  # pyright: ignore[reportOptionalOperand]  # the runs are finished, so they have a loss
         for run in runs
         if run.seed in of_seed
     ]
@@ -115,7 +115,7 @@ def _mean_and_spread(values: list[float], sign: str = "") -> list[str]:
 
 def analysis_flags(sweep: Sweep, runs: list[Run]) -> list[str]:
     """The flags of `flame.analyze` for ``runs``; arms are labels, seeds models of one label."""
-    a: Analyze = sweep.analyze  # pyright: ignore[reportAssignmentType]  # asked for where there is an [analyze]
+    a: Analyze = sweep.analyze  # pyright: ignore[reportAssignmentType]  # called only if the file has an [analyze] table
     flags = ["--model", *(str(run.folder / "hf") for run in runs)]
     flags += ["--label", *(run.arm for run in runs)]
     flags += ["--run", *(str(run.folder) for run in runs)]

@@ -13,6 +13,8 @@ from flame.machine.numa import TopologyError
 
 @dataclass(frozen=True, slots=True)
 class Slot:
+    """GPUs of one run, as the environment variables that select them."""
+
     name: str
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the processes in the slot."""
@@ -37,8 +39,8 @@ def require_own_variables(env: Mapping[str, str]) -> None:
     for name in _OWN_VARIABLES:
         if name in env:
             raise UsageError(
-                f"{name}={env[name]} must be unset: a sweep runs on one machine, [run] ngpu of its file says on how "
-                "many GPUs a run, and each run has a port and a name of its own"
+                f"{name}={env[name]} must be unset: a sweep runs on one machine, `ngpu` in [run] sets the GPUs of a "
+                "run, and each run gets its own port and name"
             )
 
 

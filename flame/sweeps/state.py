@@ -13,6 +13,8 @@ from flame.sweeps.plan import Run
 
 @dataclass(frozen=True, slots=True)
 class State:
+    """How far a run is, from its metrics and its exported model."""
+
     step: int
     """The last logged step."""
     loss: float | None
@@ -26,6 +28,7 @@ class State:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the run has trained all steps and exported its model."""
         # a run writes the export last, and atomically
         return self.is_exported and self.validation_loss is not None
 

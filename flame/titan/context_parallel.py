@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
         return ops.wait_tensor(ops.all_gather_into_tensor(x, size, group))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient, since forward gives one tensor
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch declares *grads; forward has one output, so there is one
         # NOTE(numerics): the sum over processes is in the dtype of x; the kernel sums each process's part of dk and dv
         # over its queries in float32, and rounds it once
         ops = torch.ops._c10d_functional
@@ -64,6 +64,8 @@ def gather(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     """Whole sequences ``[..., T, D]`` of the parts ``[..., T / size, D]``; backward sums over processes.
 
     Args:
+        x: This process's part, as `local_rows` picks it.
+        size: Number of processes.
         group: Name of the process group.
     """
     # one gather along a new first dimension
@@ -89,10 +91,14 @@ def attend_local_queries(
 
     Args:
         attention: Attention as transformers calls it; queries are the last rows of the keys.
+        module: The layer's attention module, passed on.
         query: ``[B, HQ, T / size, K]``, the rows that `local_rows` picks.
         key: ``[B, H, T, K]``, in order.
         value: ``[B, H, T, V]``, in order.
-        args, kwargs: Further arguments of ``attention``.
+        *args: Further arguments of ``attention``.
+        rank: This process.
+        size: Number of processes that share a sequence.
+        **kwargs: Further arguments of ``attention``.
 
     Returns:
         ``[B, T / size, HQ, V]``.

@@ -15,6 +15,7 @@ class Layout(ParallelDims):
 
     @classmethod
     def of(cls, dims: ParallelDims) -> "Layout":
+        """torchtitan's degrees as a `Layout`, without meshes, which are built when they are first asked for."""
         return cls(**{f.name: getattr(dims, f.name) for f in fields(dims) if f.name[0] != "_"})
 
     def _mesh_exist(self, name: str, degree: int) -> bool:
@@ -31,4 +32,5 @@ class Layout(ParallelDims):
 
     @property
     def fsdp_enabled(self) -> bool:
+        """True for every run of several processes."""
         return self.world_size > 1

@@ -19,7 +19,7 @@ class ModelArgs(BaseModelArgs):
         super().__init__()
         self.config, self.seed = config, seed
 
-    def update_from_config(self, job_config: TitanConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # torchtitan gives no keywords
+    def update_from_config(self, job_config: TitanConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # torchtitan declares **kwargs but passes none
         """The configuration is complete already."""
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
@@ -33,7 +33,7 @@ class ModelArgs(BaseModelArgs):
         num_embedding = sum(
             m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)
         )
-        attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len  # pyright: ignore[reportOperatorIssue]  # head_dim is filled in by the configuration itself
+        attention = 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len  # pyright: ignore[reportOperatorIssue]  # the configuration has replaced a head_dim of None
         return num_parameters, 6 * (num_parameters - num_embedding) + attention
 
 
@@ -55,6 +55,10 @@ class TitanModel(ModelProtocol):
         self.__dict__["hf"] = hf
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Draws the weights from the seed, once the parameters are on their device, sharded or not.
+
+        ``buffer_device`` gets the buffers if weights are offloaded.
+        """
         initialize_weights(self.hf, self.seed)
         if buffer_device is not None:
             # offloaded weights stay on the host, but what is computed with is on the device
@@ -85,13 +89,13 @@ class TitanModel(ModelProtocol):
         if cu_seqlens is not None:
             # the names that transformers has for flash attention
             extra = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-            input_ids, positions = input_ids.view(1, B * T), positions.view(1, B * T)  # pyright: ignore[reportOptionalMemberAccess]  # comes with cu_seqlens
+            input_ids, positions = input_ids.view(1, B * T), positions.view(1, B * T)  # pyright: ignore[reportOptionalMemberAccess]  # given together with cu_seqlens
             # each batch has another number of sequences, and layers are not to be compiled for each
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         elif positions is None:
             positions = torch.arange(T, device=input_ids.device)[None]
         if self.hf.config.attn_log_scale:
-            # told, since under context parallelism a layer does not have the keys
+            # given here, since under context parallelism a layer does not have all keys
             extra["num_keys"] = positions + 1
         hidden = decoder.embed_tokens(input_ids)
         if torch.is_autocast_enabled(hidden.device.type):
@@ -102,11 +106,11 @@ class TitanModel(ModelProtocol):
             hidden = layer(hidden, position_embeddings=position_embeddings, **extra)
         hidden = decoder.norm(hidden)
         if linear_loss is not None:
-            # here, where FSDP has the weights of the head whole
+            # computed here, where FSDP has gathered the weights of the head
             weight = self.lm_head.weight
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
-            return linear_loss(hidden.flatten(0, 1), weight, labels.flatten())  # pyright: ignore[reportOptionalMemberAccess]  # come with linear_loss
+            return linear_loss(hidden.flatten(0, 1), weight, labels.flatten())  # pyright: ignore[reportOptionalMemberAccess]  # given together with linear_loss
         logits = self.lm_head(hidden)
         return logits if cu_seqlens is None else logits.view(B, T, -1)

@@ -58,7 +58,7 @@ def parallelize(model: TitanModel, layout: Layout, config: JobConfig) -> TitanMo
 def _apply_fsdp(model: TitanModel, mesh: DeviceMesh, config: JobConfig) -> None:
     t = config.training
     policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, t.mixed_precision_param),  # pyright: ignore[reportArgumentType]  # run/inputs.py has filled it in
+        param_dtype=getattr(torch, t.mixed_precision_param),  # pyright: ignore[reportArgumentType]  # set_precision has replaced None
         # NOTE(numerics): sums of gradients over processes are not rounded to the parameters' dtype
         reduce_dtype=torch.float32,
     )
@@ -124,9 +124,9 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
     for layer in model.model.layers:
         parallelize_module(layer, mesh, layer_plan)
         # parameters with one number a head are sharded like the heads
-        for name, x in layer.self_attn.named_parameters(recurse=False):  # pyright: ignore[reportAttributeAccessIssue]  # a module of transformers
+        for name, x in layer.self_attn.named_parameters(recurse=False):  # pyright: ignore[reportAttributeAccessIssue]  # transformers' decoder layers have self_attn, a module
             shards = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]))
-            layer.self_attn.register_parameter(name, shards)  # pyright: ignore[reportAttributeAccessIssue]  # a module of transformers
+            layer.self_attn.register_parameter(name, shards)  # pyright: ignore[reportAttributeAccessIssue]  # transformers' decoder layers have self_attn, a module
     # the output of the embedding is an AsyncCollectiveTensor; as the input of a compiled layer it would silently get
     # no gradient (torch 2.13), so it is cloned
     model.model.embed_tokens.register_forward_hook(lambda module, args, hidden: hidden.clone())

@@ -53,7 +53,7 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     """
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     attn_impl = trainer.inputs.model.attn_impl
-    decoder: SoftpickTransformerModel = model.model  # pyright: ignore[reportAssignmentType]  # of TitanModel
+    decoder: SoftpickTransformerModel = model.model  # pyright: ignore[reportAssignmentType]  # the model is a TitanModel, whose decoder is this class
     layers = len(decoder.layers)
     mesh = dims.get_mesh("batch") if dims.dp_enabled else None
     rank, size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
@@ -85,7 +85,7 @@ class Validator(BaseValidator):
         self,
         *,
         trainer: "FlameTrainer",
-        # arguments that torchtitan passes; the trainer holds what is needed of them
+        # arguments that torchtitan passes; the trainer has those that are needed
         job_config: TitanConfig,
         dp_world_size: int,
         dp_rank: int,
@@ -102,9 +102,11 @@ class Validator(BaseValidator):
         self.trainer = trainer
 
     def should_validate(self, step: int) -> bool:
+        """True every ``validation.freq`` steps, but not after the last step."""
         config = self.trainer.config
         return step % config.validation.freq == 0 and step < config.training.steps
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Measures the validation loss and logs it."""
         loss = self.trainer.validation_loss()
         self.trainer.metrics_processor.log_validation(loss, step)

@@ -64,7 +64,7 @@ def _write_trace(config: JobConfig) -> Path | None:
     if not config.comm.trace_buf_size or not folder.is_dir():
         return None
     file = folder / f"rank_{dist.get_rank()}"
-    c10d = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without a stub
+    c10d = torch._C._distributed_c10d  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module without a type stub
     if torch.cuda.is_available():
         file.write_bytes(c10d._dump_nccl_trace())
         return file

@@ -140,7 +140,7 @@ def _peak(
     if t.mixed_precision_param == "float32":
         amp = contextlib.nullcontext()
     else:
-        amp = dist_utils.maybe_enable_amp(dims, t.mixed_precision_param, DEVICE_TYPE)  # pyright: ignore[reportArgumentType]  # run/inputs.py has filled it in
+        amp = dist_utils.maybe_enable_amp(dims, t.mixed_precision_param, DEVICE_TYPE)  # pyright: ignore[reportArgumentType]  # set_precision has replaced None
     if dims.fsdp_enabled:
         tracker = FSDPMemTracker(model, optimizers.optimizers[0])
         tracker.track_inputs(tuple(tensors.values()))

@@ -41,6 +41,10 @@ class RunMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
+        """Writes and prints the numbers of a step, with speeds since the line before.
+
+        ``global_avg_loss`` is the loss in nats a token; ``extra_metrics`` must have ``lr``. Speeds are those of all processes.
+        """
         extra_metrics = extra_metrics or {}
         now = time.perf_counter()
         seconds = now - self.time_last_log
@@ -87,6 +91,7 @@ class RunMetrics(MetricsProcessor):
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
     ) -> None:
+        """Writes and prints a validation loss, in nats a token."""
         self._write({"validation_loss": loss}, step)
         color = self.color
         logger.info(f"{color.yellow}step {step}  validation loss {loss:.4f}{color.reset}")
@@ -104,6 +109,7 @@ class RunMetrics(MetricsProcessor):
         return _Pause(self)
 
     def close(self) -> None:
+        """Closes the files and the run at wandb."""
         for writer in self.writers or []:
             writer.close()
         if self.wandb is not None:

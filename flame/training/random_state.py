@@ -33,6 +33,7 @@ class RandomState(Stateful):
         self.group, self.device, self.seed = group, device, seed
 
     def state_dict(self) -> dict[str, Any]:
+        """The states of all ranks, pickled; all ranks must call it."""
         own = {
             "python": random.getstate(),
             "numpy": np.random.get_state(),
@@ -47,6 +48,7 @@ class RandomState(Stateful):
         return {"states": pickle.dumps(states)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Sets the generators of this rank to its saved state, or seeds them."""
         states = pickle.loads(state_dict["states"])
         rank = dist.get_rank(self.group)
         own = states[rank] if rank < len(states) else None

@@ -51,9 +51,11 @@ class StepCheck:
         self.skipped_steps = self.skipped_in_a_row = self.num_dumps = 0
 
     def state_dict(self) -> dict[str, int]:
+        """The two counts. The losses are not saved: a continued run fills its window anew."""
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the counts of a checkpoint."""
         self.skipped_steps = state_dict["skipped_steps"]
         self.skipped_in_a_row = state_dict["skipped_in_a_row"]
 

@@ -29,6 +29,7 @@ class HostCopy:
             self.event.record()
 
     def wait(self) -> list[float]:
+        """The numbers, as soon as the copy is done."""
         if self.event is not None:
             self.event.synchronize()
         return self.values.tolist()

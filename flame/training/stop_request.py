@@ -28,7 +28,7 @@ class StopRequest:
         self._time = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
         # on the host, so that asking every step does not wait for the GPU
-        self.group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportAttributeAccessIssue]  # an int where this process is none of the group, which holds all
+        self.group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportAttributeAccessIssue]  # new_group returns an int to processes outside the group; this group has all
 
     def listen(self) -> None:
         """From now on a stop signal is recorded; before, it ends the process immediately."""

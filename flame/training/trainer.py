@@ -50,8 +50,8 @@ class FlameTrainer(Trainer):
 
     # narrower than in torchtitan's Trainer
     checkpointer: Checkpointer
-    metrics_processor: RunMetrics  # pyright: ignore[reportIncompatibleVariableOverride]  # made by build_metrics_processor_fn
-    dataloader: TokenLoader | StreamLoader  # pyright: ignore[reportIncompatibleVariableOverride]  # Stateful iterables, as torchtitan asks
+    metrics_processor: RunMetrics  # pyright: ignore[reportIncompatibleVariableOverride]  # build_metrics_processor_fn makes this subclass
+    dataloader: TokenLoader | StreamLoader  # pyright: ignore[reportIncompatibleVariableOverride]  # not subclasses of BaseDataLoader, but Stateful iterables, which is what torchtitan uses
 
     def __init__(self, config: JobConfig, inputs: RunInputs) -> None:
         self.config, self.inputs = config, inputs
@@ -67,7 +67,7 @@ class FlameTrainer(Trainer):
             pipelining_fn=None,
             build_optimizers_fn=build_optimizers,
             build_lr_schedulers_fn=build_lr_schedulers,
-            build_dataloader_fn=self._build_dataloader,  # pyright: ignore[reportArgumentType]  # its loaders are Stateful iterables, no BaseDataLoader
+            build_dataloader_fn=self._build_dataloader,  # pyright: ignore[reportArgumentType]  # its loaders are Stateful iterables, not subclasses of BaseDataLoader
             build_tokenizer_fn=None,
             build_loss_fn=build_cross_entropy_loss,
             build_validator_fn=partial(held_out.Validator, trainer=self),
@@ -80,7 +80,7 @@ class FlameTrainer(Trainer):
             self.maybe_enable_amp = contextlib.nullcontext()
         self.step_check = StepCheck(config, self.model_parts[0], self.device)
         self.stop = StopRequest(timedelta(seconds=config.comm.init_timeout_seconds))
-        self.checkpointer = Checkpointer(  # pyright: ignore[reportIncompatibleVariableOverride]  # instead of torchtitan's, with the methods that it calls
+        self.checkpointer = Checkpointer(  # pyright: ignore[reportIncompatibleVariableOverride]  # not a subclass of torchtitan's, but it has the methods that torchtitan calls
             config,
             model=self.model_parts[0],
             states={
@@ -94,13 +94,14 @@ class FlameTrainer(Trainer):
                 export_model,
                 config=inputs.model,
                 tokenizer=inputs.tokenizer,
-                bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has filled it in
+                bos=config.training.bos,  # pyright: ignore[reportArgumentType]  # set_bos has replaced None
                 run=config.dump_folder,
                 dtype=getattr(torch, config.checkpoint.export_dtype),
             ),
         )
 
     def init_distributed(self) -> Layout:
+        """Joins the process group; the layout shards weights with FSDP2 in every run of several processes."""
         return Layout.of(super().init_distributed())
 
     def _build_dataloader(
@@ -121,9 +122,9 @@ class FlameTrainer(Trainer):
         if is_first:
             make_trace_folder(self.config)
         self.optimizers.zero_grad()
-        lr: float = self.lr_schedulers.schedulers[0].get_last_lr()[0]  # pyright: ignore[reportAssignmentType]  # a tensor only where the rate of the optimizer is one
+        lr: float = self.lr_schedulers.schedulers[0].get_last_lr()[0]  # pyright: ignore[reportAssignmentType]  # a float, since the optimizer's rate is no tensor
         microbatches = self._read_microbatches(data_iterator)
-        tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)  # pyright: ignore[reportAttributeAccessIssue]  # a sum of one tensor at least
+        tokens = sum((labels != IGNORE_INDEX).sum() for _, labels in microbatches).to(self.device)  # pyright: ignore[reportAttributeAccessIssue]  # at least one tensor is summed, so the sum is no int
         if dims.dp_enabled:
             dist.all_reduce(tokens, group=dims.get_mesh("batch").get_group())
         losses = []
@@ -175,7 +176,7 @@ class FlameTrainer(Trainer):
             return [next(data_iterator) for _ in range(count)]
         ntokens_seen = self.ntokens_seen
         try:
-            return read_stream(data_iterator, count, loader=self.dataloader, stop=self.stop)  # pyright: ignore[reportArgumentType]  # a StreamLoader with --training.streaming
+            return read_stream(data_iterator, count, loader=self.dataloader, stop=self.stop)  # pyright: ignore[reportArgumentType]  # with --training.streaming the loader is a StreamLoader
         except DataError:
             self.ntokens_seen = ntokens_seen
             raise
@@ -215,8 +216,12 @@ class FlameTrainer(Trainer):
             return self.loss_fn(model(inputs, **rest), labels)
         return model(inputs, **rest, labels=labels, linear_loss=self.linear_loss)
 
-    def train(self) -> signal.Signals | None:  # pyright: ignore[reportIncompatibleMethodOverride]  # says more than torchtitan's
-        """Trains; returns the signal that ended it before the last step, the same on every rank."""
+    def train(self) -> signal.Signals | None:  # pyright: ignore[reportIncompatibleMethodOverride]  # torchtitan's returns None
+        """Trains; returns the signal that ended it before the last step, the same on every rank.
+
+        Raises:
+            UsageError: The data of a stream cannot be read; the steps so far are saved.
+        """
         try:
             super().train()
             stopped, _ = self.stop.agree(failed=False)
@@ -236,6 +241,10 @@ class FlameTrainer(Trainer):
         return stopped
 
     def should_continue_training(self) -> bool:
+        """Whether another step follows: the same answer on all ranks, which all must ask.
+
+        The first call, after the checkpoint is loaded, sets ``start_step``.
+        """
         if self.start_step is None:
             self.start_step = self.metrics_processor.start_step = self.step
             if self.step >= self.config.training.steps:
@@ -250,11 +259,13 @@ class FlameTrainer(Trainer):
         return super().should_continue_training() and stopped is None
 
     def state_dict(self) -> dict[str, Any]:
+        """Step, skipped steps, and the tokens that all data-parallel ranks have seen."""
         # the total over data-parallel ranks, so that another number of ranks can continue it
         tokens = {"ntokens_seen": self.ntokens_seen * self._data_ranks()}
         return super().state_dict() | self.step_check.state_dict() | tokens
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the counts of a checkpoint, which another number of ranks may have written."""
         super().load_state_dict(state_dict)
         self.step_check.load_state_dict(state_dict)
         self.ntokens_seen = state_dict["ntokens_seen"] // self._data_ranks()
@@ -271,6 +282,7 @@ class FlameTrainer(Trainer):
         return held_out.attention_scalars(self)
 
     def close(self) -> None:
+        """Ends the workers of the data before torchtitan's own clean-up."""
         self.dataloader.close()
         super().close()
 

@@ -55,7 +55,7 @@ def _key(text: str) -> bytes:
 
 
 def position(name: str) -> int:
-    """Where a document stands in the shuffled order: a hash of its name, from 0 to 2**64 - 1."""
+    """Position of a document in the shuffled order: a hash of its name, from 0 to 2**64 - 1."""
     return int.from_bytes(_key(name))
 
 

@@ -188,7 +188,7 @@ def fortune_documents(text: str) -> Iterator[list[Block]]:
 
 
 def quoted_blocks(text: str) -> list[Block]:
-    """The story of Endless Sky, out of its data files, where it stands in backquotes."""
+    """The story of Endless Sky, from its data files, which hold it in backquotes."""
     passages = (re.sub(r"<[^<>]*>", "", passage) for passage in re.findall(r"`([^`]*)`", text))
     return [Block(" ".join(passage.split())) for passage in passages if passage.strip()]
 

@@ -64,7 +64,7 @@ def test_samples_are_the_end_of_the_text_and_begin_alike(tmp_path):
     folder = str(tmp_path / "splits")
     assert read_samples(folder, tokenizer, number=2, length=10, **options).tokens.shape == (2, 11)
     options["is_held_out"] = True
-    with pytest.raises(UsageError, match="--data .*has splits, of which train is not held out"):
+    with pytest.raises(UsageError, match="--data .*has splits, and training reads the split train"):
         read_samples(folder, tokenizer, number=2, length=10, **options)
 
 
@@ -96,7 +96,7 @@ def test_long_curves_are_thinned_and_damaged_ones_named(tmp_path):
     assert len(read_curves(tmp_path)["loss"]) == 1000
     for damage, message in (
         ("{", "line 1001 is damaged"),
-        ("[1]", "line 1001 is damaged: it is no object with a step"),
+        ("[1]", "line 1001 is damaged: it is not an object with a step"),
         ('{"step": 1, "loss": "x"}', "loss must be a number, got 'x'"),
     ):
         file.write_text("\n".join([*lines, damage, ""]))
@@ -147,13 +147,15 @@ def test_models_that_do_not_go_together_are_refused(models, monkeypatch, capfd, 
     options = ["--data", models / "text.txt", "--lengths", 16, "--out", tmp_path / "out"]
     softmax, softpick = models / "softmax-0/hf", models / "softpick-0/hf"
     line = refused(monkeypatch, capfd, "--model", softmax, softpick, "--label", "a", "a", *options)
-    assert re.search("--label a: .*softpick-0.* is no seed of the arm of .*softmax-0", line)
+    assert re.search(
+        "--label a: .*softpick-0.* must be another seed of the arm of .*softmax-0", line
+    )
     line = refused(monkeypatch, capfd, "--model", softmax, softmax, *options)
     assert "--model names a folder twice" in line
     other = tmp_path / "softmax-0" / "hf"
     export(other, read_config(models / "softmax_small.json"), seed=3)
     line = refused(monkeypatch, capfd, "--model", softmax, other, *options)
-    assert "--label is needed: by their folders several models are called 'softmax-0'" in line
+    assert "--label is needed, since several folders of --model give the label 'softmax-0'" in line
     word_tokenizer(20, eos_token="w1").save_pretrained(other)
     line = refused(monkeypatch, capfd, "--model", softmax, other, "--label", "a", "b", *options)
     assert "has another tokenizer than" in line

@@ -43,7 +43,7 @@ def test_arms_start_from_one_seed_checkpoint(flags, whole, seed, tmp_path):
     assert f"--checkpoint.initial_load_path {path}" in seed.output()
     assert os.listdir(path.parent) == ["step-0"]
     again = train(flags | {"checkpoint.create_seed_checkpoint": True}, seed.folder, code=2)
-    assert "step-0 is there already" in again.output()
+    assert "step-0 exists already" in again.output()
     start = {
         "checkpoint.initial_load_path": path,
         "training.steps": 1,

@@ -156,7 +156,7 @@ def test_out_that_is_no_folder_is_refused(write, tmp_path, monkeypatch, capsys, 
     (tmp_path / "file").touch()
     file = write((f'out = "{tmp_path}/out"', f'out = "{tmp_path}/file{below}"'))
     assert run_main(monkeypatch, file, "--dry_run") == 2
-    words = f"{file}: out {tmp_path}/file{below} must be a folder, but {tmp_path}/file is none"
+    words = f"{file}: out {tmp_path}/file{below} must be a folder, but {tmp_path}/file is not one"
     assert words in capsys.readouterr().err
 
 

@@ -311,7 +311,7 @@ def test_interrupted_continued_and_equal(write, monkeypatch, capsys, tmp_path):
     assert not (out / "softpick").exists()
     for change, words in [
         (("seq_len = 32", "seq_len = 64"), "--training.seq_len was 32, is now 64"),
-        (("steps = 300", "steps = 400"), "training.steps in [base] is 400, but "),
+        (("steps = 300", "steps = 400"), "training.steps in [base] must be 300, with which "),
         (("[arms.control]", "[arms.control]\nhidden_act = 'gelu'"), "hidden_act was "),
     ]:
         assert run_main(monkeypatch, write(*changes, change)) == 2

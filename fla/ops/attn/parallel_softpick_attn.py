@@ -12,5 +12,5 @@ import sys
 from fla.ops.attn.softpick import parallel_softpick_attn
 
 # the third spelling looks this attribute up on the entry of sys.modules
-parallel_softpick_attn.parallel_softpick_attn = parallel_softpick_attn  # pyright: ignore[reportFunctionMemberAccess]  # functions take attributes
-sys.modules[__name__] = parallel_softpick_attn  # pyright: ignore[reportArgumentType]  # import takes any object
+parallel_softpick_attn.parallel_softpick_attn = parallel_softpick_attn  # pyright: ignore[reportFunctionMemberAccess]  # Python functions accept new attributes
+sys.modules[__name__] = parallel_softpick_attn  # pyright: ignore[reportArgumentType]  # import accepts any object as a module

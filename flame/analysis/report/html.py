@@ -156,10 +156,10 @@ def _sinks(results: Results) -> str:
             if r["head"] is not None:
                 seeds.setdefault(r["layer"], {}).setdefault(r["head"], []).append(r["value"])
         values[label] = [
-            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])]  # pyright: ignore[reportOptionalMemberAccess]  # a head has a value at least
+            [mean_of(seeds[i][j]).mean for j in sorted(seeds[i])]  # pyright: ignore[reportOptionalMemberAccess]  # each head has at least one value, so no mean is None
             for i in sorted(seeds)
         ]
-    # models without sinks would otherwise be one shade, and noise of theirs dark
+    # a scale up to 1 would show models without sinks in one shade, one below 0.1 would show their noise as dark
     cells = [v for rows in values.values() for row in rows for v in row if math.isfinite(v)]
     largest = max(cells, default=0.0)
     most = min(1.0, round_up(max(largest, 0.1)))
@@ -179,7 +179,7 @@ def _activations(results: Results) -> str:
     length, axis = max(results.lengths), _layers(results, first=-1)
     lines = []
     for index, label in enumerate(results.labels):
-        # of each model the larger of its two ends
+        # the larger absolute value of a model's minimum and maximum
         sides = {
             (r["model"], r["layer"]): 0.0
             for r in results.where("max", label=label, length=length)
@@ -193,7 +193,7 @@ def _activations(results: Results) -> str:
                     sides[key] = max(value, sides[key])
         layers = sorted({layer for _, layer in sides})
         points = {n: mean_of(v for (_, x), v in sides.items() if x == n) for n in layers}
-        lines.append(Line(index, label, points))  # pyright: ignore[reportArgumentType]  # a layer has a value at least
+        lines.append(Line(index, label, points))  # pyright: ignore[reportArgumentType]  # each layer has at least one value, so no point is None
     magnitude = line_chart(lines, axis, Axis("largest |activation|", log=True))
     by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
     kurtosis = line_chart(by_layer, axis, Axis("kurtosis", log=True))
@@ -281,7 +281,7 @@ def _weights(results: Results) -> str:
     ]
     table = "".join(_table(tables.attention(results, length)))
     return (
-        "<p>Underscoring: where each key that is not wanted adds to the denominator, sums and top weights fall with the "
+        "<p>Underscoring: each unwanted key adds to the denominator, so sums and top weights fall with the "
         "position.</p>"
         + _grid(figures, results)
         + f"<details><summary>In numbers, at {length:,} tokens</summary>{table}</details>"

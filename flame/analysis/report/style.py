@@ -1,4 +1,4 @@
-"""The style sheet of a report: legible from 390 px on, light and dark; seven colours that colour-blind readers can tell apart."""
+"""The style sheet of a report: legible from 390 px on, light and dark, in colours that colour-blind readers tell apart."""
 
 from flame.analysis.report.svg import HUES, LEVELS
 

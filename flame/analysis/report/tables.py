@@ -18,6 +18,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
+        """The table under a heading of level 3, its note below it; numbers are aligned to the right."""
         lines = [f"### {self.title}", ""]
         lines += ["| " + " | ".join(self.header) + " |"]
         lines += ["|---" + "|---:" * (len(self.header) - 1) + "|"]
@@ -150,8 +151,8 @@ def over_depths(results: Results, metric: str, label: str, **keys: Any) -> dict[
     by_model: dict[int, dict[str, list[float | None]]] = {}
     for r in results.where(metric, label=label, **keys):
         by_model.setdefault(r["length"], {}).setdefault(r["model"], []).append(r["value"])
-    return {  # pyright: ignore[reportReturnType]  # a length has a model at least
-        length: mean_of(mean_of(values).mean for values in models.values())  # pyright: ignore[reportOptionalMemberAccess]  # a model has a value at least
+    return {  # pyright: ignore[reportReturnType]  # each length has at least one model, so no mean is None
+        length: mean_of(mean_of(values).mean for values in models.values())  # pyright: ignore[reportOptionalMemberAccess]  # each model has at least one value, so no mean is None
         for length, models in sorted(by_model.items())
     }
 

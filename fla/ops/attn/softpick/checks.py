@@ -185,7 +185,9 @@ def check_decode_bounds(
     """Raises ValueError, naming the sequence and the value, unless lengths, starts and pages lie in the cache.
 
     Args:
-        lengths: As in `normalized_attn_decode`; likewise ``starts`` and ``block_table``.
+        lengths: One past the last key of each sequence ``[B]``.
+        starts: First key of each sequence ``[B]``, or None for 0.
+        block_table: Pages of each sequence ``[B, max_pages]``, or None for a contiguous cache.
         capacity: The most tokens of a sequence.
         num_pages: Pages of the cache.
         page_size: Tokens in a page.

@@ -59,7 +59,7 @@ def _shape_table(**rows: tuple[tuple[int | None, ...], ...]) -> ShapeTable:
         kernel, precision = name.split("_")
         kind = DecodeShape if kernel in ("decode", "chunk") else LaunchShape
         # the tables below give the fields by position
-        shapes[kernel, precision] = tuple(kind(*x) for x in row)  # pyright: ignore[reportArgumentType]  # int | None of a plain tuple
+        shapes[kernel, precision] = tuple(kind(*x) for x in row)  # pyright: ignore[reportArgumentType]  # entries of a row are plain tuples of int or None
     return shapes
 
 
@@ -152,7 +152,7 @@ def architecture(device: int | None) -> str:
     """
     if knobs.runtime.interpret:
         return "sm_90"
-    target: GPUTarget = driver.active.get_current_target()  # pyright: ignore[reportAssignmentType]  # the base class of Triton's drivers has no return type
+    target: GPUTarget = driver.active.get_current_target()  # pyright: ignore[reportAssignmentType]  # Triton's base class declares no return type
     name = str(target.arch)
     if target.backend == "cuda":
         name = _ROW_OF_CAPABILITY.get(target.arch, f"sm_{target.arch}")

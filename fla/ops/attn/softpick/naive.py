@@ -145,6 +145,9 @@ def softpick(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     Returns:
         Weights like ``x``: non-negative, summing to at most one, exactly zero where ``x <= 0``.
 
+    Raises:
+        ValueError: ``x`` is not a floating point tensor.
+
     Source:
         Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966.
     """

@@ -51,7 +51,7 @@ def naive_normalized_attn_decode(
         end = min(max(end, 0), S)
         first = min(max(first, 0), end)
         k_b, v_b = (x[b : b + 1].narrow(time, first, end - first) for x in (k, v))
-        o_b: torch.Tensor = naive_normalized_attn(  # pyright: ignore[reportAssignmentType]  # no lse is asked for
+        o_b: torch.Tensor = naive_normalized_attn(  # pyright: ignore[reportAssignmentType]  # without return_lse the result is one tensor
             q[b : b + 1],
             k_b,
             v_b,

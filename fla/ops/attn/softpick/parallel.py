@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, do, dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # one gradient for each output, by position
+    def backward(ctx, do, dlse):  # pyright: ignore[reportIncompatibleMethodOverride]  # torch declares *grads; forward has two outputs
         q, k, v, sink_bias, cu_seqlens, o, lse = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
@@ -167,14 +167,36 @@ def parallel_normalized_attn(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     r"""Causal attention with any normaliser of the family, without materialising the scores.
 
-    The function of `naive_normalized_attn`, in Triton: see there for the table of normalisers, and
-    `parallel_softpick_attn` for the arguments.
+    Computes what `naive_normalized_attn` defines; its docstring has the table of normalisers. Numerics are those of
+    `parallel_softpick_attn`.
 
     Args:
+        q: Queries ``[B, T, HQ, K]``: float32, float16 or bfloat16, ``K <= 256``.
+        k: Keys ``[B, S, H, K]``, dtype and device of ``q``; the queries are the last ``T`` positions. ``HQ`` is a
+            multiple of ``H``.
+        v: Values ``[B, S, H, V]``, dtype and device of ``q``, ``V <= 256``.
+        scale: Factor on ``q @ k.T``. Default: ``K ** -0.5``.
+        cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, int32 or int64, from 0 to ``T``; requires ``B == 1``
+            and ``S == T``.
+        head_first: Inputs and output are ``[B, H, T, D]`` instead.
         normalizer: A key of `naive.NORMALIZERS`.
+        safe: Exact for every finite input. ``False`` skips the shift of the scores (README.md, section 5).
+        window_size: A query sees itself and the ``window_size - 1`` keys before it, with 0 no key. Default: all.
+        sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value. Default: none.
+        return_lse: Also return the log of the denominator.
+
+    Returns:
+        Outputs ``[B, T, HQ, V]`` (``head_first``: ``[B, HQ, T, V]``) in the dtype of ``q``; with ``return_lse`` also
+        the natural logarithm of the denominator ``[B, HQ, T]``, float32, -inf where it is 0. Both are differentiable
+        in ``q``, ``k``, ``v`` and ``sink_bias``, once.
 
     Raises:
-        ValueError: An argument breaks a condition; the message names it and shows the value received.
+        ValueError: An argument breaks a condition above, or is on a CPU or an unknown GPU; the message names it and
+            shows the value received.
+        NotImplementedError: A second derivative, or `torch.vmap`, is asked for.
+
+    Source:
+        arXiv:2504.20966; the other normalisers are those of its authors' ablations.
     """
     q, k, v = autocast_inputs(q, k, v)
     check_inputs(
@@ -249,7 +271,7 @@ def parallel_softpick_attn(
         is 0.
 
     Source:
-        Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966. Derivation: README.md beside this file.
+        Zuhri, Fuadi and Aji, "Softpick", arXiv:2504.20966. Derivation: README.md in this folder.
     """
     return parallel_normalized_attn(
         q,

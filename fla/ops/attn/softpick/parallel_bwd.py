@@ -28,8 +28,18 @@ def parallel_normalized_attn_bwd(
     """Launches the backward kernels on the inputs and outputs of `parallel_normalized_attn_fwd`.
 
     Args:
+        q: As given to forward, like ``k``, ``v`` and the arguments from ``scale`` on.
+        k: Keys.
+        v: Values.
+        cu_seqlens: Boundaries of packed sequences, or None.
+        o: Output of forward.
+        lse: Base-2 log of the denominator ``[B, HQ, T]``, float32, from forward.
         do: Gradient of ``o``, last dimension contiguous.
         dlse: Gradient of the base-2 ``lse`` ``[B, HQ, T]``, contiguous float32, or None.
+        scale: Factor on ``q @ k.T``.
+        window_size: Keys that a query sees, itself included, or None for all.
+        head_first: Layout ``[B, H, T, D]`` instead of ``[B, T, H, D]``.
+        normalizer: A name in `normalizers.KERNEL_NORMALIZERS`.
 
     Returns:
         Gradients of ``q``, ``k`` and ``v``, then ``row_stats`` ``[B, HQ, T, 2]`` float32: ``-log2 Z`` (-inf where

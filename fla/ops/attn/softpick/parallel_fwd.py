@@ -254,9 +254,16 @@ def parallel_normalized_attn_fwd(
     """Launches the kernel.
 
     Args:
-        q: ``[B, T, HQ, K]`` (``head_first``: ``[B, HQ, T, K]``), last dimension contiguous; likewise
-            ``k [B, S, H, K]`` and ``v [B, S, H, V]``.
-        sink_bias: ``[HQ]`` float32, contiguous.
+        q: ``[B, T, HQ, K]`` (``head_first``: ``[B, HQ, T, K]``), last dimension contiguous.
+        k: ``[B, S, H, K]``, likewise.
+        v: ``[B, S, H, V]``, likewise.
+        sink_bias: ``[HQ]`` float32, contiguous, or None.
+        cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, int32 or int64, or None.
+        scale: Factor on ``q @ k.T``.
+        window_size: Keys that a query sees, itself included, or None for all.
+        head_first: Layout ``[B, H, T, D]`` instead of ``[B, T, H, D]``.
+        safe: Computes rows again, with a shift, whose unshifted sums leave float32's range.
+        normalizer: A name in `normalizers.KERNEL_NORMALIZERS`.
 
     Returns:
         Outputs ``[B, T, HQ, V]`` in the dtype of ``q``, contiguous in the layout given, and the base-2
