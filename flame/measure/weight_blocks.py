@@ -3,13 +3,12 @@
 Memory grows with the length and not with its square.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from fla.ops.attn.softpick import NORMALIZERS
+from fla.ops.attn.softpick.naive import normalized_weights, visible_keys
 
 TILE_ELEMENTS = 1 << 24
 """Scores in memory at a time, 64 MiB in float32."""
@@ -60,18 +59,11 @@ def weight_blocks(
     sink = None if sink_bias is None else sink_bias.to(dtype).view(H, HQ // H, 1, 1)
     for start in range(0, T, rows):
         end = min(start + rows, T)
-        # positions of queries and keys; keys after the last query are left out
-        i = torch.arange(S - T + start, S - T + end, device=q.device)[:, None]
-        j = torch.arange(S - T + end, device=q.device)
-        visible = j <= i
-        if window_size is not None:
-            visible &= j > i - window_size
-        x = q[:, :, start:end] @ k[..., : len(j)] * scale
-        n, d, c, m = NORMALIZERS[normalizer](
-            x, -1, visible, True, -math.inf if sink is None else sink
+        # the keys after the last query of the block are left out, so the queries are the last positions
+        num_keys = S - T + end
+        visible = visible_keys(end - start, num_keys, q.device, window_size=window_size)
+        scores = q[:, :, start:end] @ k[..., :num_keys] * scale
+        weights, _ = normalized_weights(
+            scores, normalizer=normalizer, visible=visible, sink_bias=sink
         )
-        z = d.sum(-1, keepdim=True) + c
-        if sink is not None:
-            z = z + torch.exp(sink - m)
-        # n <= d, so where the denominator is 0 the numerators are too
-        yield WeightBlock(start, end, x, n / z.masked_fill(z == 0, 1.0), visible)
+        yield WeightBlock(start, end, scores, weights, visible)

@@ -121,11 +121,30 @@ NORMALIZERS: dict[str, Callable[..., Terms]] = {
 shift m must cover too, or -inf."""
 
 
-def _normalize(
-    terms: Terms, dim: int, sink_bias: torch.Tensor | None = None
+def normalized_weights(
+    scores: torch.Tensor,
+    dim: int = -1,
+    *,
+    normalizer: str,
+    visible: torch.Tensor | None = None,
+    safe: bool = True,
+    sink_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and the log of the denominator; ``e^sink_bias`` is added to the denominator only."""
-    n, d, c, m = terms
+    """Weights ``n(s) / Z`` and ``log Z``, with ``Z = c + e^sink_bias + sum d(s)`` over the visible keys along ``dim``.
+
+    Args:
+        scores: Scores of any shape, float32 or float64.
+        dim: Dimension of the keys.
+        normalizer: A key of `NORMALIZERS`.
+        visible: Bool, broadcastable to ``scores``, True where a key counts. Default: everywhere.
+        safe: Shift the scores before ``exp``, see `naive_normalized_attn`.
+        sink_bias: Dtype of ``scores``, broadcastable to them, of size 1 along ``dim``. Default: no sink.
+
+    Returns:
+        Weights like ``scores``, and ``log Z`` of size 1 along ``dim``. Where ``Z`` is 0 they are 0 and -inf.
+    """
+    floor = -INF if sink_bias is None else sink_bias.detach()
+    n, d, c, m = NORMALIZERS[normalizer](scores, dim, visible, safe, floor)
     z = d.sum(dim, keepdim=True) + c
     if sink_bias is not None:
         z = z + torch.exp(sink_bias - m)
@@ -153,7 +172,7 @@ def softpick(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """
     if not x.is_floating_point():
         raise ValueError(f"x must be a floating point tensor, got {x.dtype}")
-    weights, _ = _normalize(_softpick(_at_least_float32(x), dim, None, True, -INF), dim)
+    weights, _ = normalized_weights(_at_least_float32(x), dim, normalizer="softpick")
     return weights.to(x.dtype)
 
 
@@ -265,9 +284,9 @@ def naive_normalized_attn(
         scores_BHTS = _at_least_float32(q) @ _at_least_float32(k).transpose(-1, -2) * factor
         if sink_bias is not None:
             sink_bias = sink_bias.to(scores_BHTS.dtype)[:, None, None]
-        floor = -INF if sink_bias is None else sink_bias.detach()
-        terms = NORMALIZERS[normalizer](scores_BHTS, -1, visible, safe, floor)
-        weights_BHTS, lse_BHT1 = _normalize(terms, -1, sink_bias)
+        weights_BHTS, lse_BHT1 = normalized_weights(
+            scores_BHTS, normalizer=normalizer, visible=visible, safe=safe, sink_bias=sink_bias
+        )
         weights_BHTS = weights_BHTS.to(v.dtype)
         o = weights_BHTS @ v
     if not head_first:
