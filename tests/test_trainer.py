@@ -210,7 +210,7 @@ def test_folder_of_another_run_is_refused_and_kept(finished, small, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     line = refused(small | {"job.dump_folder": tmp_path / "mine"})
-    assert "no run's" in line
+    assert "holds files but no run" in line
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
 
