@@ -117,7 +117,7 @@ _SM_90 = _NVIDIA | _shape_table(
         (2, 16, 32, 4, 1),
     ),
 )
-# With pages, a window and a sink Triton 3.6 takes up to 204 registers for decoding above 64, which leaves two programs.
+# With pages, a window and a sink Triton 3.6 takes up to 212 registers for decoding above 64, which leaves two programs.
 _CDNA_2_AND_3 = _AMD | _shape_table(
     decode_16bit=((3, 16, 64, 4, 1), (2, 16, 64, 4, 1), (2, 16, 32, 4, 1), (2, 16, 32, 4, 1)),
 )
