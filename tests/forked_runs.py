@@ -99,6 +99,16 @@ def _groups(processes):
     return [common | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
 
+def flag_words(flags):
+    """The words of a command line; True and False are ``--section.option`` and ``--section.no_option``."""
+    return [
+        f"--{flag if value else flag.replace('.', '.no_')}"
+        if isinstance(value, bool)
+        else f"--{flag}={value}"
+        for flag, value in flags.items()
+    ]
+
+
 def program(module, words):
     """``python -m module words``, for `Forked`."""
     return partial(_main, module, [str(word) for word in words])
@@ -128,8 +138,7 @@ class Run(Forked):
         self.folder = Path(flags["job.dump_folder"])
         self.draws = self.folder.with_name(self.folder.name + ".draws")
         self.draws.parent.mkdir(parents=True, exist_ok=True)
-        words = [word for flag, value in flags.items() for word in _words(flag, value)]
-        target = partial(_train, words, self.draws, tamper, pace)
+        target = partial(_train, flag_words(flags), self.draws, tamper, pace)
         super().__init__(target, processes=processes)
 
     def wait_for_step(self, step):
@@ -142,13 +151,6 @@ class Run(Forked):
             return {}
         lines = path.read_text().split("\n")[:-1]
         return {x["step"]: x["draws"] for x in map(json.loads, lines)}
-
-
-def _words(flag, value):
-    section, option = flag.split(".")
-    if isinstance(value, bool):
-        return [f"--{section}.{option if value else 'no_' + option}"]
-    return [f"--{flag}={value}"]
 
 
 def _process(target, env, cwd, out, err):

@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 import torch.distributed as dist
+from forked_runs import flag_words
 from torch.distributed.tensor import DTensor
 
 import flame.train
@@ -135,8 +136,7 @@ def run(name, out, flags):
         finally:
             seen[self.step] = fingerprint(self) == before
 
-    words = [f"--{flag}" if x is True else f"--{flag}={x}" for flag, x in flags.items()]
-    sys.argv = ["train.py", *words]
+    sys.argv = ["train.py", *flag_words(flags)]
     FlameTrainer.train_step = train_step
     FlameTrainer.attention_scalars = attention_scalars
     if step is not None:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,3 +30,13 @@ def checkpoint_activations(model):
     # its name before transformers 5.24
     older = getattr(model, "gradient_checkpointing_enable", None)
     getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+
+
+def padded(rows, side):
+    """Token ids ``[B, T]`` of rows of several lengths, padded with 0 on one side, and their attention mask."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        part = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
+        ids[i, part], mask[i, part] = row, 1
+    return ids, mask

@@ -26,15 +26,6 @@ LENGTH = 21
 THRESHOLDS = Thresholds(sink_eps=(0.1, 0.2), small_eps=(1e-5, 1e-2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices so small that threads wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(tmp_path, normalizer):
     """A model in float64 with grouped heads, some of which look at the first key, and one without output."""
     file = write_model(tmp_path, num_key_value_heads=2)

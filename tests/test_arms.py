@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from arms import ADDED, ALL, ARMS, config_of, enlarge
-from small_model import checkpoint_activations, write_model
+from small_model import checkpoint_activations, padded, write_model
 from transformers import AutoModelForCausalLM
 
 from flame.models import SoftpickTransformerForCausalLM, read_config
@@ -128,20 +128,15 @@ def model(request):
     return model_of(request.param, ALL)
 
 
-def padded(lengths, side):
+def prompts(lengths, side):
     """Token ids ``[B, T]``, their attention mask, and the rows without padding."""
     rows = [tokens(1, 40)[0, 20 * i :][:length] for i, length in enumerate(lengths)]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask, rows
+    return *padded(rows, side), rows
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_count_as_keys(model, side):
-    ids, mask, rows = padded([11, 4], side)
+    ids, mask, rows = prompts([11, 4], side)
     # without position_ids: RoPE does not see where a row begins, the number of keys does
     logits = model(ids, attention_mask=mask).logits
     for row, own, present in zip(rows, logits, mask.bool(), strict=True):
@@ -150,7 +145,7 @@ def test_padding_does_not_count_as_keys(model, side):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
 def test_batches_generate_what_rows_do_with_any_cache(model, cache):
-    ids, mask, rows = padded([9, 4], "left")
+    ids, mask, rows = prompts([9, 4], "left")
     kind = {"use_cache": False} if cache is None else {"cache_implementation": cache}
     batch = model.generate(ids, attention_mask=mask, disable_compile=True, **kind, **GREEDY)
     for row, written in zip(rows, batch, strict=True):

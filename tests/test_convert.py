@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +26,6 @@ from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.run.export import export_model
 from flame.run.identity import fingerprint
 from flame.run.record import PACKAGES
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

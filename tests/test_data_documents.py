@@ -7,18 +7,11 @@ import datasets
 import pyarrow as pa
 import pytest
 from document_files import compressed, save_to_disk, write
-from hypothesis import settings
 
 from flame.data import (
     load_documents,
-    load_tokenizer,
 )
 from flame.data.files import read_file
-
-BYTE = load_tokenizer("byte")
-BOS, EOS, PAD = 256, 257, 258
-# no deadline: the first example pays for imports
-quick = settings(max_examples=100, deadline=None)
 
 
 class TestLoadDocuments:

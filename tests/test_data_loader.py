@@ -25,7 +25,7 @@ from flame.data import (
 from flame.data import tokens as tokens_module
 
 BYTE = load_tokenizer("byte")
-BOS, EOS, PAD = 256, 257, 258
+EOS = 257
 # no deadline: the first example pays for imports
 quick = settings(max_examples=100, deadline=None)
 

@@ -3,7 +3,6 @@
 import io
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from flame.config.parse import parse_args
 from flame.data import load_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, key_ranges, read_config
 from flame.run.generate import load, write
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

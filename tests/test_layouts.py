@@ -12,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from forked_runs import run_program
 from layout_runs import curves_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainer_runs import curve
 from transformers import AutoModelForCausalLM
 
 from flame.base.errors import UsageError
@@ -201,12 +201,7 @@ def test_tied_embeddings(four, name):
 
 def train(folder, processes, argv):
     run_program("flame.train", f"{flags(folder)} {argv}".split(), processes=processes)
-    events = EventAccumulator(str(folder / "run" / "tb"))
-    events.Reload()
-    return {
-        name: {event.step: event.value for event in events.Scalars(name)}
-        for name in ("loss", "grad_norm")
-    }
+    return {name: curve(folder / "run", name) for name in ("loss", "grad_norm")}
 
 
 @pytest.mark.slow
@@ -223,8 +218,8 @@ def test_a_run_continues_in_another_layout_and_is_exported(folder, two):
     again = train(folder, 2, f"{argv} {CP}")
     assert list(again["loss"]) == [6, 7, 8, 9, 10]
     for i, name in enumerate(("loss", "grad_norm")):
-        for curve in (got, again):
-            for step, value in curve[name].items():
+        for curves in (got, again):
+            for step, value in curves[name].items():
                 assert value == pytest.approx(two["one process"][step - 1][i], rel=1e-5), step
     model = AutoModelForCausalLM.from_pretrained(folder / "run" / "hf")
     trained = dcp_to_hf_state(checkpoints / "step-10")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,6 @@ from flame.base.errors import UsageError
 from flame.run.metrics_file import JsonLines, require_wandb, strict_json
 from flame.training.spikes import SpikeDetector
 
-ROOT = Path(__file__).parent.parent
 TOGETHER = pytest.param("together", marks=pytest.mark.slow)
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from forked_runs import Forked, program
-from trainer_runs import STEPS, curve, is_saved, one_line, slow, small_flags, train, words
+from forked_runs import Forked, flag_words, program
+from trainer_runs import STEPS, curve, is_saved, one_line, slow, small_flags, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flame.models  # noqa: F401  # teaches transformers the model
@@ -88,7 +88,7 @@ def test_repeating_a_finished_command_trains_nothing(finished, small):
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=slow), signal.SIGTERM])
 def test_interrupted_and_repeated_gives_the_same_losses(finished, small, tmp_path, how):
     flags = small | {"job.dump_folder": tmp_path / "run"}
-    with Forked(program("flame.train", words(flags))) as run:
+    with Forked(program("flame.train", flag_words(flags))) as run:
         run.wait_for(is_saved(flags))
         run.send(how)
         assert run.wait() == (128 + how if how == signal.SIGTERM else -how)

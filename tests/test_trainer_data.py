@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked_runs import Run, environment
+from forked_runs import Run, environment, flag_words
 from small_model import write_model
 from torch.nn.functional import cross_entropy
-from trainer_runs import FLAGS, ROOT, STEPS, curve, is_saved, train, wait_for, words
+from trainer_runs import FLAGS, ROOT, STEPS, curve, is_saved, train, wait_for
 
 from flame.base.errors import UsageError
 from flame.checkpoints.step_folder import newest_checkpoint
@@ -50,7 +50,7 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
     train(flags | {"job.dump_folder": whole})
     flags |= {"job.dump_folder": stopped}
     with subprocess.Popen(
-        [sys.executable, "-m", "flame.train", *words(flags | workers)],
+        [sys.executable, "-m", "flame.train", *flag_words(flags | workers)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -116,7 +116,7 @@ def test_a_damaged_stream_ends_with_a_checkpoint_and_continues_when_it_is_correc
 
 
 def inputs_of(flags, *more):
-    config = parse_args([*words(flags), *more])
+    config = parse_args([*flag_words(flags), *more])
     return config, read_inputs(config)
 
 

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from forked_runs import ROOT, environment, run_program
+from forked_runs import ROOT, environment, flag_words, run_program
+from metrics_files import drawn
 from small_model import write_model, write_text
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STEPS = 8
 slow = pytest.mark.slow
@@ -36,18 +36,14 @@ def small_flags(folder):
     }
 
 
-def words(flags):
-    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-
-
 def train(flags, *, processes=1, code=0):
-    return run_program("flame.train", words(flags), processes=processes, code=code)
+    return run_program("flame.train", flag_words(flags), processes=processes, code=code)
 
 
 def start_launcher(flags, *, processes=2, stderr=subprocess.STDOUT):
     """``bash train.sh`` in a session of its own."""
     return subprocess.Popen(
-        ["bash", "train.sh", *words(flags)],
+        ["bash", "train.sh", *flag_words(flags)],
         cwd=ROOT,
         env=environment(NGPU=str(processes)),
         stdout=subprocess.PIPE,
@@ -66,10 +62,8 @@ def refused_by_launcher(flags):
 
 
 def curve(folder, name="loss"):
-    """Step -> value of a TensorBoard scalar, at full precision."""
-    events = EventAccumulator(str(Path(folder) / "tb"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
+    """Step -> value of a TensorBoard scalar of a run, at full precision."""
+    return drawn(Path(folder) / "tb", name)
 
 
 def is_saved(flags, step=2):

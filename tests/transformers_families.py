@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from small_model import padded
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -62,12 +63,7 @@ def prompts(lengths, side):
     """Token ids ``[B, T]``, their attention mask, and the rows without padding."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(2, 97, (length,), generator=generator) for length in lengths]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask, rows
+    return *padded(rows, side), rows
 
 
 def places(mask):

@@ -5,20 +5,10 @@ import sys
 import types
 
 import pytest
-import torch
 from analyze_runs import LENGTHS, export, run
 from small_model import write_model, write_text
 
 from flame.models import read_config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices so small that threads wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

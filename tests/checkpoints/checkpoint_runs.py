@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from forked_runs import Run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_runs import curve
 
 from flame.checkpoints.step_folder import (
     complete_checkpoints,
@@ -20,13 +20,6 @@ def train(flags, folder, *, code=0, **kwargs):
     with Run(flags | {"job.dump_folder": folder}, **kwargs) as run:
         assert run.wait() == code, run.output()
     return run
-
-
-def curve(folder, name="loss"):
-    """Step -> value of a TensorBoard scalar, at full precision."""
-    events = EventAccumulator(str(folder / "tb"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def steps(folder):

@@ -6,7 +6,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_runs import INTERVAL, STEPS, assert_same_curve, curve, die, slow, steps, train
-from forked_runs import Run
+from forked_runs import Run, environment, flag_words
 
 from flame.checkpoints.step_folder import (
     is_complete,
@@ -137,20 +136,15 @@ def test_a_signal_saves_what_was_trained(flags, whole, tmp_path, number):
 @slow
 def test_the_launcher_passes_on_sigusr1_and_lets_nohup_ignore_sighup(flags, tmp_path):
     folder = tmp_path / "run"
-    words = [f"--{flag}={value}" for flag, value in flags.items()]
-    env = os.environ | {"NGPU": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     with subprocess.Popen(
         [
             "nohup",
             "bash",
             "train.sh",
-            *words,
-            f"--job.dump_folder={folder}",
-            "--training.steps=100000",
+            *flag_words(flags | {"job.dump_folder": folder, "training.steps": 100000}),
         ],
         cwd=ROOT,
-        env=env,
+        env=environment(NGPU="2"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
