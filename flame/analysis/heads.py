@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flame.measure.counts import SINK_EPS, SMALL
 from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock, weight_blocks
 
 DEAD_OUTPUT_MAX = 1e-6
@@ -25,9 +26,9 @@ HEAD_FRACTION_MIN = 0.95
 class Thresholds:
     """What counts as a sink and as a small weight."""
 
-    sink_eps: tuple[float, ...] = (0.2, 0.3)
+    sink_eps: tuple[float, ...] = SINK_EPS
     """Mean weights on the first key above which a head of a sample counts as a sink."""
-    small_eps: tuple[float, ...] = (1e-5,)
+    small_eps: tuple[float, ...] = (SMALL,)
     """Weights up to these are counted in addition to the exact zeros."""
 
 
