@@ -3,6 +3,7 @@
     python tests/offline_compilation.py gfx942                  # every launch shape's resources
     python tests/offline_compilation.py sm_90 compilations      # how often kernels compile for shapes that differ
     python tests/offline_compilation.py sm_90 rows              # decoding with every number of query rows
+    python tests/offline_compilation.py sm_90 launch            # the host's time for a launch, the driver's left out
 
 A process of its own, since one that interprets kernels cannot compile them. Shared memory above a card's
 limit is no error of the compiler, so the limits stand here.
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import timeit
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
@@ -261,6 +264,32 @@ def decode_rows(card: Card, K: int, dtype: torch.dtype, has_all: bool) -> list[d
     return list(found.values())
 
 
+def launch_times(card: Card, K: int) -> dict[str, float]:
+    """Microseconds in which Triton binds the arguments of each launch and finds the compiled kernel: the least of many."""
+    times: dict[str, float] = {}
+
+    def nothing(*args):
+        pass
+
+    def getitem(kernel, grid):
+        def launch(*args, **kwargs):
+            run = partial(kernel.run, *args, grid=grid, warmup=False, **kwargs)
+            times[kernel.__name__] = min(timeit.repeat(run, number=10, repeat=2000)) * 1e5
+
+        return launch
+
+    with (
+        mock.patch.object(driver, "_active", OfflineDriver(card.target)),
+        mock.patch.object(KernelInterface, "__getitem__", getitem),
+        # a mock would take longer than the launch
+        mock.patch.object(CompiledKernel, "_init_handles", nothing),
+        mock.patch.object(CompiledKernel, "run", nothing),
+        mock.patch.object(decoding_kernels, "num_processors", return_value=100),
+    ):
+        attention(K, K, torch.bfloat16)
+    return times
+
+
 # packed sequences, a window and a sink: every branch of the kernels
 EVERYTHING = {
     "cu_seqlens": torch.tensor([0, 256], dtype=torch.int32),
@@ -307,6 +336,9 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["compilations"]:
         for D in 64, 128:
             sys.stdout.write(json.dumps(compilations(CARDS[sys.argv[1]], D)) + "\n")
+    elif sys.argv[2:] == ["launch"]:
+        for name, time in launch_times(CARDS[sys.argv[1]], 64).items():
+            sys.stdout.write(f"{name} {time:.1f} us\n")
     elif sys.argv[2:] == ["rows"]:
         for D in 64, 128, 256:
             for name, has_all in ("bfloat16", False), ("bfloat16", True), ("float32", False):
