@@ -70,15 +70,9 @@ def normalized_attn_decode_kernel(
     z_part,
     rows_read,
     scale,
-    sq_b,
-    sq_t,
-    sq_h,
-    sk_b,
-    sk_t,
-    sk_h,
-    sv_b,
-    sv_t,
-    sv_h,
+    sq,
+    sk,
+    sv,
     st_b,
     T,
     S,
@@ -104,6 +98,9 @@ def normalized_attn_decode_kernel(
     PRECISION: tl.constexpr,
 ):
     """Computes the partial outputs of BT query rows over one split of the keys of one key head a program."""
+    sq_b, sq_t, sq_h = sq
+    sk_b, sk_t, sk_h = sk
+    sv_b, sv_t, sv_h = sv
     # tiles of rows that read the same keys are neighbours in the grid
     i_part = tl.program_id(0).to(tl.int64) // NR
     i_split = i_part % NS
@@ -197,9 +194,7 @@ def normalized_attn_merge_kernel(
     sink_bias,
     o,
     lse,
-    so_b,
-    so_t,
-    so_h,
+    so,
     T,
     H,
     G,
@@ -212,6 +207,7 @@ def normalized_attn_merge_kernel(
     HAS_SINK: tl.constexpr,
 ):
     """One program a query row: adds the sums of its splits in order, then divides by the denominator."""
+    so_b, so_t, so_h = so
     R = T * G
     i_r = tl.program_id(0) % R
     i_bh = (tl.program_id(0) // R).to(tl.int64)
@@ -320,9 +316,9 @@ def normalized_attn_decode_launch(
             z_part,
             rows_read,
             scale,
-            *strides_bth(q, head_first),
-            *strides_bth(k, head_first),
-            *strides_bth(v, head_first),
+            sq=strides_bth(q, head_first),
+            sk=strides_bth(k, head_first),
+            sv=strides_bth(v, head_first),
             st_b=block_table.stride(0) if is_paged else 0,
             T=T,
             S=S,
@@ -352,7 +348,7 @@ def normalized_attn_decode_launch(
             sink_bias,
             o,
             lse,
-            *strides_bth(o, head_first),
+            so=strides_bth(o, head_first),
             T=T,
             H=H,
             G=G,

@@ -3,6 +3,9 @@
 Two passes over the scores and no atomics, so gradients are bitwise reproducible.
 """
 
+# Triton's annotations refuse what its compiler accepts: an int for a constexpr.
+# pyright: reportArgumentType=false
+
 import torch
 
 from fla.ops.attn.softpick.launch_shapes import launch_options
@@ -50,8 +53,11 @@ def parallel_normalized_attn_bwd(
     K, V = q.shape[-1], v.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     row_stats = lse.new_empty((*lse.shape, 2))
-    strides = [s for x in (q, k, v) for s in strides_bth(x, head_first)]
     common = {
+        "sq": strides_bth(q, head_first),
+        "sk": strides_bth(k, head_first),
+        "sv": strides_bth(v, head_first),
+        "sdo": strides_bth(do, head_first),
         "T_max": T,
         "S_max": S,
         "G": HQ // H,
@@ -69,7 +75,7 @@ def parallel_normalized_attn_bwd(
         options = launch_options("dq", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
         k_desc, v_desc = streamed_descriptors(options, head_first, k, v)
-        parallel_normalized_attn_bwd_kernel_dq[(NT * B * HQ,)](  # pyright: ignore[reportCallIssue]  # strides of unknown number
+        parallel_normalized_attn_bwd_kernel_dq[(NT * B * HQ,)](
             q,
             k,
             v,
@@ -82,10 +88,8 @@ def parallel_normalized_attn_bwd(
             dq,
             row_stats,
             scale,
-            *strides,
-            *strides_bth(o, head_first),
-            *strides_bth(do, head_first),
-            *strides_bth(dq, head_first),
+            so=strides_bth(o, head_first),
+            sdq=strides_bth(dq, head_first),
             tiles=tiles,
             NT=NT,
             HQ=HQ,
@@ -96,7 +100,7 @@ def parallel_normalized_attn_bwd(
         options = launch_options("dkv", q, V)
         NT, tiles = tiles_of(cu_seqlens, S, int(options["BT"]), is_last_first=False)
         q_desc, do_desc = streamed_descriptors(options, head_first, q, do)
-        parallel_normalized_attn_bwd_kernel_dkv[(NT * B * H,)](  # pyright: ignore[reportCallIssue]  # strides of unknown number
+        parallel_normalized_attn_bwd_kernel_dkv[(NT * B * H,)](
             q,
             k,
             v,
@@ -107,10 +111,8 @@ def parallel_normalized_attn_bwd(
             dk,
             dv,
             scale,
-            *strides,
-            *strides_bth(do, head_first),
-            *strides_bth(dk, head_first),
-            *strides_bth(dv, head_first),
+            sdk=strides_bth(dk, head_first),
+            sdv=strides_bth(dv, head_first),
             tiles=tiles,
             NT=NT,
             H=H,

@@ -2,16 +2,10 @@
 
 dk and dv are summed over the query heads of a group in registers, so gradients need no atomics.
 
-Legend: as in `parallel_fwd.py`, and
+Legend: as in `parallel_fwd.py` and `parallel_bwd_dq.py`, and
     BT, BS             keys of the program's tile, queries of a tile that it streams
-    do dq dk dv        gradients, named like the tensors
-    row_stats          [B, HQ, T, 2] fp32, from dq to dkv; the pair lies together, so that one load fetches it:
-                       b_neg_lse2, minus the base-2 lse (-inf where the denominator is 0), and b_delta,
-                       <o, do> - dlse / ln(2) for the gradient dlse of the base-2 lse
     b_exp_neg_lse2     2**b_neg_lse2
-    b_r                products <q, k> before the scale
-    b_p b_dp b_ds      weights n(s) / Z; <do, v>; gradient of the scores
-    b_rescale          exponent that keeps b_ds in the range of fp16: `fp16_rescale_exponent`
+    b_p                weights n(s) / Z
     b_headroom         exponent by which b_q may grow without overflowing fp16
 """
 
@@ -56,10 +50,6 @@ def _accumulate_queries(
     T_max,
     o_k,
     scale,
-    first,
-    end,
-    skip_start,
-    skip_len,
     T,
     q_offset,
     G,
@@ -70,10 +60,14 @@ def _accumulate_queries(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
-    IS_MASKED: tl.constexpr,
-    IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    first,
+    end,
+    skip_start,
+    skip_len,
+    IS_MASKED: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
 ):
     """Accumulates the queries [first, end) of G heads, excluding [skip_start, skip_start + skip_len), into b_dk and b_dv.
 
@@ -141,24 +135,12 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     dk,
     dv,
     scale,
-    sq_b,
-    sq_t,
-    sq_h,
-    sk_b,
-    sk_t,
-    sk_h,
-    sv_b,
-    sv_t,
-    sv_h,
-    sdo_b,
-    sdo_t,
-    sdo_h,
-    sdk_b,
-    sdk_t,
-    sdk_h,
-    sdv_b,
-    sdv_t,
-    sdv_h,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sdk,
+    sdv,
     tiles,
     T_max,
     S_max,
@@ -181,6 +163,12 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     """Computes dk and dv of BT keys of one key head a program, over the queries of all query heads that read it."""
     # with a larger tile the registers of the mask would spill
     MASKED_BS: tl.constexpr = min(BS, 32)
+    sq_b, sq_t, sq_h = sq
+    sk_b, sk_t, sk_h = sk
+    sv_b, sv_t, sv_h = sv
+    sdo_b, sdo_t, sdo_h = sdo
+    sdk_b, sdk_t, sdk_h = sdk
+    sdv_b, sdv_t, sdv_h = sdv
     i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, False)
     i_b = i_bh // H
     i_h = i_bh % H
@@ -199,17 +187,19 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     b_dv = tl.zeros([BT, BV], tl.float32)
     o_k = i_t + tl.arange(0, BT)
     q_offset = S - T
-    first, first_full, end_full, end = query_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
+    queries = query_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
     # the pipelined loop comes first: after the masked one, ptxas serialises its wgmma (warning C7515)
     b_dk, b_dv = _accumulate_queries(
         b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, row_stats, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_max,
-        o_k, scale * RCP_LN2, first_full, end_full, 0, 0, T, q_offset, G, W,
-        K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
+        o_k, scale * RCP_LN2, T, q_offset, G, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        first=queries.first_full, end=queries.end_full, skip_start=0, skip_len=0,
+        IS_MASKED=False, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     b_dk, b_dv = _accumulate_queries(
         b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, row_stats, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_max,
-        o_k, scale * RCP_LN2, first, end, first_full, end_full - first_full, T, q_offset, G, W,
-        K, V, MASKED_BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,
+        o_k, scale * RCP_LN2, T, q_offset, G, W, K, V, MASKED_BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        first=queries.first, end=queries.end, skip_start=queries.first_full, skip_len=queries.end_full - queries.first_full,
+        IS_MASKED=True, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     store_rows(dk, b_dk * scale, i_t, sdk_t, o_k < S, K, BT, BK)
     store_rows(dv, b_dv, i_t, sdv_t, o_k < S, V, BT, BV)

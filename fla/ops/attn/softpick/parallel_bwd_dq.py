@@ -50,10 +50,6 @@ def _accumulate_dq(
     sv_t,
     o_q,
     scale,
-    first,
-    end,
-    skip_start,
-    skip_len,
     S,
     W,
     K: tl.constexpr,
@@ -62,10 +58,14 @@ def _accumulate_dq(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
-    IS_MASKED: tl.constexpr,
-    IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    first,
+    end,
+    skip_start,
+    skip_len,
+    IS_MASKED: tl.constexpr,
+    IS_NEGATED: tl.constexpr,
 ):
     """Accumulates the keys [first, end) excluding [skip_start, skip_start + skip_len) into b_dq.
 
@@ -102,24 +102,12 @@ def parallel_normalized_attn_bwd_kernel_dq(
     dq,
     row_stats,
     scale,
-    sq_b,
-    sq_t,
-    sq_h,
-    sk_b,
-    sk_t,
-    sk_h,
-    sv_b,
-    sv_t,
-    sv_h,
-    so_b,
-    so_t,
-    so_h,
-    sdo_b,
-    sdo_t,
-    sdo_h,
-    sdq_b,
-    sdq_t,
-    sdq_h,
+    sq,
+    sk,
+    sv,
+    so,
+    sdo,
+    sdq,
     tiles,
     T_max,
     S_max,
@@ -141,6 +129,12 @@ def parallel_normalized_attn_bwd_kernel_dq(
     PRECISION: tl.constexpr,
 ):
     """Computes dq of BT queries of one query head a program, and the row_stats that dk and dv need."""
+    sq_b, sq_t, sq_h = sq
+    sk_b, sk_t, sk_h = sk
+    sv_b, sv_t, sv_h = sv
+    so_b, so_t, so_h = so
+    sdo_b, sdo_t, sdo_h = sdo
+    sdq_b, sdq_t, sdq_h = sdq
     i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, True)
     row = i_bh * T_max + bos
     i_b = i_bh // HQ
@@ -173,18 +167,18 @@ def parallel_normalized_attn_bwd_kernel_dq(
     b_dq = tl.zeros([BT, BK], tl.float32)
     # [BT] position of each query among the keys
     o_q = o_t + (S - T)
-    first, first_full, end_full, end = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
+    keys = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
     b_dq = _accumulate_dq(
         b_q, b_do, b_neg_lse2, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
-        scale * RCP_LN2,
-        first_full, end_full, 0, 0, S, W,
-        K, V, BS, BK, BV, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, PRECISION,
+        scale * RCP_LN2, S, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        first=keys.first_full, end=keys.end_full, skip_start=0, skip_len=0,
+        IS_MASKED=False, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     b_dq = _accumulate_dq(
         b_q, b_do, b_neg_lse2, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
-        scale * RCP_LN2,
-        first, end, first_full, end_full - first_full, S, W,
-        K, V, BS, BK, BV, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, PRECISION,
+        scale * RCP_LN2, S, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        first=keys.first, end=keys.end, skip_start=keys.first_full, skip_len=keys.end_full - keys.first_full,
+        IS_MASKED=True, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     b_dq = b_dq * (scale * tl.exp2(b_rescale))[:, None]
     store_rows(dq, b_dq, i_t, sdq_t, o_t < T, K, BT, BK)

@@ -16,7 +16,7 @@ Legend
     b_c                base-2 score of the sink, -inf without one
     b_q b_s b_m        tiles: queries, base-2 scores, running maximum (base 2)
     b_z b_o            denominator and output, both times 2**-b_m
-    s*_b s*_t s*_h     strides of batch, time and head, in elements
+    sq sk sv so        strides (batch, time, head) of q, k, v and o, in elements
 """
 
 # Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a
@@ -69,10 +69,6 @@ def _accumulate_keys(
     sv_t,
     o_q,
     scale,
-    first,
-    end,
-    skip_start,
-    skip_len,
     S,
     W,
     K: tl.constexpr,
@@ -81,11 +77,15 @@ def _accumulate_keys(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NORMALIZER: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    first,
+    end,
+    skip_start,
+    skip_len,
     IS_SHIFTED: tl.constexpr,
     IS_MASKED: tl.constexpr,
     IS_PIPELINED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Accumulates the keys [first, end) excluding [skip_start, skip_start + skip_len) into b_z and b_o.
 
@@ -146,18 +146,10 @@ def parallel_normalized_attn_fwd_kernel(
     o,
     lse,
     scale,
-    sq_b,
-    sq_t,
-    sq_h,
-    sk_b,
-    sk_t,
-    sk_h,
-    sv_b,
-    sv_t,
-    sv_h,
-    so_b,
-    so_t,
-    so_h,
+    sq,
+    sk,
+    sv,
+    so,
     tiles,
     T_max,
     S_max,
@@ -183,6 +175,10 @@ def parallel_normalized_attn_fwd_kernel(
     # NOTE(numerics): fp16 weights overflow above s = 11, so safe fp16 always shifts; safe fp32 and bf16 first
     # try without a shift and redo the rows that overflow
     IS_SHIFTED: tl.constexpr = IS_SAFE and q.dtype.element_ty == tl.float16
+    sq_b, sq_t, sq_h = sq
+    sk_b, sk_t, sk_h = sk
+    sv_b, sv_t, sv_h = sv
+    so_b, so_t, so_h = so
     i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, True)
     lse += i_bh * T_max + bos
     i_b = i_bh // HQ
@@ -198,7 +194,7 @@ def parallel_normalized_attn_fwd_kernel(
     o_q = o_t + (S - T)
     scale = scale * RCP_LN2
     b_c = tl.load(sink_bias + i_hq) * RCP_LN2 if HAS_SINK else -float("inf")
-    first, first_full, end_full, end = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
+    keys = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
 
     b_m = tl.zeros([BT], tl.float32)
     if IS_SHIFTED:
@@ -207,12 +203,16 @@ def parallel_normalized_attn_fwd_kernel(
     b_o = tl.zeros([BT, BV], tl.float32)
     b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     b_m, b_z, b_o = _accumulate_keys(
-        b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, first_full, end_full, 0, 0, S, W,
-        K, V, BS, BK, BV, NORMALIZER, IS_SHIFTED, False, True, HAS_WINDOW, PRECISION,
+        b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, S, W,
+        K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        first=keys.first_full, end=keys.end_full, skip_start=0, skip_len=0,
+        IS_SHIFTED=IS_SHIFTED, IS_MASKED=False, IS_PIPELINED=True,
     )  # fmt: skip
     b_m, b_z, b_o = _accumulate_keys(
-        b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, first, end, first_full, end_full - first_full, S, W,
-        K, V, BS, BK, BV, NORMALIZER, IS_SHIFTED, True, True, HAS_WINDOW, PRECISION,
+        b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, S, W,
+        K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        first=keys.first, end=keys.end, skip_start=keys.first_full, skip_len=keys.end_full - keys.first_full,
+        IS_SHIFTED=IS_SHIFTED, IS_MASKED=True, IS_PIPELINED=True,
     )  # fmt: skip
     b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
 
@@ -230,8 +230,10 @@ def parallel_normalized_attn_fwd_kernel(
             b_o = tl.zeros([BT, BV], tl.float32)
             b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
             b_m, b_z, b_o = _accumulate_keys(
-                b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, first, end, end, 0, S, W,
-                K, V, BS, BK, BV, NORMALIZER, True, True, False, HAS_WINDOW, PRECISION,
+                b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, S, W,
+                K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+                first=keys.first, end=keys.end, skip_start=keys.end, skip_len=0,
+                IS_SHIFTED=True, IS_MASKED=True, IS_PIPELINED=False,
             )  # fmt: skip
             b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
             _store_row_results(o, lse, b_m, b_z, b_o, i_t, so_t, m_t, V, BT, BV)
@@ -288,10 +290,10 @@ def parallel_normalized_attn_fwd(
             o,
             lse,
             scale,
-            *strides_bth(q, head_first),
-            *strides_bth(k, head_first),
-            *strides_bth(v, head_first),
-            *strides_bth(o, head_first),
+            sq=strides_bth(q, head_first),
+            sk=strides_bth(k, head_first),
+            sv=strides_bth(v, head_first),
+            so=strides_bth(o, head_first),
             tiles=tiles,
             T_max=T,
             S_max=S,

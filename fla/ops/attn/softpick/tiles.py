@@ -9,6 +9,8 @@ Legend
     tiles              [NT, 3] int32 with IS_VARLEN: first token of the sequence, its length, i_t in the sequence
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -100,13 +102,21 @@ def program_tile(
         return i_bh, i_tile * BT, tl.full([], 0, tl.int64), T, S
 
 
+class TileBounds(NamedTuple):
+    """Bounds of the keys or queries that a program streams, [first, end).
+
+    Tiles in [first_full, end_full) need no mask, the other tiles do. All bounds but `end` are multiples of BS.
+    """
+
+    first: tl.tensor | int
+    first_full: tl.tensor | int
+    end_full: tl.tensor | int
+    end: tl.tensor | int
+
+
 @triton.jit
 def key_tile_bounds(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Bounds (first, first_full, end_full, end) of the keys that the queries [i_t, i_t + BT) see.
-
-    Key tiles in [first_full, end_full) need no mask; the others in [first, end) do. All bounds but `end` are
-    multiples of BS.
-    """
+    """`TileBounds` of the keys that the queries [i_t, i_t + BT) see."""
     i_q = i_t + S - T
     first = 0
     first_full = 0
@@ -114,15 +124,12 @@ def key_tile_bounds(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW
         first = tl.maximum(i_q - W + 1, 0) // BS * BS
         first_full = tl.cdiv(tl.maximum(i_q + BT - W, 0), BS) * BS
     end_full = tl.maximum((i_q + 1) // BS * BS, first_full)
-    return first, first_full, end_full, tl.minimum(i_q + BT, S)
+    return TileBounds(first, first_full, end_full, end=tl.minimum(i_q + BT, S))
 
 
 @triton.jit
 def query_tile_bounds(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Bounds (first, first_full, end_full, end) of the queries that see the keys [i_t, i_t + BT).
-
-    Their meaning is that of `key_tile_bounds`.
-    """
+    """`TileBounds` of the queries that see the keys [i_t, i_t + BT)."""
     i_k = i_t - (S - T)
     first = tl.maximum(i_k, 0) // BS * BS
     first_full = tl.cdiv(tl.maximum(i_k + BT - 1, 0), BS) * BS
@@ -131,7 +138,8 @@ def query_tile_bounds(i_t, T, S, W, BT: tl.constexpr, BS: tl.constexpr, HAS_WIND
     if HAS_WINDOW:
         end = tl.minimum(i_k + BT - 1 + W, T)
         end_full = tl.minimum(tl.maximum(i_k + W, 0), T)
-    return first, first_full, tl.maximum(end_full // BS * BS, first_full), end
+    end_full = tl.maximum(end_full // BS * BS, first_full)
+    return TileBounds(first, first_full, end_full, end)
 
 
 @triton.jit
@@ -154,7 +162,10 @@ def empty_rows(q: torch.Tensor, T: int, H: int, D: int, head_first: bool) -> tor
 
 
 def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
-    """Strides of batch, time and head, in elements."""
+    """Strides of batch, time and head, in elements.
+
+    A kernel takes the tuple as one argument, which the host passes faster than three, or than a NamedTuple.
+    """
     b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
     return x.stride(b), x.stride(t), x.stride(h)
 
