@@ -93,9 +93,13 @@ def _passing_signals_on() -> Iterator[None]:
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     signal.set_wakeup_fd(writer)
     threading.Thread(target=_pass_on, args=(reader, numbers), daemon=True).start()
+    # the thread still hears it, and the processes inherit the mask: Ctrl-C while Python starts would print a
+    # traceback; `end_at_interrupt` lifts the mask in them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)

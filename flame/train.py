@@ -1,19 +1,17 @@
 """``python -m flame.train``: one process of a run. ``bash train.sh`` starts all of them."""
 
-import signal
-
 from flame.base.log import announce_imports
-from flame.base.stop_signals import end_with_launcher
+from flame.base.stop_signals import end_at_interrupt, end_with_launcher
 
 if __name__ == "__main__":
-    # until there is something to save, Ctrl-C ends the process immediately and without a traceback, like SIGTERM and
-    # the death of the launcher; set before the other imports, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # before the other imports, which take seconds
+    end_at_interrupt()
     end_with_launcher()
     announce_imports()
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 from typing import Any, NoReturn

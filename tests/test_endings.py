@@ -62,6 +62,20 @@ time.sleep(60)
 """
 
 
+def test_an_interrupt_while_python_starts_shows_no_traceback():
+    # as the launcher starts it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flame.train"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert (process.returncode, output) == (-signal.SIGINT, b"")
+
+
 def test_a_process_ends_with_a_launcher_that_is_killed():
     code = """
     import os, subprocess, sys

@@ -21,6 +21,15 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(s for s in STOP_SIGNALS if not (is_ignored and s == signal.SIGHUP))
 
 
+def end_at_interrupt() -> None:
+    """Lets Ctrl-C end this process immediately and without a traceback, as long as there is nothing to save.
+
+    A parent may have blocked SIGINT for the start of Python, whose handler would print a traceback.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
     """Asks the kernel to send this process ``number`` when ``parent``, which started it, dies.
 
