@@ -81,28 +81,33 @@ _COMPUTING = (
     "test_miniature_text",
     "test_rooms",
 )
-# files whose tests start processes, kill some, and say what comes of it within seconds: one worker takes all
-_PROCESSES = (
-    "test_arms_training",
+# files whose tests kill or stop processes, and say what comes of it within seconds: one worker takes all
+_KILLING = (
     "test_checkpoints",
+    "test_endings",
+    "test_launch",
+    "test_sweep_runs",
+    "test_trainer",
+)
+# files whose tests let processes train to the end, however long that takes: another worker takes all
+_TRAINING = (
+    "test_arms_training",
     "test_context_parallel",
     "test_convert",
-    "test_endings",
     "test_examples",
-    "test_launch",
     "test_layouts",
     "test_lm_eval",
     "test_metrics",
     "test_packaging",
-    "test_sweep_runs",
-    "test_trainer",
 )
 
 
 def _group(name: str) -> str | None:
     """Tests of one group run on one worker, one after another; so the tests of a file share its fixtures."""
-    if name.startswith(_PROCESSES):
-        return "processes"
+    if name.startswith(_KILLING):
+        return "killing"
+    if name.startswith(_TRAINING):
+        return "training"
     return None if name.startswith(_COMPUTING) else name
 
 
