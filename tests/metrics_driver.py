@@ -72,7 +72,7 @@ def by_one_process(trainer):
     inputs, _ = next(batches)
     observer = Observer(len(model.model.layers), "softpick", torch.device("cpu"))
     with torch.no_grad(), observe(model.model, trainer.inputs.model.attn_impl, observer):
-        model(inputs["input"])
+        model(inputs["input"][:, : config.metrics.attention_length or None])
     return observer.scalars()
 
 
@@ -90,7 +90,14 @@ def sleep_in(at, rank, seconds):
 NAN, INF = float("nan"), float("inf")
 RUNS = {
     # an odd number of sequences, so that one of two processes has none left
-    "plain": ({"metrics.attention_freq": 4, "metrics.attention_sequences": 3}, None),
+    "plain": (
+        {
+            "metrics.attention_freq": 4,
+            "metrics.attention_sequences": 3,
+            "metrics.attention_length": 20,
+        },
+        None,
+    ),
     # the gradients of one rank alone
     "skipped": (
         {"training.skip_nan_inf": True, "metrics.max_dumps": 1},

@@ -8,7 +8,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fla.ops.attn.softpick import NORMALIZERS
 from fla.ops.attn.softpick.naive import naive_normalized_attn
-from flame.measure.counts import SMALL, AttentionCounts, attention_counts, kurtosis, power_sums
+from flame.measure.counts import (
+    SMALL,
+    AttentionCounts,
+    attention_counts,
+    kurtosis,
+    largest_activations,
+    power_sums,
+    value_ratio_sums,
+)
 from flame.measure.while_training import Observer, observe
 from flame.models import read_config
 from flame.titan.model import ModelArgs, TitanModel
@@ -153,6 +161,37 @@ def test_kurtosis():
     assert math.isnan(kurtosis(torch.zeros(5)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_token_against_the_rest(dtype):
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(3, 12, 2, 8, generator=generator).to(dtype)
+    v[:, 0] *= torch.tensor([[0.1], [3.0]]).to(dtype)
+    # one (sequence, head) without a mean to compare with
+    v[2, 1:, 1] = 0
+    norms = v.double().square().sum(-1).sqrt()
+    ratios = (norms[:, 0] / norms[:, 1:].mean(1)).flatten()[:5]
+    expected = pytest.approx([ratios.sum().item(), 5], rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value_ratio_sums(v).tolist() == expected
+    # packed, with empty sequences, and one of a single token, which has no ratio
+    row = torch.cat([*v, v[0, :1]])[None]
+    bounds = torch.tensor([0, 12, 24, 24, 36, 37, 37])
+    assert value_ratio_sums(row, bounds).tolist() == expected
+    x = torch.randn(3, 12, 16, generator=generator).to(dtype)
+    x[1, 0, 3], x[2, 5, 2] = -20, 30
+    dense = [x.double().abs().max().item(), x.double()[:, 0].abs().max().item()]
+    assert dense == [30, 20]
+    assert largest_activations(x).tolist() == dense
+    row, bounds = x.flatten(0, 1)[None], torch.tensor([0, 12, 24, 36, 36])
+    assert largest_activations(row, bounds).tolist() == dense
+    # in two parts of the tokens, the second of rows that are no documents has no first token
+    halves = [largest_activations(x[:, i : i + 6], start=i) for i in (0, 6)]
+    assert torch.stack(halves).amax(0).tolist() == dense
+    assert halves[1].tolist() == [x[:, 6:].abs().max().item(), -math.inf]
+    halves = [largest_activations(row[:, i : i + 18], bounds, start=i) for i in (0, 18)]
+    assert torch.stack(halves).amax(0).tolist() == dense
+
+
 @pytest.fixture
 def model():
     config = read_config("configs/softpick_transformer_tiny.json")
@@ -189,6 +228,10 @@ def test_a_model_is_observed_layer_by_layer(model):
         expected = ((d**4).mean() / (d**2).mean() ** 2).item()
         assert scalars[f"{layer}/kurtosis"] == pytest.approx(expected, rel=1e-6)
         assert 0 < scalars[f"{layer}/zeros"] < 1
+        for name, seen_tokens in (("largest_activation", 40), ("largest_first_activation", 1)):
+            expected = outputs[i + 1][:, :seen_tokens].abs().max().item()
+            assert scalars[f"{layer}/{name}"] == expected
+            assert scalars[f"attention/{name}"] >= expected
     d = torch.stack(outputs).double() - torch.stack(outputs).double().mean()
     expected = ((d**4).mean() / (d**2).mean() ** 2).item()
     assert scalars["attention/kurtosis"] == pytest.approx(expected, rel=1e-6)
@@ -207,6 +250,29 @@ def test_a_model_is_observed_layer_by_layer(model):
     by_hand = attention_counts(q, k, normalizer="softpick").ratios()
     for name in ("zeros", "sink_rate_0.2", "max_score"):
         assert scalars[f"attention/layer_00/{name}"] == pytest.approx(by_hand[name], rel=1e-5)
+    norms = attention.v_proj(hidden).view(shape).double().norm(dim=-1)
+    ratio = (norms[:, 0] / norms[:, 1:].mean(1)).mean().item()
+    assert scalars["attention/layer_00/first_value_ratio"] == pytest.approx(ratio, rel=1e-5)
+    ratios = [scalars[f"attention/layer_{i:02}/first_value_ratio"] for i in range(3)]
+    assert scalars["attention/first_value_ratio"] == pytest.approx(sum(ratios) / 3)
+    # as one packed row of two documents, the first of which ends earlier
+    packed = Observer(3, "softpick", torch.device("cpu"))
+    bounds = torch.tensor([0, 30, 80], dtype=torch.int32)
+    positions = torch.cat([torch.arange(30), torch.arange(50)]).view(2, 40)
+    alone = [Observer(3, "softpick", torch.device("cpu")) for _ in range(2)]
+    row = tokens.view(1, 80)
+    with torch.no_grad():
+        with observe(model.model, "naive_softpick_attn", packed):
+            model(tokens, positions=positions, cu_seqlens=bounds)
+        for observer, part in zip(alone, (row[:, :30], row[:, 30:]), strict=True):
+            with observe(model.model, "naive_softpick_attn", observer):
+                model(part)
+    torch.testing.assert_close(
+        packed.largest, torch.maximum(alone[0].largest, alone[1].largest), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        packed.value_ratios, alone[0].value_ratios + alone[1].value_ratios, rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(seen, model(tokens))
 
 

@@ -283,6 +283,10 @@ def test_no_flag_is_both_there_and_refused():
         (["--model.converters=float8"], "--model.converters is not supported"),
         (["--training.no_enable_l2wrap"], "--training.no_enable_l2wrap is not supported"),
         (["--metrics.attention_freq", "3", "--validation.share", "0"], "attention_freq must be 0"),
+        (
+            ["--metrics.attention_length", "65", "--training.seq_len", "64"],
+            "attention_length must be at most --training.seq_len 64",
+        ),
         (["--profiling.profile_freq", "3"], "--profiling.profile_freq must be at least 4, got 3"),
         (["--profiling.save_traces_folder", "a/b"], "save_traces_folder must be the name"),
         (

@@ -190,7 +190,8 @@ def test_wandb_gets_the_curves_under_one_id(lives):
 
 @pytest.mark.slow
 def test_attention_is_measured_and_drawn_layer_by_layer(lives):
-    for name in ("zeros", "sink_rate_0.3", "at_most_1e-05", "max_score", "kurtosis"):
+    first = ("first_value_ratio", "largest_activation", "largest_first_activation")
+    for name in ("zeros", "sink_rate_0.3", "at_most_1e-05", "max_score", "kurtosis", *first):
         for place in ("attention", "attention/layer_00", "attention/layer_01"):
             values = curve(lives.folder, f"{place}/{name}")
             assert list(values) == [4, 8, 12], name

@@ -501,9 +501,11 @@ class MetricsConfig:
     """Print without colours, as is done anyway where the output is no terminal."""
     attention_freq: int = 0
     """Steps between two measurements of every layer's attention on held-out sequences: sink rate, share of
-    zero weights, largest score, kurtosis of the output; 0: none."""
+    zero weights, largest score, norm of the first value, kurtosis and largest output; 0: none."""
     attention_sequences: int = 4
     """Held-out sequences, the first ones, that attention_freq measures on."""
+    attention_length: int = 0
+    """Tokens of each of these sequences, from its first one, that attention_freq measures; 0: all."""
     spike_deviations: float = 6.0
     """A loss this many standard deviations above the mean of the last spike_window steps is a spike and is
     written to spikes/; 0: none is."""
@@ -518,7 +520,7 @@ class MetricsConfig:
         name = "metrics.attention_sequences"
         _require(self.attention_sequences >= 1, name, self.attention_sequences, "at least 1")
         _require(self.spike_window >= 2, "metrics.spike_window", self.spike_window, "at least 2")
-        for name in ("attention_freq", "spike_deviations", "max_dumps"):
+        for name in ("attention_freq", "attention_length", "spike_deviations", "max_dumps"):
             value = getattr(self, name)
             _require(value >= 0, f"metrics.{name}", value, "at least 0")
 
@@ -666,6 +668,14 @@ class JobConfig:
             "metrics.attention_freq",
             self.metrics.attention_freq,
             "0 with --experimental.context_parallel_degree, under which no process has all queries",
+        )
+        length, T = self.metrics.attention_length, self.training.seq_len
+        tensor = self.training.tensor_parallel_degree
+        _require(
+            length <= T and length % tensor == 0,
+            "metrics.attention_length",
+            length,
+            f"at most --training.seq_len {T} and a multiple of --training.tensor_parallel_degree {tensor}",
         )
 
     @property

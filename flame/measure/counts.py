@@ -1,4 +1,4 @@
-"""Sink rate, zero weights, largest score and kurtosis of q, k and activations, as sums.
+"""Sink rate, zero weights, largest score, value norms and kurtosis of q, k, v and activations, as sums.
 
 Everything is a sum, a count or a maximum until the end, so that batches, tiles and processes can be combined.
 
@@ -9,6 +9,12 @@ Definitions, those of arXiv:2504.20966:
   the share that is at most `SMALL`. Weights are computed in float32 from the q and k of the model;
 - kurtosis: mu4 / mu2^2 (3 for a normal distribution) of a layer's output, and of all of them and the embedding
   pooled, from moments in float64.
+
+Of this project:
+
+- first value ratio: the norm of the first token's value over the mean norm of the other tokens' values of the same
+  sequence and key head; its mean over (sequence, key head);
+- largest activation: the largest absolute output of a layer, over all tokens, and over the first tokens of sequences.
 """
 
 import math
@@ -142,6 +148,55 @@ def _count_sequence(
     for index, eps in enumerate(SINK_EPS, start=4):
         counts.sums[index] = (first_weight / T > eps).sum()
     return counts
+
+
+@torch.no_grad()
+def value_ratio_sums(v: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of the first value ratios over (sequence, key head), and their number; float64 ``[2]``.
+
+    A sequence of one token, or whose other values are all 0, has no ratio.
+
+    Args:
+        v: Values ``[B, S, H, V]``.
+        cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``.
+    """
+    with torch.autocast(v.device.type, enabled=False):
+        norms = v.to(torch.promote_types(v.dtype, torch.float32)).norm(dim=-1).double()
+    if cu_seqlens is None:
+        parts = list(norms)
+    else:
+        bounds = cu_seqlens.tolist()
+        parts = [norms[0, start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    sums = norms.new_zeros(2)
+    for part in parts:  # [tokens, H]
+        if len(part) > 1:
+            others = part[1:].mean(0)
+            is_counted = others > 0
+            sums[0] += torch.where(is_counted, part[0] / others, 0).sum()
+            sums[1] += is_counted.sum()
+    return sums
+
+
+@torch.no_grad()
+def largest_activations(
+    x: torch.Tensor, cu_seqlens: torch.Tensor | None = None, *, start: int = 0
+) -> torch.Tensor:
+    """Largest absolute element of all tokens, and of the first tokens of sequences; float64 ``[2]``.
+
+    Args:
+        x: Output of a layer ``[B, T, hidden]``, or tokens ``start`` to ``start + T`` of its sequence dimension.
+        cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``.
+        start: The tokens before ``x``. Without a first token in ``x`` the second maximum is -inf.
+    """
+    largest = x.detach().abs().amax(-1)  # [B, T]
+    firsts = torch.zeros(1, dtype=torch.long, device=x.device)
+    if cu_seqlens is not None:
+        # the beginning of an empty sequence at the end is no token
+        firsts = cu_seqlens[:-1][cu_seqlens.diff() > 0].long()
+    firsts = firsts[(firsts >= start) & (firsts < start + x.shape[1])] - start
+    of_firsts = largest[:, firsts]
+    none = largest.new_full((1,), -math.inf)
+    return torch.stack([largest.max(), torch.cat([of_firsts.flatten(), none]).max()]).double()
 
 
 def power_sums(x: torch.Tensor) -> torch.Tensor:

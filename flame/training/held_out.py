@@ -49,7 +49,7 @@ def validation_loss(trainer: "FlameTrainer") -> float:
 def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     """Statistics of every layer's attention on the first ``metrics.attention_sequences`` held-out sequences.
 
-    The sequences do not depend on the number of processes. All processes must call it.
+    Of each, the first ``metrics.attention_length`` tokens are measured. The sequences do not depend on the number of processes. All processes must call it.
     """
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     attn_impl = trainer.inputs.model.attn_impl
@@ -57,7 +57,8 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     layers = len(decoder.layers)
     mesh = dims.get_mesh("batch") if dims.dp_enabled else None
     rank, size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
-    observer = Observer(layers, normalizer_of(attn_impl), trainer.device)
+    part = dims.get_mesh("tp").get_local_rank() if dims.tp_enabled else 0
+    observer = Observer(layers, normalizer_of(attn_impl), trainer.device, sequence_part=part)
     batches = trainer.inputs.data.validation(dp_rank=rank, dp_world_size=size, batch_size=1)
     model.eval()
     with observe(decoder, attn_impl, observer), trainer.maybe_enable_amp:
@@ -67,7 +68,8 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
             # a process without a sequence left still runs the model, since gathering layers is a collective
             is_asked = i * size + rank < trainer.config.metrics.attention_sequences
             observer.is_counting = is_asked and bool((labels != IGNORE_INDEX).any())
-            on_device = {name: x.to(trainer.device) for name, x in input_dict.items()}
+            beginning = _beginning(input_dict, trainer.config.metrics.attention_length)
+            on_device = {name: x.to(trainer.device) for name, x in beginning.items()}
             model(on_device.pop("input"), **on_device)
     model.train()
     for module in model.modules():
@@ -76,6 +78,17 @@ def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
             module.reshard()
     observer.reduce()
     return observer.scalars()
+
+
+def _beginning(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """The first ``length`` tokens of a batch of one row (`flame.data.batches.to_batch`); 0: all."""
+    if not length:
+        return inputs
+    # documents that begin later become empty, which operators and statistics take
+    return {
+        name: x.clamp(max=length) if name == "cu_seqlens" else x[:, :length]
+        for name, x in inputs.items()
+    }
 
 
 class Validator(BaseValidator):

@@ -320,7 +320,11 @@ def _training(results: Results) -> str:
     names = list(dict.fromkeys(r["name"] for r in results.where("curve")))
     # losses last long: the first steps would press the rest flat
     units = {"loss": "nats a token, log scale", "validation_loss": "nats a token, log scale"}
-    logs = ("loss", "validation_loss", "grad_norm", "attention/kurtosis")
+    names_of_activations = ("kurtosis", "largest_activation", "largest_first_activation")
+    logs = (
+        *("loss", "validation_loss", "grad_norm"),
+        *(f"attention/{statistic}" for statistic in names_of_activations),
+    )
     figures = []
     for name in names:
         lines = _lines(results, "curve", lambda r: r["step"], name=name)
