@@ -41,6 +41,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         slots = find_slots(
             ngpu=sweep.ngpu,
             parallel=sweep.parallel,
+            runs_per_gpu=sweep.runs_per_gpu,
             allow_cross_numa=config.job.allow_cross_numa,
             env=os.environ,
         )
@@ -176,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens_per_second",
         type=_positive,
-        help="of one run, for the hours (default: as finished runs of the sweep had)",
+        help="of one run, with as many at a time as the sweep has, for the hours (default: as finished runs of the sweep had)",
     )
     parser.add_argument(
         "--summary_seconds",

@@ -44,7 +44,7 @@ def estimate(
         flops_per_token: Training FLOPs per token of each arm.
         sequences: Sequences in an optimizer step.
         slots: Number of runs at a time.
-        tokens_per_second: Speed of one run; None: measured from the runs that exist.
+        tokens_per_second: Speed of one run while ``slots`` run; None: measured from the runs that exist.
     """
     left = [run for run in sweep.runs if not states[run.name].is_finished]
     tokens = {run.name: _tokens(run, sequences) for run in sweep.runs}

@@ -91,6 +91,7 @@ class Sweep:
     arms: tuple[Arm, ...]
     ngpu: int
     parallel: bool
+    runs_per_gpu: int
     analyze: Analyze | None
     runs: tuple[Run, ...]
 
@@ -199,7 +200,14 @@ def read_sweep(file: Path) -> Sweep:
     top.end()
     ngpu = run.take("ngpu", "an integer from 1 to 4", lambda x: _is_integer(1)(x) and x <= 4, 1)
     parallel = run.take("parallel", "true or false", _is_switch, False)
+    runs_per_gpu = run.take("runs_per_gpu", "an integer of at least 1", _is_integer(1), 1)
     run.end()
+    if runs_per_gpu > 1 and not (ngpu == 1 and parallel):
+        raise run.fail(
+            "runs_per_gpu",
+            runs_per_gpu,
+            f"1 unless ngpu is 1 and parallel is true, here {ngpu} and {json.dumps(parallel)}",
+        )
     if not arms:
         raise UsageError(
             f"{file}, [arms]: there must be at least one arm; add an [arms.<name>] table"
@@ -221,6 +229,7 @@ def read_sweep(file: Path) -> Sweep:
         arms=arms,
         ngpu=ngpu,
         parallel=parallel,
+        runs_per_gpu=runs_per_gpu,
         analyze=None if analyze is None else _analyze(file, analyze),
         runs=runs,
     )

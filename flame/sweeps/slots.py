@@ -1,8 +1,11 @@
-"""Slots for runs of a sweep that run at the same time: disjoint sets of GPUs, each within one NUMA group."""
+"""Slots for runs of a sweep that run at the same time: disjoint sets of GPUs, each within one NUMA group.
+
+Small models may share a GPU: then several slots have the same one.
+"""
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -45,15 +48,23 @@ def require_own_variables(env: Mapping[str, str]) -> None:
 
 
 def find_slots(
-    *, ngpu: int, parallel: bool, allow_cross_numa: bool, env: Mapping[str, str]
+    *,
+    ngpu: int,
+    parallel: bool,
+    allow_cross_numa: bool,
+    env: Mapping[str, str],
+    runs_per_gpu: int = 1,
 ) -> list[Slot]:
     """The slots of ``ngpu`` GPUs each, as many as fit with ``parallel``, else one; a CPU machine is one slot.
+
+    Slots that share a GPU are far apart in the list, so that runs spread over the GPUs first.
 
     Args:
         ngpu: GPUs a run.
         parallel: Whether several runs may run at the same time.
         allow_cross_numa: If the NUMA groups cannot be read, treat all GPUs as one group.
         env: Environment of the sweep, which decides the visible GPUs.
+        runs_per_gpu: Slots of each GPU; above 1 it takes ``ngpu`` 1 and ``parallel``.
 
     Raises:
         UsageError: No group has ``ngpu`` visible GPUs, or the groups cannot be read.
@@ -66,9 +77,8 @@ def find_slots(
     for group, members, cpus in _groups(visible, allow_cross_numa):
         chunks = [members[i : i + ngpu] for i in range(0, len(members) - len(members) % ngpu, ngpu)]
         # a single run uses all cores of its group; several runs of a group have to share them
-        threads = (
-            max(1, len(cpus) // (ngpu * len(chunks))) if parallel and len(chunks) > 1 else None
-        )
+        at_a_time = len(chunks) * runs_per_gpu
+        threads = max(1, len(cpus) // (ngpu * at_a_time)) if parallel and at_a_time > 1 else None
         for chunk in chunks:
             own = {variable: ",".join(names[i] for i in chunk)}
             if threads is not None and "OMP_NUM_THREADS" not in env:
@@ -82,6 +92,12 @@ def find_slots(
         raise UsageError(
             f"[run] ngpu must be at most the visible GPUs of one NUMA group, got {ngpu}: there are {counts}"
         )
+    if runs_per_gpu > 1:
+        slots = [
+            replace(slot, name=f"{slot.name}, run {i} of {runs_per_gpu}")
+            for i in range(1, runs_per_gpu + 1)
+            for slot in slots
+        ]
     return slots if parallel else slots[:1]
 
 

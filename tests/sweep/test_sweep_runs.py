@@ -67,6 +67,18 @@ def test_slots_are_disjoint_and_within_a_group(build, ngpu, visible, groups):
         assert threads == 48 // (ngpu * same)
 
 
+def test_runs_share_a_gpu(build):
+    build()
+    known = {"ngpu": 1, "parallel": True, "allow_cross_numa": False, "runs_per_gpu": 3}
+    slots = find_slots(**known, env={"HIP_VISIBLE_DEVICES": "1,6,7"})
+    # every GPU once before any GPU twice
+    assert [slot.env["HIP_VISIBLE_DEVICES"] for slot in slots] == ["1", "6", "7"] * 3
+    assert len({slot.name for slot in slots}) == 9
+    assert slots[3].name == "group A, HIP_VISIBLE_DEVICES=1, run 2 of 3"
+    # 48 cores a group, for three runs in the first and six in the second
+    assert [slot.env["OMP_NUM_THREADS"] for slot in slots] == ["16", "8", "8"] * 3
+
+
 def test_no_slot(build):
     build(gpu_nodes=(0, 0, 1, 1, 1))
     with pytest.raises(UsageError, match="got 4: there are 2 in group A, 3 in group B"):
@@ -126,6 +138,36 @@ def test_one_run_a_slot_at_a_time(build, write, standins, monkeypatch, capsys, t
     assert "softmax/lr0.002-seed1: starts on group A, HIP_VISIBLE_DEVICES=0,1,2,3" in out
     assert "0 finished, 2 running, 2 waiting | softmax/lr0.002-seed1 step 0/300 | " in out
     assert re.search(r"[1-3] finished, \d running, \d waiting, about 0:00:\d\d left", out)
+
+
+def test_runs_side_by_side_on_one_gpu(build, write, standins, monkeypatch, capsys, tmp_path):
+    build(nodes=[(0, "0-95")], gpu_nodes=(-1,))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    file = write(("ngpu = 1", "ngpu = 1\nparallel = true\nruns_per_gpu = 2"))
+    flags = ("--dry_run", "--tokens_per_second", "1000")
+    assert run_main(monkeypatch, file, *flags) == 0
+    out = capsys.readouterr().out
+    assert "3 runs of 2 arms, 0 finished, 3 to do, 2 at a time" in out
+    # 19,200 tokens a run, and two runs one after the other in a slot
+    assert f"{2 * 300 * 2 * 32 / 1000 / 3600:.2f} hours of training to come" in out
+    assert run_main(monkeypatch, file) == 0
+    lines = said(standins)
+    assert len(starts(standins)) == 3
+    assert {(x["env"]["HIP_VISIBLE_DEVICES"], x["env"]["OMP_NUM_THREADS"]) for x in lines} == {
+        ("0", "48")
+    }
+    running, most = set(), 0
+    for line in lines:
+        (running.add if line["what"] == "start" else running.remove)(line["run"])
+        most = max(most, len(running))
+    assert most == 2
+    assert "starts on group A, HIP_VISIBLE_DEVICES=0, run 2 of 2" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_gpu_runs_one_at_a_time(write, standins, monkeypatch, capsys):
+    file = write(("ngpu = 1", "ngpu = 1\nparallel = true\nruns_per_gpu = 6"))
+    assert run_main(monkeypatch, file, "--dry_run") == 0
+    assert "3 to do, 1 at a time" in capsys.readouterr().out
 
 
 def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_path):
