@@ -101,10 +101,15 @@ def _measure_all(
             try:
                 # first, since it fails if a package is missing or a length too short
                 _measure_robustness(args, source, model, samples, recorder, bar.update)
+                options = {
+                    "thresholds": thresholds,
+                    "token_text": source.tokenizer.convert_ids_to_tokens,
+                    "tick": bar.update,
+                }
                 for length in lengths:
                     tokens = samples.tokens[:, : length + 1]
                     try:
-                        measure(model, tokens, recorder, thresholds=thresholds, tick=bar.update)
+                        measure(model, tokens, recorder, **options)
                     except UsageError as error:
                         raise UsageError(f"--model {source.path}: {error}") from None
                 if label not in labels[:number]:

@@ -42,8 +42,9 @@ def tiny(tmp_path, normalizer):
 
 
 def dense(model, samples):
-    """Weights ``[N, L, HQ, T, T]``, outputs before o_proj ``[N, L, T, HQ, V]``, activations ``[1 + L, N, T, D]``, loss."""
-    weights, outputs, hidden, losses = [], [], [], []
+    """Weights ``[N, L, HQ, T, T]``, outputs before o_proj ``[N, L, T, HQ, V]``, values of each query head of the same
+    shape, activations ``[1 + L, N, T, D]``, transformers' hidden states, loss."""
+    weights, outputs, values, hidden, states, losses = [], [], [], [], [], []
     layers = model.model.layers
     hooks = [model.model.embed_tokens.register_forward_hook(lambda *a: hidden.append(a[2]))]
     hooks += [layer.register_forward_hook(lambda *a: hidden.append(a[2])) for layer in layers]
@@ -51,18 +52,27 @@ def dense(model, samples):
         layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: outputs.append(a[0]))
         for layer in layers
     ]
+    hooks += [
+        layer.self_attn.v_proj.register_forward_hook(lambda *a: values.append(a[2]))
+        for layer in layers
+    ]
     with torch.no_grad():
         for row in samples:
-            result = model(row[None, :-1], output_attentions=True)
+            result = model(row[None, :-1], output_attentions=True, output_hidden_states=True)
+            states.append(torch.stack(result.hidden_states))
             weights.append(torch.cat(result.attentions))
             losses.append(F.cross_entropy(result.logits[0], row[1:]))
     for hook in hooks:
         hook.remove()
     N, L, HQ = len(samples), len(layers), weights[0].shape[1]
+    # two query heads read each of two key heads
+    of_key_heads = torch.cat(values).view(N, L, LENGTH, 2, 1, -1)
     return (
         torch.stack(weights),
         torch.cat(outputs).view(N, L, LENGTH, HQ, -1),
+        of_key_heads.expand(-1, -1, -1, -1, 2, -1).flatten(3, 4),
         torch.cat(hidden).view(N, 1 + L, LENGTH, -1).transpose(0, 1),
+        torch.stack(states),
         torch.stack(losses).mean().item(),
     )
 
@@ -72,7 +82,7 @@ def moment_ratio(x):
     return ((d**4).mean() / (d**2).mean() ** 2).item()
 
 
-def by_definition(weights, outputs):
+def by_definition(weights, outputs, of_values):
     """Metric and eps -> [L, HQ], from everything at once."""
     T = weights.shape[-1]
     seen = torch.ones(T, T).tril().bool()
@@ -81,7 +91,12 @@ def by_definition(weights, outputs):
     p = weights / sums[..., None]
     entropy = -torch.special.xlogy(p, p).sum(-1)
     largest = outputs.abs().amax(-1)
+    # queries 10 to 20 of 21
+    late = weights[..., 10:, 0].mean(-1)
+    norms = (of_values**2).sum(-1).sqrt()
     values = {
+        ("late_first_weight", None): late.mean(0),
+        ("first_value_ratio", None): norms[:, :, 0].mean(0) / norms[:, :, 1:].mean((0, 2)),
         ("first_weight", None): first.mean(0),
         ("zeros", None): (weights[..., seen] == 0).double().mean((0, -1)),
         ("row_sum", None): sums.mean((0, -1)),
@@ -99,22 +114,54 @@ def by_definition(weights, outputs):
     }
     for eps in THRESHOLDS.sink_eps:
         values["sink_rate", eps] = (first > eps).double().mean(0)
+        values["late_sink_rate", eps] = (late > eps).double().mean(0)
     for eps in THRESHOLDS.small_eps:
         values["at_most", eps] = (weights[..., seen] <= eps).double().mean((0, -1))
     return values
+
+
+def check_activations(found, hidden, states, samples):
+    """Records by metric and layer against activations ``[1 + L, N, T, D]`` and transformers' hidden states ``[N, 1 + L, 1, T, D]``."""
+    for layer in (None, -1, 0, 1):
+        x = hidden if layer is None else hidden[layer + 1 : layer + 2]
+        assert found["kurtosis", layer]["value"] == pytest.approx(moment_ratio(x), rel=1e-9)
+        energies = (x**2).sum((0, 1, 2))
+        share = found["top_channel_energy", layer]
+        assert share["value"] == pytest.approx((energies.max() / energies.sum()).item(), rel=1e-9)
+        assert share["channel"] == energies.argmax()
+        for metric, values, best in (
+            ("min", x, x.min()),
+            ("max", x, x.max()),
+            ("largest_activation", x.abs(), x.abs().max()),
+            ("largest_activation_at_first", x.abs(), x[:, :, 0].abs().max()),
+        ):
+            r = found[metric, layer]
+            assert r["value"] == pytest.approx(best.item(), rel=1e-9)
+            index = 0 if layer is not None else r["in_layer"] + 1
+            at = values[index, r["sample"], r["position"], r["channel"]]
+            assert at.item() == pytest.approx(best.item(), rel=1e-9)
+            assert r["token"] == samples[r["sample"], r["position"]]
+            assert r["token_text"] == f"<{r['token']}>"
+    assert found["largest_activation_at_first", None]["position"] == 0
+    pooled = moment_ratio(states)
+    assert found["kurtosis_hidden_states", None]["value"] == pytest.approx(pooled, rel=1e-9)
+    # the final norm changes it
+    assert pooled != pytest.approx(moment_ratio(hidden), rel=1e-3)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_every_number_is_that_of_dense_weights_in_any_tiling(tmp_path, normalizer):
     model = tiny(tmp_path, normalizer)
     samples = torch.randint(0, 250, (3, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-    weights, outputs, hidden, loss = dense(model, samples)
-    expected = by_definition(weights, outputs)
+    weights, outputs, values, hidden, states, loss = dense(model, samples)
+    expected = by_definition(weights, outputs, values)
+    assert expected["first_value_ratio", None][1].isnan().tolist() == [False, False, True, True]
     assert expected["dead_head", None].tolist()[1] == [0, 0, 1, 1]
     # one row a tile; 5 rows, and a rest of one; all of them
     for elements in (1, 5 * 4 * LENGTH, 10**9):
         recorder = Recorder("m", "l")
-        measure(model, samples, recorder, thresholds=THRESHOLDS, tile_elements=elements)
+        options = {"token_text": "<{}>".format, "tile_elements": elements}
+        measure(model, samples, recorder, thresholds=THRESHOLDS, **options)
         found = {}
         for r in recorder.records:
             assert r["length"] == LENGTH
@@ -123,11 +170,12 @@ def test_every_number_is_that_of_dense_weights_in_any_tiling(tmp_path, normalize
             for layer in range(2):
                 for head in range(4):
                     got = found[metric, eps, None, layer, head]["value"]
-                    assert got == pytest.approx(values[layer, head].item(), rel=1e-9), metric
+                    expect = pytest.approx(values[layer, head].item(), rel=1e-9, nan_ok=True)
+                    assert got == expect, metric
                 if not metric.startswith("largest"):
                     got = found[metric, eps, None, layer, None]["value"]
-                    assert got == pytest.approx(values[layer].mean().item(), rel=1e-9), metric
-            whole = values.max() if metric.startswith("largest") else values.mean()
+                    assert got == pytest.approx(values[layer].nanmean().item(), rel=1e-9), metric
+            whole = values.max() if metric.startswith("largest") else values.nanmean()
             got = found[metric, eps, None, None, None]["value"]
             assert got == pytest.approx(whole.item(), rel=1e-9), metric
         for start, end in position_buckets(LENGTH):
@@ -140,20 +188,8 @@ def test_every_number_is_that_of_dense_weights_in_any_tiling(tmp_path, normalize
                     r = found[metric, None, start, layer, head]
                     assert r["value"] == pytest.approx(values[layer, head].item(), rel=1e-9)
                     assert r["position_end"] == end
-        for layer, x in enumerate(hidden, start=-1):
-            kurtosis = found["kurtosis", None, None, layer, None]["value"]
-            assert kurtosis == pytest.approx(moment_ratio(x), rel=1e-9)
-            low = found["min", None, None, layer, None]
-            assert low["value"] == pytest.approx(x.min().item(), rel=1e-9)
-            at = x[low["sample"], low["position"], low["channel"]].item()
-            assert at == pytest.approx(x.min().item(), rel=1e-9)
-        assert found["kurtosis", None, None, None, None]["value"] == pytest.approx(
-            moment_ratio(hidden)
-        )
-        high = found["max", None, None, None, None]
-        assert high["value"] == pytest.approx(hidden.max().item(), rel=1e-9)
-        place = (high["in_layer"] + 1, high["sample"], high["position"], high["channel"])
-        assert hidden[place].item() == pytest.approx(hidden.max().item(), rel=1e-9)
+        of_outputs = {key[::3]: r for key, r in found.items() if key[1:3] + key[4:] == (None,) * 3}
+        check_activations(of_outputs, hidden, states, samples)
         assert found["loss", None, None, None, None]["value"] == pytest.approx(loss, rel=1e-12)
         assert loss_of(model, samples, tile_elements=elements) == pytest.approx(loss, rel=1e-12)
 
@@ -262,6 +298,10 @@ def test_heads_made_by_hand():
     assert totals.first.tolist() == pytest.approx([1, 0, harmonic / T, 0, 0], abs=1e-6)
     # 0.107 of the even head is below both
     assert totals.sinks.tolist() == [[1, 0, 0, 0, 0]] * 2
+    # queries 20 to 39
+    late = sum(1 / n for n in range(21, T + 1)) / 20
+    assert totals.late_first.tolist() == pytest.approx([1, 0, late, 0, 0], abs=1e-6)
+    assert totals.late_sinks.tolist() == [[1, 0, 0, 0, 0]] * 2
     assert totals.dormant.tolist() == [T, 0, 1, 0, 0]
     assert (totals.dormant / T > 0.95).tolist() == [True, False, False, False, False]
     weights = T * (T + 1) / 2

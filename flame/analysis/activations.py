@@ -1,4 +1,4 @@
-"""Moments and extremes of what the layers of a decoder put out, and their records."""
+"""Moments, energy and extremes of what the layers of a decoder put out, and their records."""
 
 import contextlib
 import math
@@ -19,31 +19,60 @@ EMBEDDING = -1
 
 @dataclass
 class Extreme:
-    """The smallest or largest activation so far, and where it is."""
+    """The most extreme activation so far, and where it is."""
 
     value: float = math.nan
     location: dict[str, int] = field(default_factory=dict)
 
 
 class Activations:
-    """Moments and extremes of the outputs of the embedding (index 0) and of each layer."""
+    """Moments, energy and extremes of the outputs of the embedding (index 0) and of each layer.
+
+    powers: `power_sums` of each output, float64 ``[1 + num_layers, 5]``.
+    normed_powers: `power_sums` of the last layer's output behind the final norm, float64 ``[5]``.
+    energies: Sum of squares of each channel, float64 ``[hidden]``, of each output.
+    minima, maxima: Extremes of each output.
+    first: Largest absolute value of each output at the first position.
+    """
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
-        self.powers = torch.zeros(1 + num_layers, 5, dtype=torch.float64, device=device)
-        self.minima = [Extreme() for _ in range(1 + num_layers)]
-        self.maxima = [Extreme() for _ in range(1 + num_layers)]
+        number = 1 + num_layers
+        self.powers = torch.zeros(number, 5, dtype=torch.float64, device=device)
+        self.normed_powers = torch.zeros(5, dtype=torch.float64, device=device)
+        # scalars until the first output tells the number of channels
+        self.energies = [self.powers.new_zeros(()) for _ in range(number)]
+        self.minima = [Extreme() for _ in range(number)]
+        self.maxima = [Extreme() for _ in range(number)]
+        self.first = [Extreme() for _ in range(number)]
 
     def see(self, index: int, x: torch.Tensor, sample: int) -> None:
         """``x [1, T, hidden]`` of a sample."""
+        x = x.detach()
         self.powers[index] += power_sums(x)
-        channels = x.shape[-1]
-        for extremes, at in ((self.minima, x.argmin()), (self.maxima, x.argmax())):
+        self.energies[index] = self.energies[index] + x[0].double().square().sum(0)
+        first = x[:, 0].abs()
+        for extremes, values, at, sign in (
+            (self.minima, x, x.argmin(), -1),
+            (self.maxima, x, x.argmax(), 1),
+            (self.first, first, first.argmax(), 1),
+        ):
             at, known = int(at.item()), extremes[index]
-            value = x.flatten()[at].item()
-            sign = -1 if extremes is self.minima else 1
+            value = values.flatten()[at].item()
             if not known.location or value * sign > known.value * sign:
-                location = {"sample": sample, "position": at // channels, "channel": at % channels}
+                position, channel = divmod(at, x.shape[-1])
+                location = {"sample": sample, "position": position, "channel": channel}
                 extremes[index] = Extreme(value, location)
+
+    def see_normed(self, x: torch.Tensor) -> None:
+        """``x [1, T, hidden]``: the last layer's output of a sample behind the final norm."""
+        self.normed_powers += power_sums(x)
+
+    def largest(self) -> list[Extreme]:
+        """The largest absolute value of each output."""
+        return [
+            Extreme(-low.value, low.location) if -low.value > high.value else high
+            for low, high in zip(self.minima, self.maxima, strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -70,19 +99,58 @@ def observed_layers(
             hook.remove()
 
 
-def record_activations(recorder: Recorder, activations: Activations, length: int) -> None:
-    """Adds the kurtosis and the extremes of each layer, of the embedding's output and of all of them."""
+def record_activations(
+    recorder: Recorder,
+    activations: Activations,
+    samples: torch.Tensor,
+    token_text: Callable[[int], str],
+) -> None:
+    """Adds the numbers of each layer's output, of the embedding's, and of all of them.
+
+    Args:
+        recorder: Gets the records.
+        activations: Of all samples.
+        samples: Token ids ``[N, length]``, the inputs.
+        token_text: Text of a token id.
+    """
+    length = samples.shape[1]
+
+    def located(extreme: Extreme) -> dict[str, Any]:
+        sample, position = extreme.location["sample"], extreme.location["position"]
+        token = int(samples[sample, position])
+        return extreme.location | {"token": token, "token_text": token_text(token)}
+
+    by_metric = {
+        "min": (activations.minima, min),
+        "max": (activations.maxima, max),
+        "largest_activation": (activations.largest(), max),
+        "largest_activation_at_first": (activations.first, max),
+    }
     for index, powers in enumerate(activations.powers):
-        layer = EMBEDDING if index == 0 else index - 1
-        recorder.add("kurtosis", kurtosis(powers), layer=layer, length=length)
-        for metric, extremes in (("min", activations.minima), ("max", activations.maxima)):
+        keys: dict[str, Any] = {"layer": _layer(index), "length": length}
+        recorder.add("kurtosis", kurtosis(powers), **keys)
+        share, channel = _top_channel(activations.energies[index])
+        recorder.add("top_channel_energy", share, channel=channel, **keys)
+        for metric, (extremes, _) in by_metric.items():
             extreme = extremes[index]
-            recorder.add(metric, extreme.value, layer=layer, length=length, **extreme.location)
+            recorder.add(metric, extreme.value, **keys, **located(extreme))
     recorder.add("kurtosis", kurtosis(activations.powers.sum(0)), length=length)
-    for metric, extremes, best in (
-        ("min", activations.minima, min),
-        ("max", activations.maxima, max),
-    ):
+    # transformers' hidden_states hold the last layer's output behind the final norm only
+    transformers = activations.powers[:-1].sum(0) + activations.normed_powers
+    recorder.add("kurtosis_hidden_states", kurtosis(transformers), length=length)
+    share, channel = _top_channel(torch.stack(activations.energies).sum(0))
+    recorder.add("top_channel_energy", share, length=length, channel=channel)
+    for metric, (extremes, best) in by_metric.items():
         index = best(range(len(extremes)), key=lambda i, e=extremes: e[i].value)
-        where = {"in_layer": EMBEDDING if index == 0 else index - 1} | extremes[index].location
+        where = {"in_layer": _layer(index)} | located(extremes[index])
         recorder.add(metric, extremes[index].value, length=length, **where)
+
+
+def _layer(index: int) -> int:
+    return EMBEDDING if index == 0 else index - 1
+
+
+def _top_channel(energies: torch.Tensor) -> tuple[float, int]:
+    """Share of the energy ``[hidden]`` that lies in the channel with most of it, NaN without energy; and this channel."""
+    channel = int(energies.argmax())
+    return (energies[channel] / energies.sum()).item(), channel

@@ -103,6 +103,14 @@ class HeadTotals:
     """Mean weight on the first key, summed over samples."""
     sinks: torch.Tensor
     """``[eps, HQ]``: samples whose mean weight on the first key exceeds each eps."""
+    late_first: torch.Tensor
+    """Mean weight on the first key over the later half of the queries, summed over samples."""
+    late_sinks: torch.Tensor
+    """``[eps, HQ]``: samples whose mean weight on the first key, over these queries, exceeds each eps."""
+    first_value_norm: torch.Tensor
+    """Euclidean norm of the first token's value, summed over samples."""
+    other_value_norm: torch.Tensor
+    """Mean norm of the values of all other tokens, summed over samples."""
     zeros: torch.Tensor
     small: torch.Tensor
     """``[eps, HQ]``."""
@@ -134,12 +142,14 @@ class HeadTotals:
 
 
 class HeadObserver:
-    """Counts the weights of one sequence; give `see` to `attend_observed`, then its output to `finish`."""
+    """Counts the weights of one sequence; give `see` to `attend_observed`, its values to `see_values`, its output to `finish`."""
 
     def __init__(
         self, length: int, num_heads: int, thresholds: Thresholds, device: torch.device
     ) -> None:
         self.length, self.num_heads, self.thresholds = length, num_heads, thresholds
+        # the later half of the queries; of an odd number, the larger part
+        self.late_start = length // 2
         self.buckets = position_buckets(length)
         starts = torch.tensor([a for a, _ in self.buckets], device=device)
         positions = torch.arange(length, device=device)
@@ -155,6 +165,10 @@ class HeadObserver:
             bucket_rows=[b - a for a, b in self.buckets],
             first=zeros(),
             sinks=zeros(len(thresholds.sink_eps)),
+            late_first=zeros(),
+            late_sinks=zeros(len(thresholds.sink_eps)),
+            first_value_norm=zeros(),
+            other_value_norm=zeros(),
             zeros=zeros(),
             small=zeros(len(thresholds.small_eps)),
             row_sums=zeros(len(self.buckets)),
@@ -177,6 +191,8 @@ class HeadObserver:
         totals.weights += int(visible.sum())
         first = w[..., 0]
         totals.first += first.sum(-1, dtype=torch.float64)
+        late = first[:, max(0, self.late_start - block.start) :]
+        totals.late_first += late.sum(-1, dtype=torch.float64)
         totals.dormant += (first > DORMANT_WEIGHT_MIN).sum(-1)
         totals.zeros += ((w == 0) & visible).sum((-1, -2))
         for index, eps in enumerate(self.thresholds.small_eps):
@@ -193,13 +209,21 @@ class HeadObserver:
         top = scores.masked_fill(~visible, -math.inf).amax((-1, -2)).double()
         totals.max_score = torch.maximum(totals.max_score, top)
 
+    def see_values(self, v: torch.Tensor) -> None:
+        """Adds the norms of the values ``[T, H, V]``; each query head counts the values of its key head."""
+        norms = v.double().norm(dim=-1).repeat_interleave(self.num_heads // v.shape[1], dim=1)
+        self.totals.first_value_norm += norms[0]
+        self.totals.other_value_norm += norms[1:].mean(0)
+
     def finish(self, output: torch.Tensor) -> HeadTotals:
         """The totals of the sequence, whose output ``[T, HQ, V]`` is what the output projection sees."""
         totals = self.totals
         # the sum over queries becomes their mean
         totals.first /= self.length
+        totals.late_first /= self.length - self.late_start
         for index, eps in enumerate(self.thresholds.sink_eps):
             totals.sinks[index] = totals.first > eps
+            totals.late_sinks[index] = totals.late_first > eps
         largest = output.abs().amax(-1)
         totals.dead += (largest < DEAD_OUTPUT_MAX).sum(0)
         totals.largest_output = largest.amax(0).double()

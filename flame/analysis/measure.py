@@ -160,6 +160,7 @@ def measure(
     recorder: Recorder,
     *,
     thresholds: Thresholds,
+    token_text: Callable[[int], str] = str,
     tick: Callable[[], object] = lambda: None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> None:
@@ -170,6 +171,7 @@ def measure(
         samples: Token ids ``[N, length + 1]``.
         recorder: Gets loss, perplexity, and a record of each metric for every head, layer and the model.
         thresholds: What counts as a sink and as a small weight.
+        token_text: Text of a token id, for the records of the largest activations.
         tick: Called after each sample.
         tile_elements: Scores in memory at a time, as in `flame.measure.weight_blocks.weight_blocks`.
 
@@ -197,6 +199,7 @@ def measure(
     ) -> torch.Tensor:
         observer = HeadObserver(length, q.shape[1], thresholds, q.device)
         output = attend_observed(q, k, v, observer.see, **options, tile_elements=tile_elements)
+        observer.see_values(v)
         if projections[layer] is None:
             add(layer, observer.finish(output))
         else:
@@ -213,6 +216,12 @@ def measure(
         for layer, module in enumerate(projections)
         if module is not None
     ]
+    # a decoder of transformers returns its last hidden state, behind the final norm, first
+    hooks.append(
+        model.get_decoder().register_forward_hook(
+            lambda module, args, output: activations.see_normed(output[0])
+        )
+    )
     loss = 0.0
     try:
         with replaced_attention(model, attend_layer):
@@ -232,7 +241,7 @@ def measure(
     recorder.add("loss", loss, length=length)
     recorder.add("perplexity", perplexity(loss), length=length)
     _record_heads(recorder, [x for x in heads if x is not None], length, thresholds)
-    record_activations(recorder, activations, length)
+    record_activations(recorder, activations, samples[:, :-1], token_text)
 
 
 def _record_heads(
@@ -267,6 +276,9 @@ def _values(
     rows = totals.rows
     values: dict[_Metric, torch.Tensor] = {
         ("first_weight", ()): totals.first / totals.samples,
+        ("late_first_weight", ()): totals.late_first / totals.samples,
+        # NaN for a head whose other values are all 0
+        ("first_value_ratio", ()): totals.first_value_norm / totals.other_value_norm,
         ("zeros", ()): totals.zeros / totals.weights,
         ("row_sum", ()): totals.row_sums.sum(0) / rows,
         ("top_weight", ()): totals.tops.sum(0) / rows,
@@ -281,6 +293,7 @@ def _values(
     }
     for index, eps in enumerate(thresholds.sink_eps):
         values["sink_rate", (("eps", eps),)] = totals.sinks[index] / totals.samples
+        values["late_sink_rate", (("eps", eps),)] = totals.late_sinks[index] / totals.samples
     for index, eps in enumerate(thresholds.small_eps):
         values["at_most", (("eps", eps),)] = totals.small[index] / totals.weights
     for index, (start, end) in enumerate(buckets):

@@ -135,9 +135,28 @@ def test_the_numbers_of_the_page_and_of_the_tables_are_those_of_the_records(repo
             assert by_title[title] == shape.format((a + b) / 2, abs(a - b) / 2**0.5)
     markdown = (report / "report.md").read_text()
     for table in tables.all_tables(results):
-        assert [table.header, *table.rows] in page.tables or table.title == "Attention at 16 tokens"
+        assert [table.header, *table.rows] in page.tables
         for row in table.rows:
-            assert "| " + " | ".join(row) + " |" in markdown
+            cells = [x.replace("|", "\\|").replace("<", "&lt;") for x in row]
+            assert "| " + " | ".join(cells) + " |" in markdown
+    at_48 = tables.sinks(results, 48)
+    by_title = dict(zip(at_48.header, at_48.rows[1], strict=True))
+    for title, metric, eps in (
+        ("sink % >0.2, later half", "late_sink_rate", 0.2),
+        ("value norm, first token / others", "first_value_ratio", None),
+        ("sum of a row", "row_sum", None),
+        ("at position 0", "largest_activation_at_first", None),
+        ("energy in top channel %", "top_channel_energy", None),
+        ("kurtosis of hidden_states", "kurtosis_hidden_states", None),
+    ):
+        mean = results.of_model(metric, "softpick", 48, eps=eps)
+        show, factor = (tables.percent, 100) if "%" in title else (tables.number, 1)
+        assert by_title[title] == tables.cell(mean, show, factor) != "–"
+    where = tables.extremes(results, 48)
+    assert len(where.rows) == 4 * len(tables.EXTREMES)
+    at_first = [row for row in where.rows if row[1] == "largest absolute at position 0"]
+    # the byte tokenizer's bos
+    assert {(row[5], row[7]) for row in at_first} == {("0", "256 <|bos|>")}
     # the heat map of softpick
     for layer in range(2):
         for head in range(4):

@@ -61,6 +61,12 @@ def _table(table: tables.Table) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
+def _folded(*folded: tables.Table) -> str:
+    return "".join(
+        f"<details><summary>{escape(t.title)}</summary>{_table(t)}</details>" for t in folded
+    )
+
+
 def _cell(text: str) -> str:
     """A mean with its spread below it, so that wide tables stay on the screen."""
     mean, sign, spread = escape(text).partition(" ± ")
@@ -127,9 +133,7 @@ def _by_length(
 def _summary(results: Results) -> str:
     first, *others = sorted(results.lengths, reverse=True)
     shown = f"<h3>At {first:,} tokens</h3>" + _table(tables.summary(results, first))
-    for length in others:
-        table = _table(tables.summary(results, length))
-        shown += f"<details><summary>At {length:,} tokens</summary>{table}</details>"
+    shown += _folded(*(tables.summary(results, length) for length in others))
     loss = _by_length(results, "loss", Axis("loss, nats a token"))
     return shown + _grid([_figure("Loss by length", "nats a token", loss)], results)
 
@@ -137,9 +141,13 @@ def _summary(results: Results) -> str:
 def _sinks(results: Results) -> str:
     figures = [
         _figure(
-            "Sink rate by length",
+            f"{title} by length",
             f"% of (sample, layer, head) whose mean weight on key 0 exceeds {eps:g}",
-            _by_length(results, "sink_rate", Axis("sink rate, %", low=0), factor=100, eps=eps),
+            _by_length(results, metric, Axis("sink rate, %", low=0), factor=100, eps=eps),
+        )
+        for metric, title in (
+            ("sink_rate", "Sink rate"),
+            ("late_sink_rate", "Sink rate of the later half of the queries"),
         )
         for eps in results.setup["sink_eps"]
     ]
@@ -149,6 +157,13 @@ def _sinks(results: Results) -> str:
     )
     drawing = line_chart(layers, _layers(results), Axis("mean weight on key 0", low=0))
     figures.append(_figure("Weight on key 0 by layer", f"mean, {length:,} tokens", drawing))
+    ratios = _lines(results, "first_value_ratio", lambda r: r["layer"], length=length, head=None)
+    drawing = line_chart(ratios, _layers(results), Axis("norm, first token / others", low=0))
+    figures.append(
+        _figure(
+            "Value norm of the first token by layer", f"mean over heads, {length:,} tokens", drawing
+        )
+    )
     maps, values = [], {}
     for label in results.labels:
         seeds: dict[int, dict[int, list[float]]] = {}
@@ -172,6 +187,7 @@ def _sinks(results: Results) -> str:
         + _grid(figures, results)
         + f"<h3>Mean weight on key 0 by layer and head, {length:,} tokens</h3>{bar}"
         + _grid(maps, None, "maps")
+        + _folded(*(tables.sinks(results, n) for n in sorted(results.lengths, reverse=True)))
     )
 
 
@@ -197,31 +213,30 @@ def _activations(results: Results) -> str:
     magnitude = line_chart(lines, axis, Axis("largest |activation|", log=True))
     by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
     kurtosis = line_chart(by_layer, axis, Axis("kurtosis", log=True))
+    by_layer = _lines(
+        results, "top_channel_energy", lambda r: r["layer"], length=length, factor=100
+    )
+    energy = line_chart(by_layer, axis, Axis("%", low=0))
     figures = [
         _figure(
             "Largest |activation| by layer", f"of the layer's output, {length:,} tokens", magnitude
         ),
         _figure("Kurtosis by layer", f"3 for a normal distribution, {length:,} tokens", kurtosis),
         _figure(
+            "Energy in the largest channel by layer",
+            f"% of the sum of squares, {length:,} tokens",
+            energy,
+        ),
+        _figure(
             "Kurtosis by length",
             "embedding and all layers pooled",
             _by_length(results, "kurtosis", Axis("kurtosis", log=True)),
         ),
     ]
-    rows = []
-    for model in results.models:
-        for metric in ("min", "max"):
-            keys = {"model": model["model"], "label": model["label"], "layer": None}
-            for r in results.where(metric, length=length, **keys):
-                where = [str(r[key]) for key in ("in_layer", "sample", "position", "channel")]
-                value = "not finite" if r["value"] is None else tables.number(r["value"])
-                rows.append([f"{model['label']}, {model['model']}", metric, value, *where])
-    header = ["model", "", "value", "layer", "sample", "position", "channel"]
-    table = _table(tables.Table("", header, rows))
     return (
         "<p>Massive activations: a few channels of a few tokens, often the first, that are far larger than the rest.</p>"
         + _grid(figures, results)
-        + f"<details><summary>Where the extremes are, {length:,} tokens (layer −1: embedding)</summary>{table}</details>"
+        + _folded(tables.extremes(results, length))
     )
 
 
@@ -279,12 +294,11 @@ def _weights(results: Results) -> str:
             _by_length(results, "dead_head", Axis("%", low=0), factor=100),
         ),
     ]
-    table = "".join(_table(tables.attention(results, length)))
     return (
         "<p>Underscoring: each unwanted key adds to the denominator, so sums and top weights fall with the "
         "position.</p>"
         + _grid(figures, results)
-        + f"<details><summary>In numbers, at {length:,} tokens</summary>{table}</details>"
+        + _folded(*(tables.attention(results, n) for n in sorted(results.lengths, reverse=True)))
     )
 
 
@@ -365,9 +379,7 @@ def _robustness(results: Results) -> str:
             _figure("Loss of the key's digits by length", note, costs),
         ]
         parts.append("<h3>Passkeys</h3>" + _grid(figures, results))
-        parts += [
-            f"<details><summary>{escape(t.title)}</summary>{_table(t)}</details>" for t in found
-        ]
+        parts.append(_folded(*found))
     return "".join(parts)
 
 

@@ -22,7 +22,9 @@ class Table:
         lines = [f"### {self.title}", ""]
         lines += ["| " + " | ".join(self.header) + " |"]
         lines += ["|---" + "|---:" * (len(self.header) - 1) + "|"]
-        lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in self.rows]
+        # a bar would end a cell, and <bos> would be a tag
+        cells = [[x.replace("|", "\\|").replace("<", "&lt;") for x in row] for row in self.rows]
+        lines += ["| " + " | ".join(row) + " |" for row in cells]
         return "\n".join(lines + ([f"\n{self.note}"] if self.note else [])) + "\n"
 
 
@@ -117,6 +119,54 @@ def attention(results: Results, length: int) -> Table:
     return _by_label(results, f"Attention at {length:,} tokens", _ATTENTION, length)
 
 
+def sinks(results: Results, length: int) -> Table:
+    """What shows sinks and massive activations at one length."""
+    rates = [
+        _Column(f"sink % >{eps:g}, {queries}", metric, percent, 100, {"eps": eps})
+        for eps in results.setup["sink_eps"]
+        for metric, queries in (("sink_rate", "all queries"), ("late_sink_rate", "later half"))
+    ]
+    columns = [
+        *rates,
+        _Column("weight on key 0", "first_weight", number),
+        _Column("later half", "late_first_weight", number),
+        _Column("value norm, first token / others", "first_value_ratio", number),
+        _Column("sum of a row", "row_sum", number),
+        _Column("largest absolute activation", "largest_activation", number),
+        _Column("at position 0", "largest_activation_at_first", number),
+        _Column("energy in top channel %", "top_channel_energy", percent, 100),
+        _Column("kurtosis", "kurtosis", number),
+        _Column("kurtosis of hidden_states", "kurtosis_hidden_states", number),
+    ]
+    return _by_label(results, f"Sinks and activations at {length:,} tokens", columns, length)
+
+
+EXTREMES = {
+    "min": "min",
+    "max": "max",
+    "largest_activation": "largest absolute",
+    "largest_activation_at_first": "largest absolute at position 0",
+}
+"""Metric -> its name in the table."""
+
+
+def extremes(results: Results, length: int) -> Table:
+    """Layer, position, channel and token of the extreme activations of each model."""
+    rows = []
+    for model in results.models:
+        for metric, name in EXTREMES.items():
+            keys = {"model": model["model"], "label": model["label"], "layer": None}
+            for r in results.where(metric, length=length, **keys):
+                where = [str(r[key]) for key in ("in_layer", "sample", "position", "channel")]
+                # older records lack the token
+                token = f"{r['token']} {r['token_text']}" if "token" in r else "–"
+                value = "not finite" if r["value"] is None else number(r["value"])
+                rows.append([f"{model['label']}, {model['model']}", name, value, *where, token])
+    title = f"Where the extremes are, {length:,} tokens (layer −1: embedding)"
+    header = ["model", "", "value", "layer", "sample", "position", "channel", "token"]
+    return Table(title, header, rows)
+
+
 def quantized(results: Results) -> Table | None:
     """Perplexity by bits per weight; None if it was not measured."""
     bits = sorted({r["bits"] for r in results.where("perplexity") if "bits" in r}, reverse=True)
@@ -179,7 +229,8 @@ def passkey_losses(results: Results) -> Table | None:
 def all_tables(results: Results) -> list[Table]:
     """Longest length first, since readers look for it first."""
     lengths = sorted(results.lengths, reverse=True)
-    found = [summary(results, n) for n in lengths] + [attention(results, n) for n in lengths]
+    found = [table(results, n) for table in (summary, sinks, attention) for n in lengths]
+    found.append(extremes(results, lengths[0]))
     more = (quantized(results), passkey(results), passkey_losses(results))
     return found + [table for table in more if table is not None]
 
