@@ -36,6 +36,7 @@ from flame.analysis.flags import (
     require_out,
 )
 from flame.analysis.heads import Thresholds
+from flame.analysis.interventions import NUM_RUNS, frequent_token, intervene
 from flame.analysis.measure import loss_of, measure, perplexity, record_maps
 from flame.analysis.models import ModelSource
 from flame.analysis.records import (
@@ -89,7 +90,9 @@ def _measure_all(
     lengths = sorted(args.lengths)
     thresholds = Thresholds(sink_eps=tuple(args.sink_eps), small_eps=tuple(args.sparsity_eps))
     heads = {head_of(text): "chosen by --heatmap_heads" for text in args.heatmap_heads}
-    total = len(models) * args.samples * (len(lengths) + len(args.bits))
+    # how often each sample is read at each length
+    num_runs = 1 + NUM_RUNS * args.interventions
+    total = len(models) * args.samples * (num_runs * len(lengths) + len(args.bits))
     records: list[dict[str, Any]] = []
     with tqdm(total=total, unit="sequence", disable=None) as bar:
         for number, (source, label) in enumerate(zip(models, labels, strict=True)):
@@ -112,6 +115,18 @@ def _measure_all(
                         measure(model, tokens, recorder, **options)
                     except UsageError as error:
                         raise UsageError(f"--model {source.path}: {error}") from None
+                    if args.interventions:
+                        replacement = frequent_token(
+                            samples.tokens, source.tokenizer.all_special_ids
+                        )
+                        intervene(
+                            model,
+                            tokens,
+                            recorder,
+                            replacement=replacement,
+                            token_text=options["token_text"],
+                            tick=bar.update,
+                        )
                 if label not in labels[:number]:
                     heads = heads or _choose_heads(recorder, lengths[-1])
                     layers, width = model.config.num_hidden_layers, model.config.num_attention_heads

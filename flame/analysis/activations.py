@@ -77,15 +77,23 @@ class Activations:
 
 @contextlib.contextmanager
 def observed_layers(
-    layers: list[nn.Module], see: Callable[[int, torch.Tensor], None]
+    layers: list[nn.Module], see: Callable[[int, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """``see(index, output)``: what enters the first layer as index 0, then each layer's output."""
+    """``see(index, output)``: what enters the first layer as index 0, then each layer's output.
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        see(0, args[0] if args else kwargs["hidden_states"])
+    A tensor that ``see`` returns replaces the output.
+    """
 
-    def after(index: int, module: nn.Module, args: tuple, output: Any) -> None:
-        see(index, output[0] if isinstance(output, tuple) else output)
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        new = see(0, args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def after(index: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        is_tuple = isinstance(output, tuple)
+        new = see(index, output[0] if is_tuple else output)
+        return (new, *output[1:]) if is_tuple and new is not None else new
 
     hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
     hooks += [

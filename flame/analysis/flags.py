@@ -121,6 +121,11 @@ def parser() -> Parser:
     )
     add("--passkey_samples", type=int, default=20, help="keys at a depth (default: %(default)s)")
     add(
+        "--interventions",
+        action="store_true",
+        help="also the loss without the first token, without its largest channel, and without the weight of sink heads on it",
+    )
+    add(
         "--attn_implementation",
         nargs="+",
         default=[OWN],

@@ -42,6 +42,7 @@ def attend_observed(
     scale: float,
     window_size: int | None = None,
     sink_bias: torch.Tensor | None = None,
+    edit: Callable[[WeightBlock], torch.Tensor] | None = None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> torch.Tensor:
     """Causal attention within one sequence; calls ``see`` with each block of its weights.
@@ -55,6 +56,7 @@ def attend_observed(
         scale: Factor on ``q @ k.T``.
         window_size: A query sees itself and the ``window_size - 1`` keys before it. Default: all.
         sink_bias: A score of each query head ``[HQ]`` that takes weight and has no value.
+        edit: Called with each block; returns the weights to use instead, which ``see`` gets too. Default: none.
         tile_elements: Scores in memory at a time, but at least one query row of all heads.
 
     Returns:
@@ -72,6 +74,8 @@ def attend_observed(
         sink_bias=sink_bias,
         tile_elements=tile_elements,
     ):
+        if edit is not None:
+            block = block._replace(weights=edit(block))
         if see is not None:
             see(block)
         # [H, G, rows, V] -> [rows, HQ, V]

@@ -57,6 +57,6 @@ def report(models):
             *["--run", *(models / name for name in names)],
             *["--data", models / "text.txt", "--out", out, "--samples", 3],
             *["--lengths", *LENGTHS, "--bits", 2, 8, "--passkey_lengths", 40],
-            *["--passkey_depths", 0, 1, "--first_token", "bos"],
+            *["--passkey_depths", 0, 1, "--first_token", "bos", "--interventions"],
         )
     return out

@@ -102,7 +102,16 @@ def test_the_page_is_whole_and_needs_nothing_else(report, page):
     assert all(link.startswith("#") for link in page.fetched)
     text = (report / "report.html").read_text()
     assert not re.search(r"https?://|@import|url\(", text)
-    for name in ("summary", "sinks", "activations", "weights", "maps", "training", "robustness"):
+    for name in (
+        "summary",
+        "sinks",
+        "activations",
+        "interventions",
+        "weights",
+        "maps",
+        "training",
+        "robustness",
+    ):
         assert f'<section id="{name}">' in text
         assert f'href="#{name}"' in text
     assert "width=device-width" in text
@@ -152,6 +161,21 @@ def test_the_numbers_of_the_page_and_of_the_tables_are_those_of_the_records(repo
         mean = results.of_model(metric, "softpick", 48, eps=eps)
         show, factor = (tables.percent, 100) if "%" in title else (tables.number, 1)
         assert by_title[title] == tables.cell(mean, show, factor) != "–"
+    with_sinks = []
+    changes, rates = tables.interventions(results, 48)
+    assert changes.title.startswith("Interventions at 48 tokens: change of the loss")
+    for row, rate, label in zip(changes.rows, rates.rows, results.labels, strict=True):
+        r = results.where("intervention", label=label, length=48, name="first_token_removed")
+        a, b = (x["value"] - x["before"] for x in r)
+        assert row[3].lstrip("+") == f"{(a + b) / 2:.4f} ± {abs(a - b) / 2**0.5:.4f}"
+        cut = results.where("intervention", label=label, length=48, name="sinks_cut")
+        number = sum(x["heads"] > 0 for x in cut)
+        ends = {0: "none", 1: " (1 of 2 seeds)", 2: ""}[number]
+        assert row[6].endswith(ends)
+        assert rate[6].endswith(ends)
+        with_sinks.append(number)
+    # of seeds with and without sink heads
+    assert sorted(with_sinks) == [0, 1]
     where = tables.extremes(results, 48)
     assert len(where.rows) == 4 * len(tables.EXTREMES)
     at_first = [row for row in where.rows if row[1] == "largest absolute at position 0"]

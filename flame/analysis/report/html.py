@@ -28,6 +28,7 @@ def page(results: Results) -> str:
         ("summary", "Summary", _summary),
         ("sinks", "Attention sinks", _sinks),
         ("activations", "Activations", _activations),
+        ("interventions", "Interventions", _interventions),
         ("weights", "Sparsity and sums of weights", _weights),
         ("maps", "Attention maps", _maps),
         ("training", "Training", _training),
@@ -238,6 +239,16 @@ def _activations(results: Results) -> str:
         + _grid(figures, results)
         + _folded(tables.extremes(results, length))
     )
+
+
+def _interventions(results: Results) -> str:
+    parts = []
+    for length in sorted(results.lengths, reverse=True):
+        for table in tables.interventions(results, length):
+            parts.append(
+                f"<h3>{escape(table.title)}</h3>{_table(table)}<p>{escape(table.note)}</p>"
+            )
+    return "".join(parts)
 
 
 def _weights(results: Results) -> str:

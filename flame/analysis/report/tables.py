@@ -167,6 +167,59 @@ def extremes(results: Results, length: int) -> Table:
     return Table(title, header, rows)
 
 
+INTERVENTIONS = {
+    "first_token_removed": "first token removed",
+    "first_token_replaced": "first token replaced",
+    "channel_to_mean": "its top channel to the mean",
+    "sinks_cut": "sink heads cut",
+    "sinks_cut_renormalized": "cut, renormalised",
+}
+"""Name -> title of its column."""
+
+
+def interventions(results: Results, length: int) -> list[Table]:
+    """Changes of the loss and sink rates by intervention; none if they were not measured."""
+    if not results.where("intervention", length=length):
+        return []
+    changes, rates = [], []
+    for label in results.labels:
+        by_name = {
+            name: results.where("intervention", label=label, length=length, name=name)
+            for name in INTERVENTIONS
+        }
+        removed, cut = by_name["first_token_removed"], by_name["sinks_cut"]
+        heads = cell(mean_of(r["heads"] for r in cut), number)
+        changes.append([label, cell(mean_of(r["before"] for r in removed), loss), heads])
+        rates.append(
+            [label, cell(mean_of(r["sink_rate_before"] for r in removed), percent, 100), heads]
+        )
+        for records in by_name.values():
+            # a seed without sink heads has none to cut
+            seeds = [r for r in records if r.get("heads") != 0]
+            part = f" ({len(seeds)} of {len(records)} seeds)" if len(seeds) < len(records) else ""
+            differences = mean_of(
+                math.nan if r["value"] is None else r["value"] - r["before"] for r in seeds
+            )
+            after = mean_of(r["sink_rate"] for r in seeds)
+            changes[-1].append(_change(differences) + part if seeds else "none")
+            rates[-1].append(cell(after, percent, 100) + part if seeds else "none")
+    tokens = {
+        f"{r['token']} {r['token_text']}"
+        for r in results.where("intervention", length=length, name="first_token_replaced")
+    }
+    note = f"The first token is replaced by token {', '.join(sorted(tokens))}."
+    header = ["arm", "before", "sink heads", *INTERVENTIONS.values()]
+    of_loss = f"Interventions at {length:,} tokens: change of the loss, nats a token"
+    of_sinks = f"Interventions at {length:,} tokens: sink rate > 0.3, %"
+    return [Table(of_loss, header, changes, note), Table(of_sinks, header, rates, note)]
+
+
+def _change(value: Mean | None) -> str:
+    """A difference with its sign."""
+    text = cell(value, loss)
+    return f"+{text}" if value is not None and value.mean >= 0 else text
+
+
 def quantized(results: Results) -> Table | None:
     """Perplexity by bits per weight; None if it was not measured."""
     bits = sorted({r["bits"] for r in results.where("perplexity") if "bits" in r}, reverse=True)
@@ -231,6 +284,7 @@ def all_tables(results: Results) -> list[Table]:
     lengths = sorted(results.lengths, reverse=True)
     found = [table(results, n) for table in (summary, sinks, attention) for n in lengths]
     found.append(extremes(results, lengths[0]))
+    found += [table for n in lengths for table in interventions(results, n)]
     more = (quantized(results), passkey(results), passkey_losses(results))
     return found + [table for table in more if table is not None]
 
