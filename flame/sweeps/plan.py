@@ -56,6 +56,7 @@ class Analyze:
     samples: int | None = None
     bits: tuple[int, ...] = ()
     passkey_lengths: tuple[int, ...] = ()
+    interventions: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +337,7 @@ def _analyze(file: Path, content: dict[str, Any]) -> Analyze:
         samples=table.take("samples", "an integer of at least 1", _is_integer(1), None),
         bits=table.numbers("bits", f"some of {BITS}", lambda x: x in BITS, ()),
         passkey_lengths=table.numbers("passkey_lengths", positive, _is_integer(1), ()),
+        interventions=table.take("interventions", "true or false", _is_switch, False),
     )
     table.end()
     return found

@@ -120,8 +120,7 @@ def analysis_flags(sweep: Sweep, runs: list[Run]) -> list[str]:
     flags += ["--label", *(run.arm for run in runs)]
     flags += ["--run", *(str(run.folder) for run in runs)]
     flags += ["--data", a.data, "--out", str(report_folder(sweep))]
-    if a.held_out:
-        flags.append("--held_out")
+    flags += [f"--{name}" for name in ("held_out", "interventions") if getattr(a, name)]
     if a.samples is not None:
         flags += ["--samples", str(a.samples)]
     for name in ("lengths", "bits", "passkey_lengths"):

@@ -173,7 +173,10 @@ def test_a_machine_without_a_gpu_runs_one_at_a_time(write, standins, monkeypatch
 def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_path):
     file = write(
         ("[arms.softpick]", "[arms.fails]"),
-        ("[analyze]", "[analyze]\nheld_out = true\nlengths = [8, 16]\nsamples = 3\nbits = [2]"),
+        (
+            "[analyze]",
+            "[analyze]\nheld_out = true\ninterventions = true\nlengths = [8, 16]\nsamples = 3\nbits = [2]",
+        ),
     )
     out = tmp_path / "out"
     assert run_main(monkeypatch, file) == 1
@@ -200,6 +203,7 @@ def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_p
     hf = [str(out / f"{name}/hf") for name in ("softmax/lr0.002-seed1", "softmax/lr0.002-seed2")]
     assert analyses[0][:6] == ["--model", *hf, "--label", "softmax", "softmax"]
     data = ["--data", str(tmp_path / "text.txt"), "--out", str(out / "report"), "--held_out"]
+    data.append("--interventions")
     flags = ["--samples", "3", "--lengths", "8", "16", "--bits", "2"]
     assert analyses[0][-len(data + flags) :] == data + flags
     assert analyses[1][4:8] == ["--label", "softmax", "softmax", "fails"]
