@@ -1,9 +1,12 @@
 """`flame.analysis.interventions` against a decoder that is written out densely, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from small_model import write_model
 from torch.nn import functional as F
+from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fla.ops.attn.softpick.naive import normalized_weights
@@ -159,6 +162,56 @@ def test_interventions_are_those_of_a_dense_decoder(tmp_path, normalizer, additi
         assert records["first_token_replaced"]["token"] == REPLACEMENT
         assert records["first_token_replaced"]["token_text"] == "<7>"
         assert records["sinks_cut"]["heads"] == heads
+
+
+def test_another_architecture_with_windows(tmp_path):
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        attn_implementation="naive_softmax",
+    )
+    model = GptOssForCausalLM(config).eval()
+    samples = torch.randint(0, 64, (2, LENGTH + 1))
+    records = measured(model, samples, tile_elements=10**9, sink_head_min=0.0)
+    assert records["sinks_cut"]["heads"] == 8
+
+    def loss(ids):
+        with torch.no_grad():
+            logits = model(ids).logits[:, -LENGTH + 1 :]
+        return F.cross_entropy(logits.flatten(0, 1), samples[:, 2:].flatten()).item()
+
+    removed = records["first_token_removed"]
+    expected = loss(samples[:, :-1]), loss(samples[:, 1:-1])
+    assert (removed["before"], removed["value"]) == pytest.approx(expected, rel=1e-5)
+    channel = records["channel_to_mean"]["channel"]
+    outputs = [[], [], []]
+    modules = [model.model.embed_tokens, *model.model.layers]
+    hooks = [
+        m.register_forward_hook(lambda m, a, x, seen=seen: seen.append(x))
+        for m, seen in zip(modules, outputs, strict=True)
+    ]
+    loss(samples[:, :-1])
+    for hook in hooks:
+        hook.remove()
+
+    def to_mean(module, args, x, seen):
+        x = x.clone()
+        x[:, 0, channel] = seen[0][:, 1:, channel].mean()
+        return x
+
+    for module, seen in zip(modules, outputs, strict=True):
+        module.register_forward_hook(partial(to_mean, seen=seen))
+    assert records["channel_to_mean"]["value"] == pytest.approx(loss(samples[:, :-1]), rel=1e-5)
 
 
 def test_an_arm_without_sink_heads_has_none_to_cut(tmp_path):

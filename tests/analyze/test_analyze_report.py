@@ -279,3 +279,18 @@ def test_an_arm_that_was_not_measured_everywhere_leaves_a_gap(report):
     assert rows["softmax"][3] == "–"
     assert rows["softpick"][3] != "–"
     assert html.page(results).endswith("</html>\n")
+
+
+def test_records_of_before_the_newer_metrics_are_drawn(report):
+    newer = ("late_", "first_value", "top_channel", "largest_activation", "intervention")
+    records = [
+        {key: x for key, x in r.items() if not key.startswith("token")}
+        for r in read_records(report / "records.jsonl")
+        if not r["metric"].startswith((*newer, "kurtosis_hidden"))
+    ]
+    maps = [r for r in read_records(report / "records.jsonl") if r["metric"] == "attention_map"]
+    results = Results([r for r in records if r["metric"] != "attention_map"] + maps)
+    assert tables.sinks(results, 48).rows[0][3] == "–"
+    assert {row[-1] for row in tables.extremes(results, 48).rows} == {"–"}
+    assert html.page(results).endswith("</html>\n")
+    assert "Interventions" not in tables.report(results)

@@ -188,7 +188,7 @@ def interventions(results: Results, length: int) -> list[Table]:
             for name in INTERVENTIONS
         }
         removed, cut = by_name["first_token_removed"], by_name["sinks_cut"]
-        heads = cell(mean_of(r["heads"] for r in cut), number)
+        heads = cell(mean_of(r["heads"] for r in cut), "{:.1f}".format)
         changes.append([label, cell(mean_of(r["before"] for r in removed), loss), heads])
         rates.append(
             [label, cell(mean_of(r["sink_rate_before"] for r in removed), percent, 100), heads]
