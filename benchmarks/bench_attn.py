@@ -83,7 +83,7 @@ def causal_block_mask(T: int):
 def compiled_flex_attention():
     # or its backward could not be timed again and again on one forward
     torch._functorch.config.donated_buffer = False
-    # one compilation a shape; past the limit it would run uncompiled
+    # one compilation per shape; past the limit it would run uncompiled
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention, dynamic=False)
@@ -198,7 +198,7 @@ def bench(
     """Prints the rows of one head dimension and group size and adds them to results; leaves out what fails."""
     HQ = NUM_HEADS[D]
     right = []
-    print(f"\nD {D}, {G} query heads a key head: seconds of the first call, compilation included")
+    print(f"\nD {D}, {G} query heads per key head: seconds of the first call, compilation included")
     for name in names:
         try:
             print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
@@ -289,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], choices=NUM_HEADS)
     parser.add_argument(
-        "--groups", type=int, nargs="+", default=[1, 4], help="query heads a key head"
+        "--groups", type=int, nargs="+", default=[1, 4], help="query heads per key head"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 15)])
     parser.add_argument("--tokens", type=int, default=2**14, help="B times T")

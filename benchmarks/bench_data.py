@@ -1,4 +1,4 @@
-"""Tokens a second that the data path of one training process delivers: python benchmarks/bench_data.py
+"""Tokens per second that the data path of one training process delivers: python benchmarks/bench_data.py
 
 The text is the sources of Python's standard library as JSON lines, the tokenizer a byte-level BPE trained
 on them. It is read (a) from the token files of flame.data.prepare, in the global order of training, and
@@ -27,7 +27,7 @@ from flame.data.prepare import prepare
 
 
 def write_text(folder: Path) -> Path:
-    """The standard library's sources as JSON lines, one file a line, in 8 files."""
+    """The standard library's sources as JSON lines, one file per line, in 8 files."""
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files = [file for file in files if "site-packages" not in file.parts]
     out = folder / "text"
@@ -57,8 +57,11 @@ def train_tokenizer(text: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def tokens_per_second(tokenizer, flags, seconds: float) -> tuple[list[float], float]:
-    """Of five stretches of `seconds`, after a first one that starts workers and fills queues; and tokens a
-    second of CPU time of all processes, which tells less of what else the machine does."""
+    """Tokens per second of wall time, for each of five stretches of `seconds`, and tokens per second of CPU time.
+
+    A first stretch, not counted, starts the workers and fills the queues. The CPU time is that of all processes; other
+    work of the machine changes it less than the wall time.
+    """
     words = [word for flag, value in flags.items() for word in (f"--{flag}", value) if word]
     data = open_data(parse_args(words), tokenizer)
     before = sum(os.times()[:4])

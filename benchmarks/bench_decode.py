@@ -6,7 +6,7 @@ is one operator, cache, number of query rows and share of negative keys, which s
 group, as the others score above: microseconds with the spread between the 20th and the 80th percentile, the bytes of K
 and V over that time as GB/s and as a share of what a plain device copy moves in the same process (it counts what is
 read and what is written), the share of V that was read, and the time over that of one query token. Query rows are
-tokens times query heads a key head: one token is ordinary decoding, more are a speculated continuation or a chunk of a
+tokens times query heads per key head: one token is ordinary decoding, more are a speculated continuation or a chunk of a
 prompt. An operator whose output disagrees with float64 is not timed, and the
 exit code is 1. The rows so far are kept after Ctrl-C or an error.
 """
@@ -56,7 +56,7 @@ class Result:
     v_read: float | None
     """Share of V, as the operator counts it; None of one that does not count."""
     of_one_token: float
-    """Time over that of one query token a sequence."""
+    """Time over that of one query token per sequence."""
 
 
 def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
@@ -287,7 +287,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[1],
-        help="query tokens of a sequence times query heads a key head, at most 128; 1: one token",
+        help="query tokens of a sequence times query heads per key head, at most 128; 1: one token",
     )
     parser.add_argument("--negative", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)

@@ -1,7 +1,7 @@
 """Times the trainer: python benchmarks/bench_train.py [--models 1B 340M] [--steps 40]
 
 Each row is a run of `flame.train` in a process of its own, compiled, in bfloat16, without checkpoints, on the
-text that ships with Python: tokens a second as the run itself logs them, median after the first quarter of the
+text that ships with Python: tokens per second as the run itself logs them, median after the first quarter of the
 steps, MFU, memory reserved, and the seconds from the start of the process to the first step, compilation
 included (the second run of a shape finds what the first compiled). The arm "softmax, SDPA" is the same model
 with torch's scaled_dot_product_attention in place of the kernels of this repository.
@@ -121,7 +121,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     failed = False
     for model in args.models:
-        print(f"\n{model}, {BATCH_SIZE[model]} x 4096 tokens a step {' '.join(extra)}")
+        print(f"\n{model}, {BATCH_SIZE[model]} x 4096 tokens per step {' '.join(extra)}")
         print(f"{'':24} {'loss':26} {'tokens/s':>9} {'MFU':>6} {'GiB':>6} {'first step, s':>14}")
         for loss in args.loss:
             for arm in args.arms:

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument(
-        "--maxnreg", type=int, nargs="+", default=[0], help="registers a thread, 0 for no limit"
+        "--maxnreg", type=int, nargs="+", default=[0], help="registers per thread, 0 for no limit"
     )
     parser.add_argument(
         "--descriptors", type=int, nargs="+", default=[0, 1], choices=(0, 1), help="without, with"

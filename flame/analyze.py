@@ -1,6 +1,6 @@
 """``python -m flame.analyze``: measures what attention does in trained models, and writes the comparison as a report.
 
-``--out`` gets ``records.jsonl`` (one number a line), ``report.md`` (tables) and ``report.html`` (tables and charts, one
+``--out`` gets ``records.jsonl`` (one number per line), ``report.md`` (tables) and ``report.html`` (tables and charts, one
 page that needs nothing else). Several models with one ``--label`` are seeds of one arm. What each number is:
 docs/softpick/ANALYSIS.md.
 """

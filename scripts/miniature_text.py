@@ -1,6 +1,6 @@
 """``python scripts/miniature_text.py --out data/miniature``: Debian's documentation packages to English prose.
 
-Writes ``train.jsonl`` and ``heldout.jsonl``, one document a line, and ``manifest.json``, which says what is in
+Writes ``train.jsonl`` and ``heldout.jsonl``, one document per line, and ``manifest.json``, which says what is in
 them. The same packages give the same bytes. docs/softpick/MINIATURE_DATA.md tells what the text is.
 """
 

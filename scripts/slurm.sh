@@ -2,7 +2,7 @@
 # Trains over the machines of a Slurm job: sbatch [options of sbatch] scripts/slurm.sh [flags of train.sh]
 # from the root of the repository, for example
 #   sbatch --nodes=2 --time=48:00:00 scripts/slurm.sh --job.dump_folder exp/softpick_1B --model.config ...
-# One task a machine starts train.sh, which checks that machine's GPUs. Two minutes before the time limit the
+# One task per machine starts train.sh, which checks that machine's GPUs. Two minutes before the time limit the
 # run saves and stops, and the job goes back to the queue, where the same command continues the run.
 #SBATCH --job-name=flame
 #SBATCH --output=%x-%j.out

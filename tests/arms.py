@@ -40,7 +40,7 @@ def config_of(normalizer, additions, *, operator="naive", **shape):
 
 
 def enlarge(model):
-    """Weights so large that attention decides, and heads that differ in what is one number a head."""
+    """Weights so large that attention decides, and heads that differ in what is one number per head."""
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         start = 0.3 if name.endswith("log_scale") else 0.0

@@ -6,7 +6,7 @@ Each run is a small model's, of one process or of two, with and without a data w
 SIGKILL: the launcher (which is torchrun too), one of its processes, the launcher together with one of them, or all,
 while they start or while they train. After each kill nothing of the run may live longer than ``--survive`` seconds. Then
 the command is repeated until it ends. Every loss and gradient norm and the exported weights must be equal to the bit.
-It prints a line a run and exits with 1 if one of them failed.
+It prints a line per run and exits with 1 if one of them failed.
 """
 
 import argparse

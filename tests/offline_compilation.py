@@ -114,7 +114,7 @@ def compiled_launches(card: Card, call: Callable[[], None]) -> list[Launch]:
 
 
 class Resources(NamedTuple):
-    """Registers a thread (AMD: the vector ones), spilled ones, bytes of scratch and of shared memory, and the
+    """Registers per thread (AMD: the vector ones), spilled ones, bytes of scratch and of shared memory, and the
     multiplications that the matrix instructions of one program do, each instruction counted once."""
 
     registers: int
@@ -316,7 +316,7 @@ CASES = {
 
 
 def main(card_name: str) -> None:
-    """Prints one JSON object a kernel and case."""
+    """Prints one JSON object per kernel and case."""
     card = CARDS[card_name]
     for case, (K, V, dtype, precision, kwargs) in CASES.items():
         torch.set_float32_matmul_precision(precision)

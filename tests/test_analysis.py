@@ -157,7 +157,7 @@ def test_every_number_is_that_of_dense_weights_in_any_tiling(tmp_path, normalize
     expected = by_definition(weights, outputs, values)
     assert expected["first_value_ratio", None][1].isnan().tolist() == [False, False, True, True]
     assert expected["dead_head", None].tolist()[1] == [0, 0, 1, 1]
-    # one row a tile; 5 rows, and a rest of one; all of them
+    # one row per tile; 5 rows, and a rest of one; all of them
     for elements in (1, 5 * 4 * LENGTH, 10**9):
         recorder = Recorder("m", "l")
         options = {"token_text": "<{}>".format, "tile_elements": elements}
@@ -355,7 +355,7 @@ def test_maps_are_pooled_weights(tmp_path):
     measure(model, torch.arange(LENGTH + 1)[None], recorder, thresholds=THRESHOLDS)
     record_maps(model, row, [(1, 2)], recorder, cells=6, why={(1, 2): "a test"})
     record = recorder.records[-1]
-    # 21 tokens in 6 cells at most: 4 a cell, the last of 1
+    # 21 tokens in 6 cells at most: 4 per cell, the last of 1
     assert record["tokens_in_cell"] == 4
     for i, cells in enumerate(record["map"]):
         assert len(cells) == i + 1

@@ -56,7 +56,7 @@ def test_parameters_and_flops_count_what_is_added(additions):
     num_parameters, flops = args.get_nparams_and_flops(TitanModel(args), 64)
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
     layer += 32 * 32 * ("attn_gate" in additions)
-    # of one number a head, as of norms, torchtitan counts a product for each
+    # of one number per head, as of norms, torchtitan counts a product for each
     layer += 4 * ("attn_sink" in additions) + 4 * ("attn_log_scale" in additions)
     embedding = 97 * 32
     assert num_parameters == 2 * embedding + 2 * layer + 32
@@ -109,7 +109,7 @@ FULL = "--activation_checkpoint.mode full"
 OP = "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op"
 
 
-# of a model with all additions: name -> sequences a process has at a time, flags
+# of a model with all additions: name -> sequences per process and micro-batch, flags
 LAYOUTS = {
     "FSDP, full": (2, FULL),
     "TP": (4, TP),

@@ -65,7 +65,7 @@ def heads_with_sinks(T, S, *, HQ, H, K=8, dtype=torch.float32):
 def test_counts_follow_the_definition_in_any_tiling(normalizer, T, S, HQ, H, window_size):
     q, k = heads_with_sinks(T, S, HQ=HQ, H=H)
     options = {"normalizer": normalizer, "window_size": window_size}
-    # one row a tile; some rows and a rest; all of them
+    # one row per tile; some rows and a rest; all of them
     results = [
         attention_counts(q, k, **options, tile_elements=n).ratios() for n in (1, 5 * HQ * S, 10**9)
     ]

@@ -318,8 +318,8 @@ def test_a_run_says_what_its_checkpoint_is(source, tmp_path, monkeypatch, capfd)
         "| training | step 5, 5,120 tokens |",
         "| sequence length | 64 tokens |",
         "| data | python-docs |",
-        "| training loss | 2.5000 nats a token at step 5 |",
-        "| validation loss | 2.7500 nats a token at step 5 |",
+        "| training loss | 2.5000 nats per token at step 5 |",
+        "| validation loss | 2.7500 nats per token at step 5 |",
         "| command | `NGPU=1 bash train.sh --training.data_files 'a\\|b'` |",
         "| commit | abc |",
     )

@@ -208,7 +208,7 @@ def test_offsets_beyond_32_bits(K, device):
 
 @pytest.mark.gpu
 def test_peak_memory(device):
-    # FlashAttention-2 keeps and allocates the same tensors, lse among them; ours may add one float32 a row and head
+    # FlashAttention-2 keeps and allocates the same tensors, lse among them; ours may add one float32 per row and head
     B, T, HQ, K = 2, 4096, 16, 64
     inputs = draw(T, K, B=B, HQ=HQ, dtype=torch.bfloat16, device=device)
 

@@ -117,7 +117,7 @@ def replaced_attention(model: PreTrainedModel, attend_layer: _Attend) -> Iterato
 
 @torch.no_grad()
 def sequence_loss(model: PreTrainedModel, sequence: torch.Tensor) -> float:
-    """Mean negative log-likelihood, nats a token, of ``sequence[1:]``; ``sequence [length + 1]`` on any device."""
+    """Mean negative log-likelihood, nats per token, of ``sequence[1:]``; ``sequence [length + 1]`` on any device."""
     sequence = sequence.to(model.device)
     logits = model(sequence[None, :-1], use_cache=False).logits[0]
     # in float32 at least, a piece at a time for large vocabularies
@@ -134,7 +134,7 @@ def loss_of(
     tick: Callable[[], object] = lambda: None,
     tile_elements: int = TILE_ELEMENTS,
 ) -> float:
-    """Mean loss of ``samples [N, length + 1]``, nats a token."""
+    """Mean loss of ``samples [N, length + 1]``, nats per token."""
 
     def attend_layer(
         layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any

@@ -1,4 +1,4 @@
-"""The results as records, one JSON object a line, and their means over the seeds of an arm."""
+"""The results as records, one JSON object per line, and their means over the seeds of an arm."""
 
 import json
 import math

@@ -25,7 +25,7 @@ and the file over the defaults. docs/softpick/FLAME.md explains a run.
 Sections and their options; bash train.sh -h training explains those of one:
 """
 _VARIABLES = {
-    "NGPU": "processes on this machine, one a GPU, the first ones; without a GPU CPU processes (default: 1)",
+    "NGPU": "processes on this machine, one per GPU, the first ones; without a GPU CPU processes (default: 1)",
     "HIP_VISIBLE_DEVICES": "GPUs of this run on AMD, of one NUMA group (default: all)",
     "CUDA_VISIBLE_DEVICES": "GPUs of this run on NVIDIA; set to nothing, it trains on the CPU (default: all)",
     "MASTER_PORT": "port of this run, for several side by side (default: a free one)",

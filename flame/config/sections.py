@@ -51,7 +51,7 @@ class Job:
     config_file: str | None = None
     """TOML file with the flags of a run; flags on the command line win over it."""
     dump_folder: str | None = None
-    """Folder of this run: checkpoints, TensorBoard, the exported model. One run a folder; repeating the
+    """Folder of this run: checkpoints, TensorBoard, the exported model. One run per folder; repeating the
     command continues the run. Default: exp/<name of the model config>."""
     allow_cross_numa: bool = False
     """Lets a run take GPUs of several NUMA groups and more than 4 of a machine; each process is still bound to
@@ -199,7 +199,7 @@ class Training:
     seq_len: int = 128
     """Tokens in a sequence."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches a process sums gradients over before a step."""
+    """Micro-batches over which each process sums gradients before a step."""
     steps: int = 300
     """Optimizer steps."""
     max_norm: float = 1.0
@@ -512,7 +512,7 @@ class MetricsConfig:
     spike_window: int = 100
     """Number of previous losses that decide whether a loss is a spike; until then there are no spikes."""
     max_dumps: int = 10
-    """Steps a process writes to spikes/, spikes and losses that are not finite together; 0: none."""
+    """Most steps that one process writes to spikes/, with spikes and non-finite losses counted together; 0: none."""
 
     def __post_init__(self) -> None:
         _require_name("metrics.save_tb_folder", self.save_tb_folder)
@@ -615,7 +615,7 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
-    """All flags of a run, one field a section, in the order of ``bash train.sh -h``; checks what involves two sections."""
+    """All flags of a run, one field per section, in the order of ``bash train.sh -h``; checks what involves two sections."""
 
     job: Job = field(default_factory=Job)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -39,7 +39,7 @@ class TokenLoader(Stateful):
         sources: What to read, each at least one sequence long.
         shares: Positions of each source in a block of ``sum(shares)``.
         seq_len: Sequence length ``T`` in tokens.
-        batch_size: Sequences ``B`` a batch, of this rank.
+        batch_size: Sequences ``B`` per batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
         seed: Seed of the order, at least 0.
@@ -172,7 +172,7 @@ def validation_batches(
         sources: What is held out; with no whole sequence, as for a validation share of 0, there are no
             batches.
         seq_len: Sequence length ``T`` in tokens.
-        batch_size: Sequences ``B`` a batch, of this rank.
+        batch_size: Sequences ``B`` per batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
         context_len: See `to_batch`; None for plain causal attention.

@@ -84,7 +84,7 @@ class StreamLoader(Stateful):
         shares: Positions of each source in a block of ``sum(shares)``.
         encoder: Tokenizes documents.
         seq_len: Sequence length ``T`` in tokens.
-        batch_size: Sequences ``B`` a batch, of this rank.
+        batch_size: Sequences ``B`` per batch, of this rank.
         dp_rank: This rank among the data-parallel ranks.
         dp_world_size: Number of data-parallel ranks.
         seed: Seed of the order of sources.

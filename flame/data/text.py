@@ -39,7 +39,7 @@ def load_documents(
         dataset: One of
 
             - ``"python-docs"``, see :func:`python_docs`;
-            - a local file or folder. ``.txt`` and ``.md``: one document a file, UTF-8. ``.jsonl`` and
+            - a local file or folder. ``.txt`` and ``.md``: one document per file, UTF-8. ``.jsonl`` and
               ``.ndjson``: one object with a string ``"text"`` a line; ``.json``: the same, or one array of
               such objects; all of these also compressed, ``.gz``, ``.bz2``, ``.xz`` or ``.zst``.
               ``.parquet`` and ``.arrow``: a string column ``text``. A folder is read recursively, sorted

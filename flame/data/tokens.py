@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from flame.data.bos import around_document
 from flame.data.tokenizer import tokenizer_sha256
 
-# The backend needs about 130 bytes of memory a token while it works, so it never sees more than
+# The backend needs about 130 bytes of memory per token while it works, so it never sees more than
 # _BATCH characters (plus one piece) at a time, however long the documents are. Pieces of a batch are
 # encoded in parallel.
 _PIECE = 1 << 18

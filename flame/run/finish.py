@@ -27,7 +27,7 @@ def finish(
         config: The resolved flags.
         inputs: What the run has read.
         asked: The flags before defaults of this machine were filled in, for the twin's command.
-        validation_loss: Loss after the last step, in nats a token; None if nothing was held out.
+        validation_loss: Loss after the last step, in nats per token; None if nothing was held out.
 
     Raises:
         UsageError: The exported folder cannot be written; the checkpoint is kept.

@@ -68,7 +68,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-    """One object a line: ``step``, ``time`` (seconds since 1970) and the numbers, written out at once.
+    """One object per line: ``step``, ``time`` (seconds since 1970) and the numbers, written out at once.
 
     Opening drops the steps that a continued run will repeat, and an unfinished last line.
 

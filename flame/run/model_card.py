@@ -105,7 +105,7 @@ def _of_run(run: Path, step: int) -> tuple[dict[str, Any], list[str]]:
     metrics = [x for x in read_metrics(run / METRICS_FILE) if x["step"] <= step]
     for key, name in (("loss", "training loss"), ("validation_loss", "validation loss")):
         if newest := [x for x in metrics if key in x]:
-            facts[name] = f"{newest[-1][key]:.4f} nats a token at step {newest[-1]['step']:,}"
+            facts[name] = f"{newest[-1][key]:.4f} nats per token at step {newest[-1]['step']:,}"
     records = sorted((run / RECORD_FOLDER).glob("*.json"))
     if records:
         record = json.loads(records[-1].read_text(encoding="utf-8"))

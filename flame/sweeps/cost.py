@@ -11,7 +11,7 @@ from flame.sweeps.plan import Run, Sweep
 from flame.sweeps.state import State
 
 _STATE_BYTES = 12
-"""Bytes of a checkpoint a parameter: weights and two moments in float32."""
+"""Bytes per parameter in a checkpoint: weights and two moments in float32."""
 _EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -118,7 +118,7 @@ def _time(
         share = 1 - states[run.name].step / run.config.training.steps
         heapq.heappush(ends, heapq.heappop(ends) + share * tokens[run.name] / speed)
     return (
-        f"{max(ends) / 3600:.2f} hours of training to come at {speed:,.0f} tokens/s a run, {source}; starting, "
+        f"{max(ends) / 3600:.2f} hours of training to come at {speed:,.0f} tokens/s per run, {source}; starting, "
         "compiling and the report not counted"
     )
 

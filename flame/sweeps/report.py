@@ -22,7 +22,7 @@ LOSS_TABLE = "losses.md"
 
 
 def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
-    """The runs of each arm's best learning rate, one a seed.
+    """The runs of each arm's best learning rate, one per seed.
 
     The best rate has the lowest mean validation loss over the seeds, among rates whose seeds are all finished.
     An arm without such a rate is left out.
@@ -50,7 +50,7 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
     lines = [
         f"# {sweep.name}: validation losses",
         "",
-        "Nats a token (a byte with the byte tokenizer) on the held-out data after the last step. Spread: sample "
+        "Nats per token (a byte with the byte tokenizer) on the held-out data after the last step. Spread: sample "
         "standard deviation over the seeds, – with one seed.",
         "",
         "## Each arm at its best learning rate",

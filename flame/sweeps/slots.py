@@ -60,7 +60,7 @@ def find_slots(
     Slots that share a GPU are far apart in the list, so that runs spread over the GPUs first.
 
     Args:
-        ngpu: GPUs a run.
+        ngpu: GPUs per run.
         parallel: Whether several runs may run at the same time.
         allow_cross_numa: If the NUMA groups cannot be read, treat all GPUs as one group.
         env: Environment of the sweep, which decides the visible GPUs.

@@ -20,7 +20,7 @@ class State:
     loss: float | None
     """Training loss of the last logged step that has one."""
     validation_loss: float | None
-    """Validation loss of the trained model, in nats a token; None before the last step."""
+    """Validation loss of the trained model, in nats per token; None before the last step."""
     is_exported: bool
     seconds_per_step: float | None
     """Mean between the first and the last logged step, with validation and saving, without start-up; None with

@@ -123,7 +123,7 @@ def _apply_tensor_parallel(model: TitanModel, mesh: DeviceMesh, *, loss_parallel
         del layer_plan["self_attn.g_proj"]
     for layer in model.model.layers:
         parallelize_module(layer, mesh, layer_plan)
-        # parameters with one number a head are sharded like the heads
+        # parameters with one number per head are sharded like the heads
         for name, x in layer.self_attn.named_parameters(recurse=False):  # pyright: ignore[reportAttributeAccessIssue]  # transformers' decoder layers have self_attn, a module
             shards = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]))
             layer.self_attn.register_parameter(name, shards)  # pyright: ignore[reportAttributeAccessIssue]  # transformers' decoder layers have self_attn, a module

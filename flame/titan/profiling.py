@@ -31,7 +31,7 @@ def trace_steps(folder: Path, every: int, first_step: int) -> Iterator[torch.pro
         profiler.export_chrome_trace(str(file))
         logger.info(f"trace of step {step} in {file}")
 
-    # silences lines of the profiler and a warning about tracing one step a file, which is intended
+    # silences lines of the profiler and a warning about tracing one step per file, which is intended
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     warnings.filterwarnings("ignore", message=".*Profiler clears events")
     activities = [torch.profiler.ProfilerActivity.CPU]

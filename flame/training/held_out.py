@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def validation_loss(trainer: "FlameTrainer") -> float:
-    """Mean loss over the held-out tokens, in nats a token; the same on every rank."""
+    """Mean loss over the held-out tokens, in nats per token; the same on every rank."""
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     mesh = dims.get_mesh("batch") if dims.dp_enabled else None
     batches = trainer.inputs.data.validation(

@@ -43,7 +43,7 @@ class RunMetrics(MetricsProcessor):
     ) -> None:
         """Writes and prints the numbers of a step, with speeds since the line before.
 
-        ``global_avg_loss`` is the loss in nats a token; ``extra_metrics`` must have ``lr``. Speeds are those of all processes.
+        ``global_avg_loss`` is the loss in nats per token; ``extra_metrics`` must have ``lr``. Speeds are those of all processes.
         """
         extra_metrics = extra_metrics or {}
         now = time.perf_counter()
@@ -91,7 +91,7 @@ class RunMetrics(MetricsProcessor):
     def log_validation(
         self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None
     ) -> None:
-        """Writes and prints a validation loss, in nats a token."""
+        """Writes and prints a validation loss, in nats per token."""
         self._write({"validation_loss": loss}, step)
         color = self.color
         logger.info(f"{color.yellow}step {step}  validation loss {loss:.4f}{color.reset}")

@@ -274,7 +274,7 @@ class FlameTrainer(Trainer):
         return self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
 
     def validation_loss(self) -> float:
-        """Mean loss over the held-out tokens, in nats a token; the same on every rank."""
+        """Mean loss over the held-out tokens, in nats per token; the same on every rank."""
         return held_out.validation_loss(self)
 
     def attention_scalars(self) -> dict[str, float]:

@@ -102,7 +102,7 @@ def test_cost(write, monkeypatch):
     tokens = 300 * 4 * 32
     assert f"{tokens:,} a run (300 steps of 4 x 32), {3 * tokens:,} in all" in text
     assert f"FLOPs   {tokens * (10 + 10 + 20):.2e} in all" in text
-    assert f"{3 * tokens / 3600:.2f} hours of training to come at 1 tokens/s a run" in text
+    assert f"{3 * tokens / 3600:.2f} hours of training to come at 1 tokens/s per run" in text
     # two at a time: the third starts when the first has ended
     assert f"{2 * tokens / 3600:.2f} hours" in "\n".join(cost(slots=2, speed=1.0).lines)
     assert "unknown until the first run has finished" in "\n".join(cost().lines)
@@ -111,7 +111,7 @@ def test_cost(write, monkeypatch):
     require_disk(found, cost())
     states[found.runs[0].name] = state_of(2.0, seconds_per_step=64.0)
     text = "\n".join(cost().lines)
-    assert "at 2 tokens/s a run, as measured in 1 finished runs" in text
+    assert "at 2 tokens/s per run, as measured in 1 finished runs" in text
     assert f"{2 * tokens / 2 / 3600:.2f} hours" in text
     parameters["softpick"] = 10**15
     with pytest.raises(UsageError, match="GiB more than its disk has free"):

@@ -135,8 +135,8 @@ def _summary(results: Results) -> str:
     first, *others = sorted(results.lengths, reverse=True)
     shown = f"<h3>At {first:,} tokens</h3>" + _table(tables.summary(results, first))
     shown += _folded(*(tables.summary(results, length) for length in others))
-    loss = _by_length(results, "loss", Axis("loss, nats a token"))
-    return shown + _grid([_figure("Loss by length", "nats a token", loss)], results)
+    loss = _by_length(results, "loss", Axis("loss, nats per token"))
+    return shown + _grid([_figure("Loss by length", "nats per token", loss)], results)
 
 
 def _sinks(results: Results) -> str:
@@ -344,7 +344,7 @@ def _maps(results: Results) -> str:
 def _training(results: Results) -> str:
     names = list(dict.fromkeys(r["name"] for r in results.where("curve")))
     # losses last long: the first steps would press the rest flat
-    units = {"loss": "nats a token, log scale", "validation_loss": "nats a token, log scale"}
+    units = {"loss": "nats per token, log scale", "validation_loss": "nats per token, log scale"}
     names_of_activations = ("kurtosis", "largest_activation", "largest_first_activation")
     logs = (
         *("loss", "validation_loss", "grad_norm"),
@@ -372,7 +372,7 @@ def _robustness(results: Results) -> str:
         lines = _lines(results, "perplexity", lambda r: r.get("bits", 32), **keys)
         ticks = (*bits, 32)
         drawing = line_chart(
-            lines, Axis("bits a weight", log=True, ticks=ticks), Axis("perplexity", log=True)
+            lines, Axis("bits per weight", log=True, ticks=ticks), Axis("perplexity", log=True)
         )
         parts.append(f"<h3>{escape(table.title)}</h3>" + _table(table))
         parts.append(_grid([_figure("Perplexity by bits", "log scale", drawing)], results))

@@ -166,7 +166,7 @@ def check_decode_inputs(
         or block_table.stride(1) != 1
     ):
         raise ValueError(
-            f"block_table must be int32 or int64 [{B}, pages a sequence], rows contiguous, got {block_table.dtype} "
+            f"block_table must be int32 or int64 [{B}, pages per sequence], rows contiguous, got {block_table.dtype} "
             f"of shape {tuple(block_table.shape)}"
         )
     for name, x in (("lengths", lengths), ("starts", starts), ("block_table", block_table)):

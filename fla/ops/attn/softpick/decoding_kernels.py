@@ -1,4 +1,4 @@
-"""Decoding kernels and their launcher: attention of a few query tokens a sequence to a cache of keys and values.
+"""Decoding kernels and their launcher: attention of a few query tokens per sequence to a cache of keys and values.
 
 Reading the cache takes most of the time. The keys of a sequence are split over programs; a second, small kernel
 merges their sums exactly. The query heads of a group share a tile, so the cache is read once. Queries that fill
@@ -36,7 +36,7 @@ from fla.ops.attn.softpick.normalizers import (
 )
 from fla.ops.attn.softpick.tiles import empty_rows, feature_tile, strides_bth, visible
 
-# With at most this many query rows a key head, values without weight are not read. In a larger tile some row gives
+# With at most this many query rows per key head, values without weight are not read. In a larger tile some row gives
 # weight to nearly every key, and loads that do not depend on the weights can be issued early.
 MAX_SKIPPING_ROWS = 16
 # Keys of a split at least: a smaller one costs more to start and to merge than it saves.
@@ -97,7 +97,7 @@ def normalized_attn_decode_kernel(
     SKIPS_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes the partial outputs of BT query rows over one split of the keys of one key head a program."""
+    """One program computes the partial outputs of BT query rows over one split of the keys of one key head."""
     sq_b, sq_t, sq_h = sq
     sk_b, sk_t, sk_h = sk
     sv_b, sv_t, sv_h = sv
@@ -206,7 +206,7 @@ def normalized_attn_merge_kernel(
     EPS: tl.constexpr,
     HAS_SINK: tl.constexpr,
 ):
-    """One program a query row: adds the sums of its splits in order, then divides by the denominator."""
+    """One program per query row. It adds the sums of its splits in order, then divides by the denominator."""
     so_b, so_t, so_h = so
     R = T * G
     i_r = tl.program_id(0) % R
@@ -253,7 +253,7 @@ def num_splits(heads: int, S: int, programs: int) -> int:
 
     Args:
         heads: Programs of one split: key heads of all sequences times tiles of rows.
-        S: Capacity of the cache, in tokens a sequence.
+        S: Capacity of the cache, in tokens per sequence.
         programs: Resident programs of the whole GPU.
     """
     max_splits = max(1, min(MAX_ROUNDS * programs // heads, triton.cdiv(S, MIN_SPLIT_KEYS)))

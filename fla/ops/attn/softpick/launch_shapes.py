@@ -82,7 +82,7 @@ _NVIDIA = _shape_table(
     chunk_tf32=((2, 16, 32, 4, 2), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
     chunk_ieee=((2, 16, 16, 4, 1), (2, 16, 16, 4, 1), (1, 16, 16, 8, 1), (1, 16, 16, 8, 1)),
 )
-# One stage, since more need shared memory that gfx90a and gfx942 lack. 16 rows a warp, since with fewer the warps
+# One stage, since more need shared memory that gfx90a and gfx942 lack. 16 rows per warp, since with fewer the warps
 # repeat each other's matrix instructions.
 _AMD = _shape_table(
     fwd_16bit=((128, 64, 4, 1), (128, 64, 8, 1), (64, 32, 4, 1), (64, 32, 4, 1)),

@@ -160,7 +160,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes dk and dv of BT keys of one key head a program, over the queries of all query heads that read it."""
+    """One program computes dk and dv of BT keys of one key head, over the queries of all query heads that read it."""
     # with a larger tile the registers of the mask would spill
     MASKED_BS: tl.constexpr = min(BS, 32)
     sq_b, sq_t, sq_h = sq

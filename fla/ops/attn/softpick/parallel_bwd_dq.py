@@ -128,7 +128,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes dq of BT queries of one query head a program, and the row_stats that dk and dv need."""
+    """One program computes dq of BT queries of one query head, and the row_stats that dk and dv need."""
     sq_b, sq_t, sq_h = sq
     sk_b, sk_t, sk_h = sk
     sv_b, sv_t, sv_h = sv

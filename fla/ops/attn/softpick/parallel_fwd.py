@@ -171,7 +171,7 @@ def parallel_normalized_attn_fwd_kernel(
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Computes the outputs and base-2 lse of BT queries of one query head a program."""
+    """One program computes the outputs and base-2 lse of BT queries of one query head."""
     # NOTE(numerics): fp16 weights overflow above s = 11, so safe fp16 always shifts; safe fp32 and bf16 first
     # try without a shift and redo the rows that overflow
     IS_SHIFTED: tl.constexpr = IS_SAFE and q.dtype.element_ty == tl.float16
