@@ -197,12 +197,12 @@ def bench(
 ) -> None:
     """Prints the rows of one head dimension and group size and adds them to results; leaves out what fails."""
     HQ = NUM_HEADS[D]
-    right = []
+    passed = []
     print(f"\nD {D}, {G} query heads per key head: seconds of the first call, compilation included")
     for name in names:
         try:
             print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
-            right.append(name)
+            passed.append(name)
         except RuntimeError as error:
             # a backend that this build of torch or this card does not have, or a wrong result
             print(f"{name}: {str(error).splitlines()[0]}", flush=True)
@@ -212,7 +212,7 @@ def bench(
         # the reference first, since the others are compared with it
         rows = [
             measure(name, B, T, HQ, HQ // G, D)
-            for name in sorted(right, key=lambda name: name != REFERENCE)
+            for name in sorted(passed, key=lambda name: name != REFERENCE)
         ]
         reference = next((row for row in rows if row.operator == REFERENCE), None)
         for row in sorted(rows, key=lambda row: names.index(row.operator)):

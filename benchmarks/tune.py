@@ -1,8 +1,9 @@
 """Searches launch shapes for the GPU it runs on: python benchmarks/tune.py --kernel dkv --head-dim 128
 
-Times one kernel at every candidate `LaunchShape`, on three lengths of 16k tokens each, in bfloat16, and prints
-them by the geometric mean of their times over the best. What it finds goes into the table of
-`launch_shapes.py` by hand, with the output in the commit.
+Times one kernel at every candidate `LaunchShape`, in bfloat16, at three lengths of 16k tokens each. Prints one line
+per candidate, best first: the geometric mean over the lengths of its time over the best time, the time at each
+length, and the fields of the shape. Enter what it finds in the table of `launch_shapes.py` by hand, with the
+output in the commit.
 """
 
 import argparse
@@ -129,7 +130,8 @@ def main() -> None:
     }
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(
-        f"{args.kernel}, D {args.head_dim}, {args.normalizer}; ms at T = {LENGTHS}, {TOKENS} tokens"
+        f"{args.kernel}, D {args.head_dim}, {args.normalizer}, {TOKENS} tokens. Columns: mean time over the best "
+        f"time, ms at T = {LENGTHS}, ({', '.join(LaunchShape._fields)})"
     )
     for shape in sorted(means, key=means.get):
         cells = "  ".join(f"{x:8.3f}" for x in times[shape])

@@ -61,7 +61,10 @@ def test_kernels_fit(card, capsys):
     rows = compiled(card)
     assert len(rows) == 5 * len(CASES)
     with capsys.disabled():
-        sys.stdout.write(f"\n{card}\n")
+        sys.stdout.write(
+            f"\n{card}: K, V: head dimensions; tile: BT x BS; w: warps; st: stages; registers: per thread;\n"
+            "spills: registers spilled; scratch: bytes of local memory per thread; shared: bytes of shared memory per program\n"
+        )
         heads = "K, V", "kernel", "tile", "w", "st", "registers", "spills", "scratch", "shared"
         sys.stdout.write(columns(*heads) + "\n")
         for row in rows:

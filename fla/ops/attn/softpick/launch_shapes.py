@@ -19,8 +19,9 @@ from fla.ops.attn.softpick.tiles import feature_tile
 class LaunchShape(NamedTuple):
     """Launch shape of a forward, dq or dkv kernel.
 
-    BT: rows of the program's tile. BS: rows of a tile that it streams. num_warps, num_stages, maxnreg (NVIDIA
-    only) as in Triton; maxnreg is set where slightly fewer registers fit one more program on a multiprocessor.
+    BT: rows of the tile that a program computes (queries in fwd and dq, keys in dkv). BS: rows of each tile that it
+    streams. num_warps, num_stages, maxnreg (NVIDIA only): as in Triton. maxnreg, the most registers per thread, is
+    set where slightly fewer registers fit one more program on a multiprocessor.
     """
 
     BT: int
@@ -35,8 +36,8 @@ class LaunchShape(NamedTuple):
 class DecodeShape(NamedTuple):
     """Launch shape of the decoding kernel.
 
-    programs: minimum of resident programs per multiprocessor (occupancy). BT: query rows of a program. BS: keys of
-    a tile that it streams. num_warps, num_stages, maxnreg (NVIDIA only) as in Triton.
+    programs: programs that must fit on a multiprocessor at once (occupancy). BT: query rows of a program. BS: keys of
+    each tile that it streams. num_warps, num_stages, maxnreg (NVIDIA only): as in Triton.
     """
 
     programs: int
@@ -62,6 +63,12 @@ def _shape_table(**rows: tuple[tuple[int | None, ...], ...]) -> ShapeTable:
         shapes[kernel, precision] = tuple(kind(*x) for x in row)  # pyright: ignore[reportArgumentType]  # entries of a row are plain tuples of int or None
     return shapes
 
+
+# How to read the tables below. A key is the kernel and the precision of its products: bfloat16 or float16, TF32, or
+# float32 in full. Decoding has two sets of shapes: "decode" for up to MAX_SKIPPING_ROWS query rows, "chunk" for more.
+# The four columns are head dimensions up to 64, up to 128, up to 256, and no multiple of 16. An entry of fwd, dq
+# or dkv is (BT, BS, num_warps, num_stages[, maxnreg[, HAS_DESCRIPTORS]]), one of decode or chunk is
+# (programs, BT, BS, num_warps, num_stages[, maxnreg]).
 
 # Without a bound on registers, ptxas spills a few to fit one more program; with one it does not.
 # IEEE products of float32 run on no tensor core of NVIDIA: larger tiles spill and take minutes to compile.
