@@ -14,7 +14,7 @@ EPS = 1e-6
 
 
 def plain(q, k, v, scale):
-    """The definition with loops: [B, T, H, D], one key head a query head."""
+    """The definition with loops: [B, T, H, D], one key head per query head."""
     o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
     for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         n = ((scale * k[b, : t + 1, h] @ q[b, t, h]).exp() - 1).relu()
