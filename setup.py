@@ -13,7 +13,7 @@ EVAL = [
 setup(
     name="softpick",
     version="0.1.0",
-    description="Softpick attention: Triton kernels beside flash-linear-attention, and a trainer to study them",
+    description="Softpick attention: Triton kernels next to flash-linear-attention, and a trainer to study them",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

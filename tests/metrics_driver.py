@@ -1,6 +1,6 @@
 """Trains several small runs in one process, each with its own trouble, and notes what it saw: for `test_metrics.py`.
 
-Each run of `RUNS` trains into a folder of its name and writes ``<its name>.rankN.json`` beside it.
+Each run of `RUNS` trains into a folder of its name and writes ``<its name>.rankN.json`` next to it.
 """
 
 import io

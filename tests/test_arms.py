@@ -116,7 +116,7 @@ def test_scale_is_rounded_once():
     q = torch.randn(2, 4, 300, 8, generator=generator).bfloat16()
     log_scale, n = torch.randn(4, generator=generator), torch.arange(1, 301)[None]
     exact = q.double() * (log_scale.double()[:, None] * n.double().log()[:, None])[..., None]
-    # float32 may stand beside a border of bfloat16
+    # a float32 value may be next to a rounding border of bfloat16
     torch.testing.assert_close(
         _scale_by_length(q, log_scale, n).double(), exact, rtol=1.01 * 2**-8, atol=0
     )

@@ -70,7 +70,7 @@ def test_is_the_token_stream_whatever_num_proc(text, tmp_path, monkeypatch):
     assert ends.tolist() == (np.flatnonzero(tokens == BYTE.eos_token_id) + 1).tolist()
     index = verify(one)
     assert (index["num_tokens"], index["num_documents"]) == (len(tokens), 400)
-    # nothing else is left beside the results
+    # nothing else is left next to the results
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "one", "text"]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["three"]
 

@@ -34,7 +34,7 @@ def weights_of(scores, normalizer, safe=True):
     return naive_normalized_attn(q, k, v, scale=1.0, normalizer=normalizer, safe=safe).flatten()
 
 
-# By hand, beside the formulas that every normaliser has in numerics.FORMULAS.
+# By hand, in addition to the formulas that every normaliser has in numerics.FORMULAS.
 # Scores ln 2, ln 3, -ln 2, 0: e^s = 2, 3, 1/2, 1 and e^s - 1 = 1, 2, -1/2, 0.
 CLOSED_FORMS = {
     "softpick": ([1, 2, 0, 0], 3.5 + 1e-6),
@@ -116,7 +116,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(normalizer, scale, safe)
 def test_gradcheck(normalizer):
     inputs = draw(4, K=3, V=2, HQ=2, H=1, S=5, dtype=torch.float64)
     scores = torch.einsum("bthk,bsgk->bhts", inputs.q, inputs.k)
-    assert scores.abs().min() > 1e-3, "a score stands where the normaliser has a kink"
+    assert scores.abs().min() > 1e-3, "a score is where the normaliser has a kink"
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     assert torch.autograd.gradcheck(
         lambda *qkv: naive_normalized_attn(*qkv, normalizer=normalizer), (q, k, v)

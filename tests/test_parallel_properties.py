@@ -191,7 +191,7 @@ def test_gradient_at_score_zero_is_zero(normalizer, safe, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [64, 128], ids=["pointers", "descriptors"])
 def test_offsets_beyond_32_bits(K, device):
-    # published kernels: 32-bit offsets. The second head stands 2 ** 31 elements behind the first.
+    # published kernels: 32-bit offsets. The second head starts 2 ** 31 elements after the first.
     T = 300
     inputs = draw(T, K, HQ=2, head_first=True, dtype=torch.bfloat16, device=device)
     memory = torch.empty(2**31 + 4 * T * K, dtype=torch.bfloat16, device=device)

@@ -30,7 +30,7 @@ def check(inputs, device, **kwargs):
 
 
 def scores(values, dtype=torch.float32):
-    """One query for each score of the list, which is what it gives to the key beside it; 0.5 to all others."""
+    """One query for each score of the list, which it gives to the key next to it; 0.5 to all others."""
     T = len(values)
     q, k = torch.zeros(1, T, 1, 16), torch.zeros(1, T, 1, 16)
     v, do = (x[:, :T] for x in draw(T, dtype=torch.float32)[2:])

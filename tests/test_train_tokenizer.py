@@ -56,7 +56,7 @@ def test_loads_as_trainings_tokenizer(tokenizer, tmp_path):
     assert (len(loaded), max(loaded.get_vocab().values())) == (1024, 1023)
     text = "for <|eos|> in x:"
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-    # nothing is left beside it, and others may read it as far as the umask lets them
+    # nothing is left next to it, and others may read it as far as the umask lets them
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tok"]
     assert (tmp_path / "deep" / "tok").stat().st_mode & 0o700 == 0o700
     with pytest.raises(UsageError, match=r"--out .*tok exists"):

@@ -32,7 +32,7 @@ def test_the_last_checkpoint_is_full_and_counts(whole):
     assert any(name.startswith("optimizer") for name in contents)
 
 
-# a kill loses an interval, and beside the training the steps done while the last save was being written
+# a kill loses an interval, and in addition the steps done while the last save was being written
 @pytest.mark.parametrize(
     ("mode", "bound"),
     [pytest.param("disabled", INTERVAL, marks=slow), ("async", 2 * INTERVAL)],
