@@ -1,0 +1,174 @@
+"""The arithmetic of vector instructions, element by element, on NumPy arrays.
+
+Floats are rounded as IEEE 754 says, once an instruction; `exp2`, `log2` and the reciprocal too, where a card may err
+by a unit in the last place. Those three take and give no subnormal numbers.
+"""
+
+import numpy as np
+
+TINY = np.float32(2.0**-126)
+_U = np.uint32
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c in float32, rounded once."""
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    c = np.asarray(c, np.float64)
+    total = np.asarray(product + c)
+    bits = total.view(np.uint64)
+    # the product is exact and the sum is rounded to float64, which harms where that is halfway between two float32
+    doubtful = (bits & np.uint64(0x1FFFFFFF) == 0x10000000) | (np.abs(total) < 2 * TINY)
+    if doubtful.any():
+        part = total - product
+        error = (product - (total - part)) + (c - part)
+        # an odd last bit says that there is more
+        is_even = doubtful & (bits & np.uint64(1) == 0) & (error != 0) & np.isfinite(total)
+        total = np.where(is_even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    return total.astype(np.float32)
+
+
+def flushed(x: np.ndarray) -> np.ndarray:
+    """0 of the same sign in place of subnormal numbers."""
+    return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
+
+
+def exp2(x: np.ndarray) -> np.ndarray:
+    return flushed(np.exp2(flushed(x).astype(np.float64)).astype(np.float32))
+
+
+def log2(x: np.ndarray) -> np.ndarray:
+    return np.log2(flushed(x).astype(np.float64)).astype(np.float32)
+
+
+def reciprocal(x: np.ndarray) -> np.ndarray:
+    return flushed((1.0 / flushed(x).astype(np.float64)).astype(np.float32))
+
+
+def _zeros_apart(choose, combine):
+    """minNum or maxNum, -0 below +0."""
+
+    def run(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        x = choose(a, b)
+        is_zero = x == 0
+        if is_zero.any():
+            signs = combine(np.asarray(a).view(_U), np.asarray(b).view(_U))
+            is_zero &= (a == 0) & (b == 0)
+            x = np.where(is_zero, signs.view(np.float32), x)
+        return x
+
+    return run
+
+
+maximum = _zeros_apart(np.fmax, np.bitwise_and)
+minimum = _zeros_apart(np.fmin, np.bitwise_or)
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """The upper 16 bits of a float32, rounded to nearest even, as uint32."""
+    bits = np.asarray(x).view(_U)
+    rounded = bits + _U(0x7FFF) + (bits >> _U(16) & _U(1)) >> _U(16)
+    return np.where(np.isnan(x), bits >> _U(16) | _U(0x40), rounded)
+
+
+def to_unsigned(x: np.ndarray) -> np.ndarray:
+    x = np.nan_to_num(np.asarray(x, np.float64), nan=0.0)
+    return np.clip(np.trunc(x), 0, 2.0**32 - 1).astype(np.uint32)
+
+
+def to_signed(x: np.ndarray) -> np.ndarray:
+    x = np.nan_to_num(np.asarray(x, np.float64), nan=0.0)
+    return np.clip(np.trunc(x), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+
+
+def _exponent(x: np.ndarray) -> np.ndarray:
+    return (np.asarray(x).view(_U) >> _U(23) & _U(255)).astype(np.int32)
+
+
+def div_scale(a: np.ndarray, divisor: np.ndarray, dividend: np.ndarray):
+    """a, one of the two, times a power of two so that the division neither overflows nor underflows; whether that of
+    the quotient must be undone.
+    """
+    a, divisor, dividend = np.broadcast_arrays(a, divisor, dividend)
+    up, down = np.ldexp(a, 64), np.ldexp(a, -64)
+
+    def is_subnormal(x):
+        return (x != 0) & (np.abs(x) < TINY)
+
+    is_invalid = (divisor == 0) | (dividend == 0)
+    is_large = _exponent(dividend) - _exponent(divisor) >= 96
+    is_inverse_small = is_subnormal(np.float32(1) / divisor)
+    is_quotient_small = is_subnormal(dividend / divisor)
+    is_divisor, is_dividend = a == divisor, a == dividend
+    conditions = [
+        is_invalid, is_large, is_subnormal(divisor), is_inverse_small & is_quotient_small,
+        is_inverse_small, is_quotient_small, _exponent(dividend) <= 23,
+    ]  # fmt: skip
+    results = [
+        np.full(a.shape, np.nan, np.float32), np.where(is_divisor, up, a), up, np.where(is_divisor, up, a),
+        down, np.where(is_dividend, up, a), up,
+    ]  # fmt: skip
+    flags = [False, True, False, True, False, True, False]
+    flags = [np.full(a.shape, x) for x in flags]
+    return np.select(conditions, results, a), np.select(conditions, flags, False)
+
+
+def div_fmas(a, b, c, is_scaled) -> np.ndarray:
+    """fma, times what `div_scale` divided by."""
+    x = fma(a, b, c)
+    return np.where(is_scaled, np.ldexp(x, 32), x)
+
+
+def div_fixup(quotient, divisor, dividend) -> np.ndarray:
+    """The quotient that Newton's steps gave, or what it is for numbers that they do not serve."""
+    quotient, divisor, dividend = np.broadcast_arrays(quotient, divisor, dividend)
+    sign = np.copysign(np.float32(1), divisor) * np.copysign(np.float32(1), dividend)
+    infinite, zero = np.isinf, lambda x: x == 0
+    conditions = [
+        np.isnan(dividend), np.isnan(divisor),
+        zero(divisor) & zero(dividend) | infinite(divisor) & infinite(dividend),
+        zero(divisor) | infinite(dividend), infinite(divisor) | zero(dividend),
+        _exponent(dividend) - _exponent(divisor) < -150,
+    ]  # fmt: skip
+    infinity, nothing = sign * np.float32(np.inf), sign * np.float32(0)
+    results = [dividend, divisor, -np.full(sign.shape, np.nan, np.float32), infinity, nothing, nothing]
+    return np.select(conditions, results, sign * np.abs(quotient))
+
+
+def permuted_bytes(a, b, selector) -> np.ndarray:
+    """Four bytes that the selector's four choose from those of b (0 to 3) and a (4 to 7)."""
+    data = np.asarray(a).astype(np.uint64) << np.uint64(32) | np.asarray(b)
+    result = np.uint32(0)
+    for i in range(4):
+        choice = np.asarray(selector) >> _U(8 * i) & _U(255)
+        byte = data >> (choice & _U(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
+        if (choice >= 8).any():
+            # 8 to 11: the sign of bytes 1, 3, 5 and 7
+            sign = data >> ((choice & _U(3)) * _U(16) + _U(15)).astype(np.uint64) & np.uint64(1)
+            byte = np.where(choice >= 8, sign * np.uint64(255), byte)
+            byte = np.where(choice == 12, np.uint64(0), np.where(choice > 12, np.uint64(255), byte))
+        result = result | byte.astype(np.uint32) << _U(8 * i)
+    return result
+
+
+def bit_table(table: int):
+    """Function of the bits of a, b and c whose value for them is bit 4 a + 2 b + c of the table."""
+
+    def run(a, b, c):
+        result = np.uint32(0)
+        for i in range(8):
+            if table >> i & 1:
+                result = result | (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+        return result
+
+    return run
+
+
+def field(x, offset, width) -> np.ndarray:
+    """width bits of x from offset on, extended by the sign of the type of x."""
+    kind = x.dtype.type
+    offset, width = (np.asarray(n) & _U(31) for n in (offset, width))
+    x = x >> offset.astype(kind) & ((kind(1) << width.astype(kind)) - kind(1))
+    if kind is np.uint32:
+        return x
+    sign = np.where(width > 0, np.int32(1) << (width.astype(np.int32) - 1 & 31), np.int32(0))
+    return (x ^ sign) - sign

@@ -1,0 +1,75 @@
+"""Lets the project's launchers launch on a card that is not there: kernels compile for it and run in the emulator.
+
+Tensors are those of the CPU. Not in a process that interprets kernels, since such a one cannot compile them.
+"""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from offline_compilation import CARDS, OfflineDriver
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from amd.decode import load
+from amd.memory import Tensors
+from amd.run import Program, run
+from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel
+
+_FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "u32": "I", "u64": "Q"}
+
+
+def _arguments(signature: dict[str, str], values: dict[str, object], tensors: Tensors) -> bytes:
+    """The kernel's arguments as it finds them in memory: those that are compiled in are left out, two pointers follow."""
+    data = b""
+    for name, kind in signature.items():
+        value = values[name]
+        if kind == "constexpr":
+            continue
+        if kind.startswith("*"):
+            assert isinstance(value, torch.Tensor), name
+            value, form = tensors.add(name, value), "Q"
+        else:
+            form = _FORMATS[kind]
+        size = struct.calcsize(form)
+        data += bytes(-len(data) % size) + struct.pack("<" + form, value)
+    # of memory that Triton gives to kernels that ask for it, which ours do not
+    return data + bytes(-len(data) % 8) + bytes(16)
+
+
+@contextmanager
+def emulated(card: str) -> Iterator[list[str]]:
+    """While it lasts launches run in the emulator; gives the names of the kernels that were launched."""
+    launched: list[str] = []
+    programs: dict[int, Program] = {}
+
+    def getitem(kernel, grid):
+        def launch(*args, **kwargs):
+            binary = kernel.warmup(*args, grid=grid, **kwargs)
+            name = binary.metadata.name
+            if id(binary) not in programs:
+                programs[id(binary)] = Program(load(binary.asm["hsaco"], name), card)
+            program, tensors = programs[id(binary)], Tensors()
+            values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            data = _arguments(binary.src.signature, values, tensors)
+            assert len(data) >= program.object.kernarg_size, (len(data), program.object)
+            launched.append(name)
+            run(
+                program, tensors, data, grid[0], binary.metadata.num_warps, binary.metadata.shared
+            )
+            return binary
+
+        return launch
+
+    launch_shapes.architecture.cache_clear()
+    with (
+        mock.patch.object(driver, "_active", OfflineDriver(CARDS[card].target)),
+        mock.patch.object(KernelInterface, "__getitem__", getitem),
+        # few, so that decoding splits short sequences too
+        mock.patch.object(decoding_kernels, "num_processors", return_value=4),
+        mock.patch.object(parallel, "IS_INTERPRETED", True),
+    ):
+        yield launched
+    launch_shapes.architecture.cache_clear()
