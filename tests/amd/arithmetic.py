@@ -130,7 +130,14 @@ def div_fixup(quotient, divisor, dividend) -> np.ndarray:
         _exponent(dividend) - _exponent(divisor) < -150,
     ]  # fmt: skip
     infinity, nothing = sign * np.float32(np.inf), sign * np.float32(0)
-    results = [dividend, divisor, -np.full(sign.shape, np.nan, np.float32), infinity, nothing, nothing]
+    results = [
+        dividend,
+        divisor,
+        -np.full(sign.shape, np.nan, np.float32),
+        infinity,
+        nothing,
+        nothing,
+    ]
     return np.select(conditions, results, sign * np.abs(quotient))
 
 

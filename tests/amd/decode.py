@@ -6,10 +6,9 @@ The bit fields of instructions come from the package tinygrad, their meaning fro
 import re
 import struct
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 from tinygrad.renderer.amd import decode_inst
+from tinygrad.renderer.amd.dsl import AlignedSGPRField, Inst, SRsrcField, VGPRField
 from tinygrad.runtime.autogen.amd.cdna.enum import VOP3POp
 
 # Numbers of operands in encodings: registers of lanes from here on, then accumulator registers in our numbering.
@@ -36,35 +35,70 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Instruction:
-    """A decoded instruction. `field` reads its bit fields, `operand` gives the number of an operand."""
+    """A decoded instruction. encoding: tinygrad's class, which names the bit fields. bits: all of it."""
 
     name: str
+    encoding: type[Inst]
     pc: int
-    size: int
-    raw: Any
+    bits: int
     card: str
 
-    @cached_property
+    @property
     def form(self) -> str:
-        """Its encoding: "VOP2", "VOP2_SDWA", "DS", ..."""
-        return type(self.raw).__name__
+        """ "VOP2", "VOP2_SDWA", "DS", ..."""
+        return self.encoding.__name__
+
+    @property
+    def size(self) -> int:
+        return self.encoding._size()
+
+    def has(self, name: str) -> bool:
+        return hasattr(self.encoding, name)
 
     def field(self, name: str, default: int = 0) -> int:
-        return getattr(self.raw, name) if hasattr(type(self.raw), name) else default
+        """Bits of this name, the default in an encoding without them."""
+        field = getattr(self.encoding, name, None)
+        return default if field is None else self.bits >> field.lo & field.mask
 
-    def operand(self, name: str) -> int | None:
-        """Number of an operand, None if the encoding has none of that name."""
-        for candidate in (f"v{name}", f"s{name}", name):
-            if hasattr(type(self.raw), candidate):
-                return getattr(self.raw, candidate).offset
-        return None
+    def operand(self, *names: str) -> int:
+        """Number of the register or constant in the first of these fields that the encoding has."""
+        field = next(getattr(self.encoding, name) for name in names if self.has(name))
+        bits = self.bits >> field.lo & field.mask
+        if isinstance(field, AlignedSGPRField):
+            return bits * (4 if isinstance(field, SRsrcField) else 2)
+        return bits + (FIRST_VECTOR if isinstance(field, VGPRField) else 0)
 
     @property
     def literal(self) -> int | None:
-        return getattr(self.raw, "literal", None)
+        return self.field("literal") if self.has("literal") else None
 
     def __str__(self) -> str:
-        return f"{self.raw} at byte {self.pc:#x}"
+        text = self.encoding.from_bytes(self.bits.to_bytes(self.size, "little"))
+        return f"{text} at byte {self.pc:#x}"
+
+
+_encodings: dict[tuple[int, ...], tuple[type[Inst], str]] = {}
+
+
+def _encoding(data: bytes) -> tuple[type[Inst], str]:
+    """Encoding and name; found once for instructions that differ in registers alone, since a search takes long."""
+    (word,) = struct.unpack_from("<I", data)
+    if word >> 31 == 0:
+        # VOP2, VOPC and VOP1 with their opcodes; the first operand may announce SDWA, DPP or a literal
+        opcode = {0x3E: word >> 17 & 0xFF, 0x3F: word >> 9 & 0xFF}.get(word >> 25, 0)
+        key = word >> 25, opcode, word & 0x1FF if word & 0x1FF in (249, 250, 255) else 0
+    elif word >> 30 == 0b10:
+        # scalar: SOP1, SOPC and SOPP have their opcodes further down
+        shift = {0b101111101: 8, 0b101111110: 16, 0b101111111: 16}.get(word >> 23)
+        opcode = word >> shift & (0xFF if shift == 8 else 0x7F) if shift else 0
+        key = word >> 23, opcode, (word & 0xFF == 255) | (word >> 8 & 0xFF == 255)
+    else:
+        key = word >> 16, word >> 14 & 3
+    if key not in _encodings:
+        instruction = decode_inst(data, "cdna")
+        name = re.sub("_E(32|64)$", "", instruction.op_name)
+        _encodings[key] = type(instruction), _NAMES.get(name, name)
+    return _encodings[key]
 
 
 def decode(code: bytes, pc: int, card: str) -> Instruction:
@@ -75,12 +109,11 @@ def decode(code: bytes, pc: int, card: str) -> Instruction:
         number = word >> 16 & 0x7F
         word = word & ~(0x7F << 16) | _GFX90A_MATRIX.get(number, number) << 16
         data = struct.pack("<I", word) + data[4:]
-    raw = decode_inst(data, "cdna")
-    name = re.sub("_E(32|64)$", "", raw.op_name)
-    name = _NAMES.get(name, name)
+    encoding, name = _encoding(data)
     if card == "gfx90a":
         name = _GFX90A_NAMES.get(name, name)
-    return Instruction(name, pc, raw.size(), raw, card)
+    bits = int.from_bytes(data[: encoding._size()], "little")
+    return Instruction(name, encoding, pc, bits, card)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,18 @@ _LANE = np.arange(LANES)
 
 def local_memory(op: Instruction) -> Step | None:
     """DS_READ*, DS_WRITE*."""
-    match = re.fullmatch(
-        r"DS_(READ|WRITE)(2|2ST64)?_([A-Z]\d+)(_D16_HI)?(_TR_B16)?", op.name
-    )
+    match = re.fullmatch(r"DS_(READ|WRITE)(2|2ST64)?_([A-Z]\d+)(_D16_HI)?(_TR_B16)?", op.name)
     if match is None or match[3] not in _SIZES:
         return None
     action, two, kind, is_high, is_transposed = match.groups()
-    if (kind in ("U8", "U16")) != (action == "READ" and _SIZES[kind] < 4) or is_high and action == "READ":
+    if (
+        (kind in ("U8", "U16")) != (action == "READ" and _SIZES[kind] < 4)
+        or is_high
+        and action == "READ"
+    ):
         return None
     num_bytes = _SIZES[kind]
-    read_at = vector(op.raw.addr.offset, None, "u")
+    read_at = vector(op.operand("addr"), None, "u")
     offsets = [op.field("offset0"), op.field("offset1")]
     if two:
         scale = num_bytes * (64 if two == "2ST64" else 1)
@@ -32,8 +34,8 @@ def local_memory(op: Instruction) -> Step | None:
     else:
         offsets = [np.int64(offsets[0] | offsets[1] << 8)]
     count = _count(num_bytes)
-    into = _data(op, "dst")
-    sources = [op.raw.data0.offset, op.raw.data1.offset]
+    into = _data(op, "vdst")
+    sources = [op.operand("data0"), op.operand("data1")]
     sources = [x - FIRST_VECTOR + ACCUMULATORS * op.field("acc") for x in sources]
 
     def write(w: Waves) -> None:
@@ -45,7 +47,9 @@ def local_memory(op: Instruction) -> Step | None:
 
     def read(w: Waves) -> None:
         # all is read before a register is written: the address may be in one of them
-        registers = [x for offset in offsets for x in w.local.read(w, read_at(w) + offset, num_bytes)]
+        registers = [
+            x for offset in offsets for x in w.local.read(w, read_at(w) + offset, num_bytes)
+        ]
         if is_transposed:
             registers = _transposed(registers)
         for j, x in enumerate(registers):
@@ -72,9 +76,9 @@ def _from_lanes(w: Waves, x: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 def permute(op: Instruction) -> Step | None:
     """DS_BPERMUTE_B32, DS_SWIZZLE_B32."""
-    into, read = _data(op, "dst"), vector(op.raw.data0.offset, None, "u")
+    into, read = _data(op, "vdst"), vector(op.operand("data0"), None, "u")
     offset = op.field("offset0") | op.field("offset1") << 8
-    read_at = vector(op.raw.addr.offset, None, "u")
+    read_at = vector(op.operand("addr"), None, "u")
     if op.name == "DS_BPERMUTE_B32":
 
         def step(w: Waves) -> None:
@@ -129,7 +133,7 @@ def dpp(op: Instruction):
     bank = 1 << (_LANE & 15) // 4
     enabled = (op.field("row_mask") >> _LANE // 16 & 1 != 0) & (op.field("bank_mask") & bank != 0)
     is_zero_outside = bool(op.field("bc"))
-    register = op.raw.vsrc0.offset - FIRST_VECTOR
+    register = op.operand("vsrc0") - FIRST_VECTOR
 
     def read(w: Waves) -> tuple[np.ndarray, np.ndarray]:
         valid = exists & w.live[:, source]
@@ -147,7 +151,7 @@ def swap(op: Instruction) -> Step | None:
         return None
     size = int(match[1])
     odd = _LANE[_LANE // size % 2 == 1]
-    first, second = op.raw.vdst.offset - FIRST_VECTOR, op.raw.src0.offset - FIRST_VECTOR
+    first, second = op.operand("vdst") - FIRST_VECTOR, op.operand("src0") - FIRST_VECTOR
 
     def step(w: Waves) -> None:
         assert w.is_full, "lanes that do not execute"
@@ -163,9 +167,9 @@ def lane_access(op: Instruction) -> Step | None:
     if op.name not in ("V_READFIRSTLANE_B32", "V_READLANE_B32", "V_WRITELANE_B32"):
         return None
     # encodings of VOP1 and VOP3 give a scalar register the number of a vector register
-    into = op.raw.vdst.offset - FIRST_VECTOR
-    read = vector(op.raw.src0.offset, op.literal, "u")
-    read_lane = None if op.name == "V_READFIRSTLANE_B32" else scalar(op.raw.src1.offset, None, "u")
+    into = op.operand("vdst") - FIRST_VECTOR
+    read = vector(op.operand("src0"), op.literal, "u")
+    read_lane = None if op.name == "V_READFIRSTLANE_B32" else scalar(op.operand("src1"), None, "u")
 
     def lanes(w: Waves) -> np.ndarray:
         if read_lane is None:
@@ -181,4 +185,3 @@ def lane_access(op: Instruction) -> Step | None:
         w.v[into][np.arange(len(w.index)), lanes(w)] = x[..., 0] if np.ndim(x) else x
 
     return write_step if op.name == "V_WRITELANE_B32" else read_step
-

@@ -44,13 +44,13 @@ def build(op: Instruction) -> Step | None:
     count = K // groups // (2 if kind in ("F16", "BF16") else 1)
     assert not (op.field("cbsz") or op.field("abid") or op.field("blgp")), "a broadcast"
     acc, is_accumulator = op.field("acc"), op.field("acc_cd")
-    a = op.raw.src0.offset - FIRST_VECTOR + ACCUMULATORS * (acc & 1)
-    b = op.raw.src1.offset - FIRST_VECTOR + ACCUMULATORS * (acc >> 1)
-    c = op.raw.src2.offset
+    a = op.operand("src0") - FIRST_VECTOR + ACCUMULATORS * (acc & 1)
+    b = op.operand("src1") - FIRST_VECTOR + ACCUMULATORS * (acc >> 1)
+    c = op.operand("src2")
     c_value = constant(c, None, "f")
     if c_value is None:
         c += ACCUMULATORS * is_accumulator - FIRST_VECTOR
-    d = op.raw.vdst.offset - FIRST_VECTOR + ACCUMULATORS * is_accumulator
+    d = op.operand("vdst") - FIRST_VECTOR + ACCUMULATORS * is_accumulator
     size = M * M // LANES
     # AMD says of MI200 alone that its products of 16 bits take subnormal numbers as 0, and give 0 for them
     is_flushed = op.card == "gfx90a" and kind in ("F16", "BF16")

@@ -268,9 +268,7 @@ class Tensors:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             for offset, flat in self._storages.values():
-                flat.copy_(
-                    torch.from_numpy(self.words.view(np.uint8)[offset : offset + len(flat)])
-                )
+                flat.copy_(torch.from_numpy(self.words.view(np.uint8)[offset : offset + len(flat)]))
 
     def _offsets(self, at: np.ndarray, live: np.ndarray, num_bytes: int, idle: int) -> np.ndarray:
         offset = np.where(live, at.astype(np.int64) - self.BASE, idle)
@@ -298,9 +296,7 @@ class Tensors:
         return gather(self.words, self._offsets(at, live, num_bytes, self._ZEROS), num_bytes)
 
     def write(self, at, live, num_bytes: int, registers: list[np.ndarray]) -> None:
-        scatter(
-            self.words, self._offsets(at, live, num_bytes, self._BIN), num_bytes, registers
-        )
+        scatter(self.words, self._offsets(at, live, num_bytes, self._BIN), num_bytes, registers)
 
 
 class Local:
@@ -334,9 +330,9 @@ _SIZES = {
 }  # fmt: skip
 
 
-def _data(op: Instruction, name: str, acc: str = "acc") -> int:
+def _data(op: Instruction, name: str) -> int:
     """The vector register that a memory instruction reads or writes."""
-    return op.operand(name) - FIRST_VECTOR + ACCUMULATORS * op.field(acc)
+    return op.operand(name) - FIRST_VECTOR + ACCUMULATORS * op.field("acc")
 
 
 def _count(num_bytes: int) -> int:
@@ -348,10 +344,12 @@ def scalar_load(op: Instruction) -> Step | None:
     if not op.name.startswith("S_LOAD_DWORD"):
         return None
     num_bytes = _SIZES[op.name.removeprefix("S_LOAD_")]
-    base, into = op.operand("base"), op.operand("data")
-    offset = np.int64((op.field("offset") & 0x1FFFFF ^ 0x100000) - 0x100000) if op.field("imm") else 0
+    base, into = op.operand("sbase"), op.operand("sdata")
+    offset = (
+        np.int64((op.field("offset") & 0x1FFFFF ^ 0x100000) - 0x100000) if op.field("imm") else 0
+    )
     read_base = scalar(base, None, "I")
-    read_offset = scalar(op.operand("offset"), None, "u") if op.field("soffset_en") else None
+    read_offset = scalar(op.operand("soffset"), None, "u") if op.field("soffset_en") else None
 
     def step(w: Waves) -> None:
         at = read_base(w) + offset
@@ -368,14 +366,21 @@ def buffer(op: Instruction) -> Step | None:
     """BUFFER_LOAD_* and BUFFER_STORE_*: offsets past the end of the buffer read 0 and write nothing."""
     _, action, *kind = op.name.split("_")
     kind = "_".join(kind)
-    if action not in ("LOAD", "STORE") or kind not in _SIZES or kind in ("BYTE", "SHORT") and action == "LOAD":
+    if (
+        action not in ("LOAD", "STORE")
+        or kind not in _SIZES
+        or kind in ("BYTE", "SHORT")
+        and action == "LOAD"
+    ):
         return None
     assert not op.field("idxen"), "an index"
     assert not op.field("lds"), "a load to local memory"
     num_bytes = _SIZES[kind]
-    resource, register = op.operand("rsrc"), _data(op, "data")
-    read_offset = vector(op.operand("addr"), None, "u") if op.field("offen") else lambda w: np.uint32(0)
-    read_base = scalar(op.raw.soffset.offset, op.literal, "u")
+    resource, register = op.operand("srsrc"), _data(op, "vdata")
+    read_offset = (
+        vector(op.operand("vaddr"), None, "u") if op.field("offen") else lambda w: np.uint32(0)
+    )
+    read_base = scalar(op.operand("soffset"), op.literal, "u")
     fixed = np.int64(op.field("offset"))
 
     def step(w: Waves) -> None:
@@ -404,10 +409,10 @@ def flat(op: Instruction) -> Step | None:
     if kind in ("BYTE", "SHORT") and action == "LOAD":
         return None
     num_bytes = _SIZES[kind]
-    base = op.raw.saddr.offset
+    base = op.operand("saddr")
     fixed = np.int64((op.field("offset") & 0x1FFF ^ 0x1000) - 0x1000)
-    register = _data(op, "dst" if action == "LOAD" else "data")
-    address = op.raw.addr.offset
+    register = _data(op, "vdst" if action == "LOAD" else "data")
+    address = op.operand("addr")
     if base in (124, 125, 127):
         read_at = vector(address, None, "I")
     else:
@@ -419,7 +424,9 @@ def flat(op: Instruction) -> Step | None:
     def step(w: Waves) -> None:
         at = read_at(w) + fixed
         if action == "STORE":
-            w.tensors.write(at, w.live, num_bytes, [w.v[register + j] for j in range(_count(num_bytes))])
+            w.tensors.write(
+                at, w.live, num_bytes, [w.v[register + j] for j in range(_count(num_bytes))]
+            )
             return
         for j, x in enumerate(w.tensors.read(at, w.live, num_bytes)):
             w.set_vector(register + j, x)

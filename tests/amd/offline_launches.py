@@ -18,7 +18,16 @@ from amd.memory import Tensors
 from amd.run import Program, run
 from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel
 
-_FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "u32": "I", "u64": "Q"}
+_FORMATS = {
+    "i1": "b",
+    "i8": "b",
+    "i16": "h",
+    "i32": "i",
+    "i64": "q",
+    "fp32": "f",
+    "u32": "I",
+    "u64": "Q",
+}
 
 
 def _arguments(signature: dict[str, str], values: dict[str, object], tensors: Tensors) -> bytes:
@@ -56,9 +65,7 @@ def emulated(card: str) -> Iterator[list[str]]:
             data = _arguments(binary.src.signature, values, tensors)
             assert len(data) >= program.object.kernarg_size, (len(data), program.object)
             launched.append(name)
-            run(
-                program, tensors, data, grid[0], binary.metadata.num_warps, binary.metadata.shared
-            )
+            run(program, tensors, data, grid[0], binary.metadata.num_warps, binary.metadata.shared)
             return binary
 
         return launch

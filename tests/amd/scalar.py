@@ -129,6 +129,9 @@ _SAVE_EXEC = {
 }
 
 
+_SOURCES = "ssrc0", "ssrc1"
+
+
 def _write(w: Waves, register: int, x: np.ndarray) -> None:
     x = np.asarray(x)
     if x.dtype.itemsize == 8:
@@ -159,15 +162,15 @@ def build(op: Instruction) -> Step | None:
     if op.form.startswith("SOPC"):
         kinds, compare = _comparison(op)
         read = [
-            scalar(x.offset, op.literal, kind)
-            for x, kind in zip((op.raw.ssrc0, op.raw.ssrc1), kinds, strict=True)
+            scalar(op.operand(name), op.literal, kind)
+            for name, kind in zip(_SOURCES, kinds, strict=True)
         ]
         return lambda w: _flag(w, compare(read[0](w), read[1](w)))
     if op.form.startswith("SOPK"):
         return _with_constant(op)
-    into = op.raw.sdst.offset
+    into = op.operand("sdst")
     if op.name in _SAVE_EXEC:
-        function, read = _SAVE_EXEC[op.name], scalar(op.raw.ssrc0.offset, op.literal, "U")
+        function, read = _SAVE_EXEC[op.name], scalar(op.operand("ssrc0"), op.literal, "U")
 
         def save_exec(w: Waves) -> None:
             before = pair(w.s[EXEC], w.s[EXEC + 1])
@@ -179,15 +182,15 @@ def build(op: Instruction) -> Step | None:
         return save_exec
     if op.name in ("S_CSELECT_B32", "S_CSELECT_B64"):
         kind = "u" if op.name.endswith("32") else "U"
-        first, second = (scalar(x.offset, op.literal, kind) for x in (op.raw.ssrc0, op.raw.ssrc1))
+        first, second = (scalar(op.operand(x), op.literal, kind) for x in _SOURCES)
         return lambda w: _write(w, into, np.where(w.scc, first(w), second(w)))
     if op.name not in _TWO and op.name not in _ONE:
         return None
     kinds, function, flag, *with_scc = (_TWO | _ONE)[op.name]
-    sources = [op.raw.ssrc0, op.raw.ssrc1] if op.name in _TWO else [op.raw.ssrc0]
-    read = [scalar(x.offset, op.literal, k) for x, k in zip(sources, kinds[:-1], strict=True)]
+    sources = [op.operand(x) for x in _SOURCES[: len(kinds) - 1]]
+    read = [scalar(x, op.literal, kind) for x, kind in zip(sources, kinds, strict=False)]
     # constants alone give no array
-    is_constant = all(constant(x.offset, op.literal, "u") is not None for x in sources)
+    is_constant = all(constant(x, op.literal, "u") is not None for x in sources)
 
     def step(w: Waves) -> None:
         operands = [x(w) for x in read]
@@ -208,7 +211,7 @@ def build(op: Instruction) -> Step | None:
 
 def _with_constant(op: Instruction) -> Step | None:
     """SOPK: the second operand is in the instruction."""
-    into, x = op.raw.sdst.offset, op.field("simm16")
+    into, x = op.operand("sdst"), op.field("simm16")
     signed = np.int32((x ^ 0x8000) - 0x8000)
     if op.name == "S_MOVK_I32":
         return lambda w: _write(w, into, np.broadcast_to(signed, w.index.shape))

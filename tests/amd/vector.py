@@ -143,12 +143,11 @@ def _modified(read: Callable, is_absolute: bool, is_negative: bool) -> Callable:
 
 def operands(op: Instruction, kinds: str) -> list[Callable[[Waves], np.ndarray]]:
     """What reads the operands of these types, with the modifiers of the encoding."""
-    raw, form = op.raw, op.form
+    form = op.form
     names = [("vsrc0", "src0"), ("vsrc1", "src1"), ("src2",)]
     reads = []
     for i, kind in enumerate(kinds):
-        name = next(x for x in names[i] if hasattr(type(raw), x))
-        number = getattr(raw, name).offset
+        number = op.operand(*names[i])
         is_half = kind in "wh" and op.field("opsel") >> i & 1 and form.startswith("VOP3")
         if "SDWA" in form:
             # a bit of the encoding says that the operand is a scalar register
@@ -199,12 +198,12 @@ def _outputs(op: Instruction, kind: str) -> Callable:
 
 
 def _carry_register(op: Instruction) -> int:
-    return op.raw.sdst.offset if hasattr(type(op.raw), "sdst") else VCC
+    return op.operand("sdst") if op.has("sdst") else VCC
 
 
 def _with_carry(op: Instruction) -> Step | None:
     """Additions and subtractions with carries of lanes, V_MAD_U64_U32 and V_DIV_SCALE_F32."""
-    into = op.raw.vdst.offset - FIRST_VECTOR
+    into = op.operand("vdst") - FIRST_VECTOR
     if op.name == "V_DIV_SCALE_F32":
         reads = operands(op, "fff")
 
@@ -225,7 +224,7 @@ def _with_carry(op: Instruction) -> Step | None:
             reads = reads[::-1]
         carry_in = None
         if op.name[5] in "CB":
-            carry_in = VCC if op.form.startswith("VOP2") else op.raw.src2.offset
+            carry_in = VCC if op.form.startswith("VOP2") else op.operand("src2")
         is_addition = op.name.startswith("V_ADD")
 
         def function(w, a, b):
@@ -256,9 +255,9 @@ def _compare(op: Instruction) -> Step | None:
     compare, (first, second) = _COMPARISONS[name], operands(op, 2 * _KINDS[kind])
     into = VCC
     if op.form == "VOP3_SDST":
-        into = op.raw.vdst.offset
+        into = op.operand("vdst")
     elif "SDWA" in op.form and op.field("sd"):
-        into = op.raw.sdst.offset
+        into = op.operand("sdst")
     return lambda w: w.set_mask(into, compare(first(w), second(w)) & w.live)
 
 
@@ -271,7 +270,7 @@ def _packed(op: Instruction) -> Step | None:
     if op.name not in functions:
         return None
     kinds, function = functions[op.name]
-    into = op.raw.vdst.offset - FIRST_VECTOR
+    into = op.operand("vdst") - FIRST_VECTOR
     high_bits = op.field("opsel_hi") | op.field("opsel_hi2") << 2
     halves = []
     for is_high in False, True:
@@ -279,7 +278,7 @@ def _packed(op: Instruction) -> Step | None:
         negated = op.field("neg_hi" if is_high else "neg")
         reads = []
         for i, kind in enumerate(kinds):
-            number = getattr(op.raw, f"src{i}").offset
+            number = op.operand(f"src{i}")
             is_register = number < 128 or number >= FIRST_VECTOR
             read = vector(number + (chosen >> i & 1 if is_register else 0), op.literal, kind)
             reads.append(_modified(read, False, kind == "f" and bool(negated >> i & 1)))
@@ -287,9 +286,7 @@ def _packed(op: Instruction) -> Step | None:
     if function is None:
         low, high = halves[0][0], halves[0][1]
         return lambda w: _write_pair(w, into, low(w), high(w))
-    return lambda w: _write_pair(
-        w, into, *(function(*(x(w) for x in reads)) for reads in halves)
-    )
+    return lambda w: _write_pair(w, into, *(function(*(x(w) for x in reads)) for reads in halves))
 
 
 def _write_pair(w: Waves, into: int, low: np.ndarray, high: np.ndarray) -> None:
@@ -303,11 +300,11 @@ def _mixed(op: Instruction) -> Step | None:
     """V_FMA_MIX*: an fma whose operands are float32 or halves of registers."""
     if not op.name.startswith("V_FMA_MIX"):
         return None
-    into = op.raw.vdst.offset - FIRST_VECTOR
+    into = op.operand("vdst") - FIRST_VECTOR
     is_half = op.field("opsel_hi") | op.field("opsel_hi2") << 2
     reads = []
     for i in range(3):
-        number = getattr(op.raw, f"src{i}").offset
+        number = op.operand(f"src{i}")
         if is_half >> i & 1:
             selection = 5 if op.field("opsel") >> i & 1 else 4
             read = _cast(_select(vector(number, None, "u"), selection, False), "h")
@@ -335,7 +332,7 @@ def _accumulator_moves(op: Instruction) -> Step | None:
     """V_ACCVGPR_READ, _WRITE, _MOV_B32."""
     if not op.name.startswith("V_ACCVGPR_"):
         return None
-    into, number = op.raw.vdst.offset - FIRST_VECTOR, op.raw.src0.offset
+    into, number = op.operand("vdst") - FIRST_VECTOR, op.operand("src0")
     if "READ" not in op.name:
         into += ACCUMULATORS
     if "WRITE" not in op.name:
@@ -346,9 +343,9 @@ def _accumulator_moves(op: Instruction) -> Step | None:
 
 def _others(op: Instruction) -> tuple[str, Callable, list[Callable]] | None:
     """Instructions that take more than operands: types, function, what reads more arguments."""
-    into = op.raw.vdst.offset
+    into = op.operand("vdst")
     if op.name == "V_CNDMASK_B32":
-        register = op.raw.src2.offset if op.form == "VOP3" else VCC
+        register = op.operand("src2") if op.form == "VOP3" else VCC
         return "fff", lambda a, b, m: np.where(m, b, a), [lambda w: w.mask(register)]
     if op.name == "V_BITOP3_B32":
         table = op.field("omod") << 6 | op.field("abs") << 3 | op.field("neg")
@@ -374,7 +371,7 @@ def build(op: Instruction) -> Step | None:
     kinds, function, more = _others(op) or (*_TABLE.get(op.name, ("", _same)), [])
     if not kinds:
         return None
-    into = op.raw.vdst.offset - FIRST_VECTOR
+    into = op.operand("vdst") - FIRST_VECTOR
     reads = operands(op, kinds[:-1])
     finish = _outputs(op, kinds[-1])
     if "DPP" in op.form:
@@ -388,9 +385,11 @@ def build(op: Instruction) -> Step | None:
 
 def _dpp_step(op, kinds, function, reads, more, finish) -> Step:
     """An instruction whose first operand comes from other lanes."""
-    read_first, into = dpp(op), op.raw.vdst.offset - FIRST_VECTOR
+    read_first, into = dpp(op), op.operand("vdst") - FIRST_VECTOR
     modify = _modified(
-        lambda x: x, kinds[0] in "fh" and bool(op.field("src0_abs")), kinds[0] in "fh" and bool(op.field("src0_neg"))
+        lambda x: x,
+        kinds[0] in "fh" and bool(op.field("src0_abs")),
+        kinds[0] in "fh" and bool(op.field("src0_neg")),
     )
     cast = _cast(lambda x: x, kinds[0])
 
