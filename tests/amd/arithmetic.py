@@ -63,6 +63,12 @@ maximum = _zeros_apart(np.fmax, np.bitwise_and)
 minimum = _zeros_apart(np.fmin, np.bitwise_or)
 
 
+def median(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The smallest number if one of them is none."""
+    x = maximum(minimum(a, b), minimum(maximum(a, b), c))
+    return np.where(np.isnan(a) | np.isnan(b) | np.isnan(c), minimum(minimum(a, b), c), x)
+
+
 def bfloat16(x: np.ndarray) -> np.ndarray:
     """The upper 16 bits of a float32, rounded to nearest even, as uint32."""
     bits = np.asarray(x).view(_U)
@@ -73,11 +79,6 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
 def to_unsigned(x: np.ndarray) -> np.ndarray:
     x = np.nan_to_num(np.asarray(x, np.float64), nan=0.0)
     return np.clip(np.trunc(x), 0, 2.0**32 - 1).astype(np.uint32)
-
-
-def to_signed(x: np.ndarray) -> np.ndarray:
-    x = np.nan_to_num(np.asarray(x, np.float64), nan=0.0)
-    return np.clip(np.trunc(x), -(2.0**31), 2.0**31 - 1).astype(np.int32)
 
 
 def _exponent(x: np.ndarray) -> np.ndarray:
@@ -170,12 +171,29 @@ def bit_table(table: int):
     return run
 
 
-def field(x, offset, width) -> np.ndarray:
+def bit_field(x, offset, width) -> np.ndarray:
     """width bits of x from offset on, extended by the sign of the type of x."""
     kind = x.dtype.type
-    offset, width = (np.asarray(n) & _U(31) for n in (offset, width))
-    x = x >> offset.astype(kind) & ((kind(1) << width.astype(kind)) - kind(1))
+    offset, width = ((n & _U(31)).astype(kind) for n in (offset, width))
+    x = x >> offset & ((kind(1) << width) - kind(1))
     if kind is np.uint32:
         return x
-    sign = np.where(width > 0, np.int32(1) << (width.astype(np.int32) - 1 & 31), np.int32(0))
+    sign = np.where(width > 0, kind(1) << (width - kind(1) & kind(31)), kind(0))
     return (x ^ sign) - sign
+
+
+def reversed_bits(x) -> np.ndarray:
+    data = np.ascontiguousarray(x)[..., None].view(np.uint8)
+    bits = np.unpackbits(data, axis=-1, bitorder="little")
+    return np.packbits(bits[..., ::-1], axis=-1, bitorder="little").view(_U)[..., 0]
+
+
+def packed_halves(low, high) -> np.ndarray:
+    low, high = (np.asarray(x).view(np.uint16).astype(_U) for x in (low, high))
+    return low | high << _U(16)
+
+
+def multiply_add(a, b, c):
+    """a * b + c in 64 bits, and whether the sum overflows."""
+    product = a.astype(np.uint64) * b
+    return product + c, product + c < product

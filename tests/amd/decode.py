@@ -3,6 +3,7 @@
 The bit fields of instructions come from the package tinygrad, their meaning from the other files of this folder.
 """
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ from tinygrad.runtime.autogen.amd.cdna.enum import VOP3POp
 # Numbers of operands in encodings: registers of lanes from here on, then accumulator registers in our numbering.
 FIRST_VECTOR = 256
 ACCUMULATORS = 256
-VCC, M0, EXEC, SCC, LITERAL = 106, 124, 126, 253, 255
+VCC, EXEC, SCC, LITERAL = 106, 126, 253, 255
 # A float constant has the bits of its operand's type.
-FLOAT_CONSTANTS = {240: 0.5, 241: -0.5, 242: 1.0, 243: -1.0, 244: 2.0, 245: -2.0, 246: 4.0, 247: -4.0}  # fmt: skip
-INVERSE_TWO_PI = 248
+FLOAT_CONSTANTS = {240: 0.5, 241: -0.5, 242: 1.0, 243: -1.0, 244: 2.0, 245: -2.0, 246: 4.0, 247: -4.0, 248: 0.5 / math.pi}  # fmt: skip
 
 # gfx90a numbers its products of bfloat16 apart; the later cards' instructions of the same meaning
 _GFX90A_MATRIX = {
@@ -25,7 +25,7 @@ _GFX90A_MATRIX = {
     103: VOP3POp.V_MFMA_F32_16X16X16_BF16.value,
 }
 # opcodes with another name on a card than in the table
-_GFX90A_NAMES = {"V_FMAMK_F32": "V_MADMK_F32", "V_FMAAK_F32": "V_MADAK_F32"}
+_GFX90A_NAMES = {"V_FMAMK_F32": "V_MADMK_F32"}
 _NAMES = {
     "V_MAD_MIX_F32": "V_FMA_MIX_F32",
     "V_MAD_MIXLO_F16": "V_FMA_MIXLO_F16",
@@ -120,15 +120,16 @@ def decode(code: bytes, pc: int, card: str) -> Instruction:
 class CodeObject:
     """The loaded segments of a kernel's file.
 
-    entry: Byte of the first instruction. user_registers: scalar registers before the one that holds the number of the
-    workgroup. registers: registers of a lane, accumulators included.
+    entry: byte of the first instruction. argument_register: first of the two scalar registers with the address of the
+    arguments. user_registers: scalar registers before the one with the number of the workgroup. scratch: bytes of
+    memory that a lane asks for.
     """
 
     code: bytes
     entry: int
+    argument_register: int
     user_registers: int
-    kernarg_size: int
-    accumulator_offset: int
+    arguments_size: int
     scratch: int
 
 
@@ -158,16 +159,17 @@ def load(file: bytes, name: str) -> CodeObject:
             break
     else:
         raise ValueError(f"the code object has no kernel {name}")
-    _, scratch, kernarg_size, _, entry = struct.unpack_from("<IIIIq", code, descriptor)
-    resources3, _, resources2, properties = struct.unpack_from("<IIIH", code, descriptor + 44)
-    # a pointer to the arguments alone, and of the workgroup its first number
-    assert properties & 0x7F in (8, 8 | 32), f"{name} asks for registers that are not set up"
-    # of flat scratch, gfx90a's, whose two registers come after the arguments
+    _, scratch, arguments_size, _, entry = struct.unpack_from("<IIIIq", code, descriptor)
+    resources2, properties = struct.unpack_from("<IH", code, descriptor + 52)
+    # what the card puts into the first registers: four of scratch, the pointer to the arguments, two of scratch
+    assert properties & 0x7F | 0b100001 == 0b101001, (
+        f"{name} asks for registers that are not set up"
+    )
     return CodeObject(
         code=bytes(code),
         entry=descriptor + entry,
+        argument_register=4 * (properties & 1),
         user_registers=resources2 >> 1 & 31,
-        kernarg_size=kernarg_size,
-        accumulator_offset=((resources3 & 63) + 1) * 4,
+        arguments_size=arguments_size,
         scratch=scratch,
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from amd.arithmetic import TINY
 from amd.decode import ACCUMULATORS, FIRST_VECTOR, Instruction
-from amd.memory import LANES, Step, Waves, constant
+from amd.registers import LANES, Step, Waves, constant
 
 
 def _numbers(w: Waves, register: int, count: int, kind: str, is_flushed: bool) -> np.ndarray:
@@ -42,7 +42,7 @@ def build(op: Instruction) -> Step | None:
     groups = LANES // M
     # registers that hold K / groups numbers
     count = K // groups // (2 if kind in ("F16", "BF16") else 1)
-    assert not (op.field("cbsz") or op.field("abid") or op.field("blgp")), "a broadcast"
+    assert op.field("cbsz") == op.field("abid") == op.field("blgp") == 0, "a broadcast"
     acc, is_accumulator = op.field("acc"), op.field("acc_cd")
     a = op.operand("src0") - FIRST_VECTOR + ACCUMULATORS * (acc & 1)
     b = op.operand("src1") - FIRST_VECTOR + ACCUMULATORS * (acc >> 1)

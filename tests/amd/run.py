@@ -7,26 +7,27 @@ At a barrier a wave waits for all of the launch, which is more than a card does 
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from amd import exchange, matrix, memory, scalar, vector
+from amd import access, exchange, matrix, scalar, vector
 from amd.decode import CodeObject, Instruction, decode
-from amd.memory import AccessError, Local, Step, Tensors, Waves
+from amd.memory import AccessError, Local, Tensors
+from amd.registers import Step, Waves
 
 # Instructions that change timing, caches and priorities, none of which is modelled
 _IGNORED = {
     "S_NOP", "S_WAITCNT", "S_SLEEP", "S_SETPRIO", "S_INST_PREFETCH", "BUFFER_WBL2", "BUFFER_INV", "V_NOP",
 }  # fmt: skip
 _BUILDERS: dict[str, tuple[Callable[[Instruction], Step | None], ...]] = {
-    "SMEM": (memory.scalar_load,),
-    "MUBUF": (memory.buffer,),
-    "GLOBAL": (memory.flat,),
-    "FLAT": (memory.flat,),
-    "DS": (exchange.local_memory, exchange.permute),
+    "SMEM": (access.scalar_load,),
+    "MUBUF": (access.buffer,),
+    "GLOBAL": (access.global_memory,),
+    "DS": (access.local_memory, exchange.permute),
     "VOP3P": (matrix.build, vector.build),
 }
 
 
-class UnknownInstruction(Exception):
+class UnknownInstructionError(Exception):
     """The emulator has no meaning for an instruction."""
 
 
@@ -47,7 +48,7 @@ class Program:
             try:
                 op = decode(self.object.code, pc, self.card)
             except ValueError as e:
-                raise UnknownInstruction(f"{e} at byte {pc:#x}") from e
+                raise UnknownInstructionError(f"{e} at byte {pc:#x}") from e
             self._steps[pc] = op, _meaning(op), pc + op.size
         return self._steps[pc]
 
@@ -64,8 +65,8 @@ def _meaning(op: Instruction) -> Step | None:
             if (step := build(op)) is not None:
                 return step
     except (AssertionError, NotImplementedError) as e:
-        raise UnknownInstruction(f"{op.name} with {e}: {op}") from e
-    raise UnknownInstruction(f"{op.name} has no meaning in the emulator: {op}")
+        raise UnknownInstructionError(f"{op.name} with {e}: {op}") from e
+    raise UnknownInstructionError(f"{op.name} has no meaning in the emulator: {op}")
 
 
 def _advance(program: Program, w: Waves, stop: int) -> list[Waves]:
@@ -116,20 +117,19 @@ def run(
     """Runs the kernel on the tensors, whose addresses are in the arguments."""
     code = program.object
     assert not code.scratch, f"the kernel spills {code.scratch} bytes"
-    pointer = tensors.add_bytes("arguments", arguments)
-    local = Local(num_workgroups, local_size)
+    data = torch.frombuffer(bytearray(arguments), dtype=torch.uint8)
+    pointer, local = tensors.add("the arguments", data), Local(num_workgroups, local_size)
     with tensors, np.errstate(all="ignore"):
-        w = Waves.start(num_workgroups, waves_per_workgroup, local, tensors, code.entry)
-        w.s[0], w.s[1] = pointer & 0xFFFFFFFF, pointer >> 32
-        w.s[code.user_registers] = w.workgroup
+        w = Waves.start(num_workgroups, waves_per_workgroup, (tensors, local), code.entry)
+        w.set_scalar(code.argument_register, np.uint64(pointer))
+        w.set_scalar(code.user_registers, w.workgroup.astype(np.uint32))
         ready, waiting = [w], []
         while ready or waiting:
             if not ready:
                 ready, waiting = waiting, []
                 for x in ready:
                     x.is_waiting = False
-            ready = _joined(ready)
-            first, rest = ready[0], ready[1:]
+            first, *rest = _joined(ready)
             for x in _advance(program, first, rest[0].pc if rest else 1 << 62):
                 (waiting if x.is_waiting else rest).append(x)
             ready = rest

@@ -1,0 +1,60 @@
+"""Copies of the forward kernel with a fault each, to show that the emulator finds it."""
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+import numerics
+import torch
+
+import fla.ops.attn.softpick as original
+from amd.offline_launches import emulated
+from fla.ops.attn.softpick import naive_normalized_attn
+
+# name -> file, text, text in its place
+PLANTED_FAULTS = {
+    "a query sees the next key": ("tiles.py", "m_s = o_k <= o_q\n", "m_s = o_k <= o_q + 1\n"),
+    "a row past the end is read": (
+        "tiles.py",
+        "return tl.load(p_x, mask=(i_t + o_t < T)[:, None], other=0.0)",
+        "return tl.load(p_x, mask=(i_t + o_t <= T)[:, None], other=0.0)",
+    ),
+    "a row past the end is written": ("parallel_fwd.py", "m_t = o_t < T\n", "m_t = o_t <= T\n"),
+}
+
+
+def _copy(folder: str, name: str) -> str:
+    """Writes the package with the fault into the folder; returns the name of the copy."""
+    package = f"planted_{list(PLANTED_FAULTS).index(name)}"
+    file, text, replacement = PLANTED_FAULTS[name]
+    into = Path(folder, package)
+    into.mkdir()
+    for source in Path(original.__file__).parent.glob("*.py"):
+        code = source.read_text().replace("fla.ops.attn.softpick", package)
+        if source.name == file:
+            assert code.count(text) == 1, f"{file} has {code.count(text)} times {text}"
+            code = code.replace(text, replacement)
+        # without the operators, whose names are registered once a process
+        (into / source.name).write_text("" if source.name == "__init__.py" else code)
+    return package
+
+
+def run_planted(card: str, name: str) -> list[str]:
+    """Runs the copy and compares it as any kernel: one of the two fails."""
+    inputs = numerics.draw(65, 64, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        package = _copy(folder, name)
+        sys.path.insert(0, folder)
+        try:
+            launcher = importlib.import_module(f"{package}.parallel_fwd")
+            with emulated(card) as kernels, numerics.poisoned_memory():
+                o, _ = launcher.parallel_normalized_attn_fwd(
+                    *inputs[:3], None, None, 64**-0.5, None, False, True, "softpick"
+                )
+        finally:
+            sys.path.remove(folder)
+    eager = naive_normalized_attn(*inputs[:3], normalizer="softpick")
+    gold = naive_normalized_attn(*(x.double() for x in inputs[:3]), normalizer="softpick")
+    numerics.assert_no_worse_than_eager("o", o, eager, gold)
+    return kernels

@@ -1,0 +1,87 @@
+"""The kernels as compiled for AMD cards, executed in the emulator: `cases.py` says what, and holds it to float64.
+
+The default run takes each kernel once for each card. `pytest -m slow` takes the rest, in which any two values of two
+of card, dtype, head dimension, normaliser and options meet once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tinygrad", reason="needs the extra [amd]")
+
+from amd.cases import BRIEF, CARDS, PAIRWISE
+
+ATTENTION_KERNELS = [
+    "parallel_normalized_attn_fwd_kernel",
+    "parallel_normalized_attn_bwd_kernel_dq",
+    "parallel_normalized_attn_bwd_kernel_dkv",
+]
+DECODING_KERNELS = ["normalized_attn_decode_kernel", "normalized_attn_merge_kernel"]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Callable[[str, str], dict]]:
+    """Runs a case in the process that compiles and emulates."""
+    tests = Path(__file__).parents[1]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(tests)
+    with subprocess.Popen(
+        [sys.executable, "-m", "amd.cases"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def answer(card: str, name: str) -> dict:
+            process.stdin.write(json.dumps([card, name]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, "the process that emulates has ended"
+            return json.loads(line)
+
+        yield answer
+        process.stdin.close()
+
+
+def check(answer: dict, name: str) -> None:
+    assert answer["error"] is None, answer["error"]
+    expected = DECODING_KERNELS if name.startswith("decode") else ATTENTION_KERNELS
+    assert answer["kernels"] == expected
+
+
+@pytest.mark.parametrize(("card", "name"), [(card, name) for card in CARDS for name in BRIEF[card]])
+def test_each_kernel(card, name, ask):
+    check(ask(card, name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("card", "name"), [(card, name) for card in CARDS for name in PAIRWISE[card]]
+)
+def test_pairs(card, name, ask):
+    check(ask(card, name), name)
+
+
+def test_a_wrong_mask_is_found(ask):
+    assert (
+        "o, max abs: Tensor-likes are not close"
+        in ask("gfx942", "a query sees the next key")["error"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("a row past the end is read", "_load_"), ("a row past the end is written", "_store_")],
+)
+def test_an_access_past_the_end_is_found(name, instruction, ask):
+    error = ask("gfx942", name)["error"].splitlines()[-1]
+    assert error.startswith("amd.run.ExecutionError: ")
+    assert instruction in error.split("(")[0]
+    assert "are in no tensor" in error
