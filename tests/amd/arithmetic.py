@@ -85,38 +85,35 @@ def _exponent(x: np.ndarray) -> np.ndarray:
     return (np.asarray(x).view(_U) >> _U(23) & _U(255)).astype(np.int32)
 
 
-def div_scale(a: np.ndarray, divisor: np.ndarray, dividend: np.ndarray):
-    """a, one of the two, times a power of two so that the division neither overflows nor underflows; whether that of
-    the quotient must be undone.
+def div_scale(x: np.ndarray, divisor: np.ndarray, dividend: np.ndarray):
+    """x, one of the two, times a power of two so that the division neither overflows nor underflows; whether the
+    quotient must be scaled back.
     """
-    a, divisor, dividend = np.broadcast_arrays(a, divisor, dividend)
-    up, down = np.ldexp(a, 64), np.ldexp(a, -64)
-
-    def is_subnormal(x):
-        return (x != 0) & (np.abs(x) < TINY)
-
-    is_invalid = (divisor == 0) | (dividend == 0)
-    is_large = _exponent(dividend) - _exponent(divisor) >= 96
-    is_inverse_small = is_subnormal(np.float32(1) / divisor)
-    is_quotient_small = is_subnormal(dividend / divisor)
-    is_divisor, is_dividend = a == divisor, a == dividend
-    conditions = [
-        is_invalid, is_large, is_subnormal(divisor), is_inverse_small & is_quotient_small,
-        is_inverse_small, is_quotient_small, _exponent(dividend) <= 23,
-    ]  # fmt: skip
-    results = [
-        np.full(a.shape, np.nan, np.float32), np.where(is_divisor, up, a), up, np.where(is_divisor, up, a),
-        down, np.where(is_dividend, up, a), up,
-    ]  # fmt: skip
-    flags = [False, True, False, True, False, True, False]
-    flags = [np.full(a.shape, x) for x in flags]
-    return np.select(conditions, results, a), np.select(conditions, flags, False)
+    x, divisor, dividend = np.broadcast_arrays(x, divisor, dividend)
+    up, down = np.ldexp(x, 64), np.ldexp(x, -64)
+    is_subnormal = [
+        (y != 0) & (np.abs(y) < TINY) for y in (divisor, 1 / divisor, dividend / divisor)
+    ]
+    is_divisor, is_dividend = x == divisor, x == dividend
+    # conditions, of which the first that holds counts; result; flag
+    cases = [
+        ((divisor == 0) | (dividend == 0), np.float32(np.nan), False),
+        (_exponent(dividend) - _exponent(divisor) >= 96, np.where(is_divisor, up, x), True),
+        (is_subnormal[0], up, False),
+        (is_subnormal[1] & is_subnormal[2], np.where(is_divisor, down, x), True),
+        (is_subnormal[1], down, False),
+        (is_subnormal[2], np.where(is_dividend, up, x), True),
+        (_exponent(dividend) <= 23, up, False),
+    ]
+    conditions, results, flags = zip(*cases, strict=True)
+    return np.select(conditions, results, x), np.select(conditions, flags, False)
 
 
 def div_fmas(a, b, c, is_scaled) -> np.ndarray:
-    """fma, times what `div_scale` divided by."""
+    """fma, scaled back."""
+    # NOTE(numerics): CDNA's manual says 2**32, with which quotients would be wrong; RDNA's says this
     x = fma(a, b, c)
-    return np.where(is_scaled, np.ldexp(x, 32), x)
+    return np.where(is_scaled, np.ldexp(x, np.where(_exponent(c) > 127, 64, -64)), x)
 
 
 def div_fixup(quotient, divisor, dividend) -> np.ndarray:

@@ -49,11 +49,11 @@ class Program:
                 op = decode(self.object.code, pc, self.card)
             except ValueError as e:
                 raise UnknownInstructionError(f"{e} at byte {pc:#x}") from e
-            self._steps[pc] = op, _meaning(op), pc + op.size
+            self._steps[pc] = op, meaning(op), pc + op.size
         return self._steps[pc]
 
 
-def _meaning(op: Instruction) -> Step | None:
+def meaning(op: Instruction) -> Step | None:
     if op.name in ("S_ENDPGM", "S_BARRIER") or op.name in scalar.BRANCHES:
         return None
     if op.name in _IGNORED:

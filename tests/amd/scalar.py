@@ -33,9 +33,9 @@ def _checked(function):
 
 def _bit_field(a, b):
     """b[22:16] bits of a from b[4:0] on, extended by the sign of the type of a."""
-    width = (b >> np.uint32(16) & np.uint32(127)).astype(np.int64)
+    width = np.minimum(b >> np.uint32(16) & np.uint32(127), 32).astype(np.int64)
     x = (a >> (b & np.uint32(31)).astype(a.dtype)).astype(np.int64)
-    x &= (np.int64(1) << np.minimum(width, 32)) - 1
+    x &= (np.int64(1) << width) - 1
     if a.dtype == np.int32:
         sign = np.where(width > 0, np.int64(1) << (width - 1 & 31), 0)
         x = (x ^ sign) - sign
