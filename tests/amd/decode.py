@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tinygrad.renderer.amd import decode_inst
 from tinygrad.renderer.amd.dsl import AlignedSGPRField, Inst, SRsrcField, VGPRField
 from tinygrad.runtime.autogen.amd.cdna.enum import VOP3POp
+from tinygrad.runtime.autogen.amd.cdna.ins import VOP3P_MFMA
 
 # Numbers of operands in encodings: registers of lanes from here on, then accumulator registers in our numbering.
 FIRST_VECTOR = 256
@@ -97,7 +98,9 @@ def _encoding(data: bytes) -> tuple[type[Inst], str]:
     if key not in _encodings:
         instruction = decode_inst(data, "cdna")
         name = re.sub("_E(32|64)$", "", instruction.op_name)
-        _encodings[key] = type(instruction), _NAMES.get(name, name)
+        # the table has XF32 under the encoding without accumulators
+        encoding = VOP3P_MFMA if name.startswith("V_MFMA") else type(instruction)
+        _encodings[key] = encoding, _NAMES.get(name, name)
     return _encodings[key]
 
 

@@ -119,7 +119,7 @@ def _expression(text: str) -> str:
     text = re.sub(r"\[(\w+) : (\w+)\]", r"[\1, \2]", text)
     text = text.replace("&&", " and ").replace("||", " or ")
     # less or greater, so not of NaN
-    text = re.sub(r"(\S+) <> (\S+)", r"(\1 < \2 or \1 > \2)", text)
+    text = re.sub(r"([\w.]+) <> ([\w.]+)", r"(\1 < \2 or \1 > \2)", text)
     text = re.sub(r"!(?!=)", " not ", text)
     if match := re.fullmatch(r"(.*?) \? (.*?) : (.*)", text):
         condition, first, second = (_expression(x) for x in match.groups())
