@@ -3,6 +3,7 @@
 Tensors are those of the CPU. Not in a process that interprets kernels, since such a one cannot compile them.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ def _arguments(signature: dict[str, str], values: dict[str, object], tensors: Te
     return data + bytes(-len(data) % 8) + bytes(16)
 
 
+def _check_names(program: Program, listing: str) -> None:
+    """Raises AssertionError if the decoder gave an instruction a name that the assembler's listing does not have."""
+    # the listing names encodings, and gfx90a's matrix instructions with other underscores
+    listed = {x.upper().replace("_", "") for x in re.findall(r"^\t([a-z]\w+)", listing, re.M)}
+    for name in program.names():
+        short = name.replace("_", "")
+        assert any(x.startswith(short) for x in listed), f"{name} is not in the listing"
+
+
 @contextmanager
 def emulated(card: str) -> Iterator[list[str]]:
     """While it lasts launches run in the emulator; gives the names of the kernels that were launched."""
@@ -69,6 +79,7 @@ def emulated(card: str) -> Iterator[list[str]]:
             assert len(data) >= program.object.arguments_size, (len(data), program.object)
             launched.append(name)
             run(program, tensors, data, grid[0], binary.metadata.num_warps, binary.metadata.shared)
+            _check_names(program, binary.asm["amdgcn"])
             return binary
 
         return launch

@@ -52,6 +52,10 @@ class Program:
             self._steps[pc] = op, meaning(op), pc + op.size
         return self._steps[pc]
 
+    def names(self) -> set[str]:
+        """Of the instructions that were reached."""
+        return {op.name for op, _, _ in self._steps.values()}
+
 
 def meaning(op: Instruction) -> Step | None:
     if op.name in ("S_ENDPGM", "S_BARRIER") or op.name in scalar.BRANCHES:

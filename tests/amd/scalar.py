@@ -55,7 +55,7 @@ def _scaled_add(amount: int):
 _KEPT, _NOT_ZERO, _GIVEN, _CARRIED = range(4)
 
 # name -> types of the operands, then of the result; function; SCC
-_TABLE = {
+TABLE = {
     "S_MOV_B32": ("uu", np.copy, _KEPT),
     "S_MOV_B64": ("UU", np.copy, _KEPT),
     "S_NOT_B32": ("uu", np.invert, _NOT_ZERO),
@@ -82,16 +82,16 @@ _TABLE = {
     "S_ASHR_I32": ("iui", _shifted(np.right_shift), _NOT_ZERO),
     "S_ASHR_I64": ("IuI", _shifted(np.right_shift), _NOT_ZERO),
 }  # fmt: skip
-_TABLE |= {f"S_LSHL{i}_ADD_U32": ("uuu", _scaled_add(i), _GIVEN) for i in range(1, 5)}
+TABLE |= {f"S_LSHL{i}_ADD_U32": ("uuu", _scaled_add(i), _GIVEN) for i in range(1, 5)}
 _BITWISE = {
     "AND": np.bitwise_and, "OR": np.bitwise_or, "XOR": np.bitwise_xor, "ANDN2": lambda a, b: a & ~b,
     "ORN2": lambda a, b: a | ~b,
 }  # fmt: skip
 for _name, _function in _BITWISE.items():
-    _TABLE[f"S_{_name}_B32"] = "uuu", _function, _NOT_ZERO
-    _TABLE[f"S_{_name}_B64"] = "UUU", _function, _NOT_ZERO
+    TABLE[f"S_{_name}_B32"] = "uuu", _function, _NOT_ZERO
+    TABLE[f"S_{_name}_B64"] = "UUU", _function, _NOT_ZERO
 
-_COMPARISONS = {
+COMPARISONS = {
     "EQ": operator.eq, "LG": operator.ne, "GT": operator.gt, "GE": operator.ge, "LT": operator.lt, "LE": operator.le,
 }  # fmt: skip
 
@@ -112,9 +112,9 @@ def build(op: Instruction) -> Step | None:
     if op.name in ("S_CSELECT_B32", "S_CSELECT_B64"):
         a, b = (scalar(op, x, "u" if op.name.endswith("32") else "U") for x in ("ssrc0", "ssrc1"))
         return lambda w: w.set_scalar(into, np.where(w.scc, a(w), b(w)))
-    if op.name not in _TABLE:
+    if op.name not in TABLE:
         return None
-    kinds, function, flag = _TABLE[op.name]
+    kinds, function, flag = TABLE[op.name]
     reads = [scalar(op, f"ssrc{i}", kind) for i, kind in enumerate(kinds[:-1])]
 
     def step(w: Waves) -> None:
@@ -137,7 +137,7 @@ def _compare(op: Instruction) -> Step | None:
         is_set = op.name == "S_BITCMP1_B32"
         return lambda w: _set_scc(w, (a(w) >> (b(w) & np.uint32(31)) & np.uint32(1) != 0) == is_set)
     _, _, name, kind = op.name.split("_")
-    compare = _COMPARISONS[name]
+    compare = COMPARISONS[name]
     a, b = (scalar(op, x, {"I32": "i", "U32": "u", "U64": "U"}[kind]) for x in ("ssrc0", "ssrc1"))
     return lambda w: _set_scc(w, compare(a(w), b(w)))
 

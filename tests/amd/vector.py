@@ -29,7 +29,7 @@ def _right(a, b):
 
 
 # name -> types of the operands, then of the result; function
-_TABLE: dict[str, tuple[str, Callable]] = {
+TABLE: dict[str, tuple[str, Callable]] = {
     "V_MOV_B32": ("uu", _same), "V_MOV_B64": ("UU", _same), "V_NOT_B32": ("uu", np.invert),
     "V_BFREV_B32": ("uu", ar.reversed_bits),
     "V_AND_B32": ("uuu", np.bitwise_and), "V_OR_B32": ("uuu", np.bitwise_or), "V_XOR_B32": ("uuu", np.bitwise_xor),
@@ -38,7 +38,7 @@ _TABLE: dict[str, tuple[str, Callable]] = {
     "V_PERM_B32": ("uuuu", ar.permuted_bytes),
     "V_BFE_U32": ("uuuu", ar.bit_field), "V_BFE_I32": ("iuui", ar.bit_field),
     "V_LSHLREV_B16": ("www", _left), "V_LSHLREV_B32": ("uuu", _left), "V_LSHLREV_B64": ("uUU", _left),
-    "V_LSHRREV_B32": ("uuu", _right), "V_LSHRREV_B64": ("uUU", _right), "V_ASHRREV_I32": ("uii", _right),
+    "V_LSHRREV_B32": ("uuu", _right), "V_ASHRREV_I32": ("uii", _right),
     "V_LSHL_OR_B32": ("uuuu", lambda a, b, c: _left(b, a) | c),
     "V_LSHL_ADD_U32": ("uuuu", lambda a, b, c: _left(b, a) + c),
     "V_ADD_LSHL_U32": ("uuuu", lambda a, b, c: _left(c, a + b)),
@@ -51,7 +51,7 @@ _TABLE: dict[str, tuple[str, Callable]] = {
     "V_MUL_U32_U24": ("uuu", lambda a, b: (a & _U(0xFFFFFF)) * (b & _U(0xFFFFFF))),
     "V_MIN_I32": ("iii", np.minimum), "V_MAX_I32": ("iii", np.maximum),
     "V_MIN_U32": ("uuu", np.minimum), "V_MAX_U32": ("uuu", np.maximum),
-    "V_ADD_F32": ("fff", np.add), "V_SUB_F32": ("fff", np.subtract), "V_SUBREV_F32": ("fff", lambda a, b: b - a),
+    "V_ADD_F32": ("fff", np.add), "V_SUB_F32": ("fff", np.subtract),
     "V_MUL_F32": ("fff", np.multiply), "V_FMA_F32": ("ffff", ar.fma),
     "V_MAX_F32": ("fff", ar.maximum), "V_MIN_F32": ("fff", ar.minimum),
     "V_MAX3_F32": ("ffff", lambda a, b, c: ar.maximum(ar.maximum(a, b), c)),
@@ -63,7 +63,7 @@ _TABLE: dict[str, tuple[str, Callable]] = {
     "V_EXP_F32": ("ff", ar.exp2), "V_LOG_F32": ("ff", ar.log2),
     "V_RCP_F32": ("ff", ar.reciprocal), "V_RCP_IFLAG_F32": ("ff", ar.reciprocal),
     "V_DIV_FIXUP_F32": ("ffff", ar.div_fixup),
-    "V_CVT_F32_U32": ("uf", lambda a: a.astype(np.float32)), "V_CVT_F32_I32": ("if", lambda a: a.astype(np.float32)),
+    "V_CVT_F32_U32": ("uf", lambda a: a.astype(np.float32)),
     "V_CVT_U32_F32": ("fu", ar.to_unsigned),
     "V_CVT_F32_F16": ("hf", lambda a: a.astype(np.float32)), "V_CVT_F16_F32": ("fh", lambda a: a.astype(np.float16)),
     "V_CVT_PK_BF16_F32": ("ffu", lambda a, b: ar.bfloat16(a) | ar.bfloat16(b) << _U(16)),
@@ -76,14 +76,14 @@ def _differs(a, b):
     return (a < b) | (a > b)
 
 
-_COMPARISONS = {
+COMPARISONS = {
     "LT": operator.lt, "EQ": operator.eq, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "NE": operator.ne,
     # N of floats: not, so true of NaN
     "LG": _differs, "NLG": lambda a, b: ~_differs(a, b), "NEQ": operator.ne, "NLT": lambda a, b: ~(a < b),
     "NLE": lambda a, b: ~(a <= b), "NGT": lambda a, b: ~(a > b), "NGE": lambda a, b: ~(a >= b),
     "O": lambda a, b: (a == a) & (b == b), "U": lambda a, b: (a != a) | (b != b),
 }  # fmt: skip
-_KINDS = {"F32": "f", "F16": "h", "I32": "i", "U32": "u", "U16": "w", "U64": "U"}
+KINDS = {"F32": "f", "F16": "h", "I32": "i", "U32": "u", "U16": "w", "U64": "U"}
 
 
 def _selection(number: int, is_signed: bool) -> Callable | None:
@@ -155,7 +155,7 @@ def build(op: Instruction) -> Step | None:
     for builder in (swap, lane_access, _compare, _with_carry, _packed, _mixed, _accumulator_moves):
         if (step := builder(op)) is not None:
             return step
-    kinds, function, more = _with_more(op) or (*_TABLE.get(op.name, ("", _same)), [])
+    kinds, function, more = _with_more(op) or (*TABLE.get(op.name, ("", _same)), [])
     if not kinds:
         return None
     into, finish = op.operand("vdst") - FIRST_VECTOR, _finish(op, kinds[-1])
@@ -200,9 +200,9 @@ def _compare(op: Instruction) -> Step | None:
     if not op.name.startswith("V_CMP_"):
         return None
     _, _, name, kind = op.name.split("_")
-    if name not in _COMPARISONS or kind not in _KINDS:
+    if name not in COMPARISONS or kind not in KINDS:
         return None
-    compare, (a, b) = _COMPARISONS[name], _operands(op, 2 * _KINDS[kind])
+    compare, (a, b) = COMPARISONS[name], _operands(op, 2 * KINDS[kind])
     into = op.operand("vdst") if op.form == "VOP3_SDST" else VCC
     if op.field("sd"):
         into = op.operand("sdst")
