@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# the bit fields of AMD's instructions, for the emulator of tests/amd
+AMD = ["tinygrad>=0.14,<0.15"]
 # what flame.analyze --bits and flame.lm_eval need
 EVAL = [
     "hqq>=0.2.8,<0.3",
@@ -57,7 +59,9 @@ setup(
             "pyright>=1.1.414,<1.1.415",
             "setuptools>=70.1,<85",
             *EVAL,
+            *AMD,
         ],
+        "amd": AMD,
         "baselines": ["flash-linear-attention==0.6.0"],
         "dev": ["matplotlib>=3.8,<4", "build>=1.2,<2"],
     },

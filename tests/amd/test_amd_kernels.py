@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tinygrad", reason="needs the extra [amd]")
-
 from amd.cases import BRIEF, CARDS, PAIRWISE
 
 ATTENTION_KERNELS = [
