@@ -12,6 +12,8 @@ from tinygrad.renderer.amd import decode_inst
 from tinygrad.renderer.amd.dsl import AlignedSGPRField, Inst, SRsrcField, VGPRField
 from tinygrad.runtime.autogen.amd.cdna.enum import VOP3POp
 from tinygrad.runtime.autogen.amd.cdna.ins import VOP3P_MFMA
+from tinygrad.runtime.autogen.amdgpu_kd import llvm_amdhsa_kernel_descriptor_t
+from tinygrad.runtime.support.elf import elf_loader
 
 # Numbers of operands in encodings: registers of lanes from here on, then accumulator registers in our numbering.
 FIRST_VECTOR = 256
@@ -121,7 +123,7 @@ def decode(code: bytes, pc: int, card: str) -> Instruction:
 
 @dataclass(frozen=True)
 class CodeObject:
-    """The loaded segments of a kernel's file.
+    """A loaded kernel.
 
     entry: byte of the first instruction. argument_register: first of the two scalar registers with the address of the
     arguments. user_registers: scalar registers before the one with the number of the workgroup. scratch: bytes of
@@ -136,43 +138,19 @@ class CodeObject:
     scratch: int
 
 
-def load(file: bytes, name: str) -> CodeObject:
-    """Loads the kernel `name` from its ELF file."""
-    assert file[:4] == b"\x7fELF", "the code object is no ELF file"
-    (first_header,) = struct.unpack_from("<Q", file, 0x20)
-    size, count = struct.unpack_from("<HH", file, 0x36)
-    segments, dynamic = [], {}
-    for i in range(count):
-        kind, _, offset, address, _, stored, _, _ = struct.unpack_from(
-            "<IIQQQQQQ", file, first_header + i * size
-        )
-        if kind == 1:
-            segments.append((address, file[offset : offset + stored]))
-        elif kind == 2:
-            dynamic = dict(struct.iter_unpack("<QQ", file[offset : offset + stored]))
-    code = bytearray(max(address + len(data) for address, data in segments))
-    for address, data in segments:
-        code[address : address + len(data)] = data
-    strings, symbols = dynamic[5], dynamic[6]
-    # the symbol of the descriptor; the table of symbols ends where the next table begins
-    wanted = f"{name}.kd".encode()
-    for at in range(symbols, len(code) - 24, 24):
-        string, _, _, _, descriptor, _ = struct.unpack_from("<IBBHQQ", code, at)
-        if code[strings + string : strings + string + len(wanted) + 1] == wanted + b"\0":
-            break
-    else:
-        raise ValueError(f"the code object has no kernel {name}")
-    _, scratch, arguments_size, _, entry = struct.unpack_from("<IIIIq", code, descriptor)
-    resources2, properties = struct.unpack_from("<IH", code, descriptor + 52)
-    # what the card puts into the first registers: four of scratch, the pointer to the arguments, two of scratch
-    assert properties & 0x7F | 0b100001 == 0b101001, (
-        f"{name} asks for registers that are not set up"
-    )
+def load(file: bytes) -> CodeObject:
+    """Loads the one kernel of an ELF file."""
+    code, sections, _ = elf_loader(file)
+    at = next(x.header.sh_addr for x in sections if x.name == ".rodata")
+    kernel = llvm_amdhsa_kernel_descriptor_t.from_buffer_copy(bytes(code[at : at + 64]))
+    # what the card puts into the first registers: four of scratch, the address of the arguments, two of scratch
+    properties = kernel.kernel_code_properties & 0x7F
+    assert properties | 0b100001 == 0b101001, "the kernel asks for registers that are not set up"
     return CodeObject(
         code=bytes(code),
-        entry=descriptor + entry,
+        entry=at + kernel.kernel_code_entry_byte_offset,
         argument_register=4 * (properties & 1),
-        user_registers=resources2 >> 1 & 31,
-        arguments_size=arguments_size,
-        scratch=scratch,
+        user_registers=kernel.compute_pgm_rsrc2 >> 1 & 31,
+        arguments_size=kernel.kernarg_size,
+        scratch=kernel.private_segment_fixed_size,
     )

@@ -19,16 +19,7 @@ from amd.memory import Tensors
 from amd.run import Program, run
 from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel
 
-_FORMATS = {
-    "i1": "b",
-    "i8": "b",
-    "i16": "h",
-    "i32": "i",
-    "i64": "q",
-    "fp32": "f",
-    "u32": "I",
-    "u64": "Q",
-}
+_FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f"}
 
 
 def _arguments(signature: dict[str, str], values: dict[str, object], tensors: Tensors) -> bytes:
@@ -72,7 +63,7 @@ def emulated(card: str) -> Iterator[list[str]]:
             binary = kernel.warmup(*args, grid=grid, **kwargs)
             name = binary.metadata.name
             if id(binary) not in programs:
-                programs[id(binary)] = Program(load(binary.asm["hsaco"], name), card)
+                programs[id(binary)] = Program(load(binary.asm["hsaco"]), card)
             program, tensors = programs[id(binary)], Tensors()
             values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             data = _arguments(binary.src.signature, values, tensors)

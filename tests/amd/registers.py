@@ -160,23 +160,17 @@ def vector(
     select: takes a part of the 32 bits, before they become their type.
     """
     value = constant(number, literal, "u" if select else kind)
-    dtype = TYPES[kind]
-    if value is not None and select is None:
-        return lambda w: value
+    assert value is not None or number < 128 or number >= FIRST_VECTOR, f"operand {number}"
+    register, dtype = number - FIRST_VECTOR, TYPES[kind]
+    if value is not None:
+        return _typed(lambda w: select(value), kind) if select else lambda w: value
     if kind in "UId":
-        assert select is None
         if number < FIRST_VECTOR:
             return lambda w: pair(w.s[number], w.s[number + 1]).view(dtype)[:, None]
-        register = number - FIRST_VECTOR
         return lambda w: pair(w.v[register], w.v[register + 1]).view(dtype)
-    if value is not None:
-        return _typed(lambda w: select(value), kind)
-    register = number - FIRST_VECTOR
-    if number < FIRST_VECTOR:
-        assert number < 128, f"operand {number}"
-        read = lambda w: w.s[number][:, None]  # noqa: E731
-    elif kind == "f" and select is None:
-        return lambda w: w.f[register]
-    else:
-        read = lambda w: w.v[register]  # noqa: E731
-    return _typed((lambda w: select(read(w))) if select else read, kind)
+
+    def read(w: Waves) -> np.ndarray:
+        bits = w.s[number][:, None] if number < FIRST_VECTOR else w.v[register]
+        return select(bits) if select else bits
+
+    return _typed(read, kind)
