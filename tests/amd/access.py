@@ -39,8 +39,9 @@ def scalar_load(op: Instruction) -> Step | None:
 
     def step(w: Waves) -> None:
         at = base(w) + fixed + offset(w) & ~np.int64(3)
-        for j, x in enumerate(w.tensors.read(at, np.ones(at.shape, bool), num_bytes)):
-            w.set_scalar(into + j, x)
+        live = np.ones((len(at), 1), bool)
+        for j, x in enumerate(w.tensors.read(w, at[:, None], live, num_bytes)):
+            w.set_scalar(into + j, x[:, 0])
 
     return step
 
@@ -50,10 +51,10 @@ def _load_or_store(is_store: bool, register: int, num_bytes: int, addresses) -> 
 
     def store(w: Waves) -> None:
         registers = [w.v[register + j] for j in range(num_registers(num_bytes))]
-        w.tensors.write(*addresses(w), num_bytes, registers)
+        w.tensors.write(w, *addresses(w), num_bytes, registers)
 
     def load(w: Waves) -> None:
-        for j, x in enumerate(w.tensors.read(*addresses(w), num_bytes)):
+        for j, x in enumerate(w.tensors.read(w, *addresses(w), num_bytes)):
             w.set_vector(register + j, x)
 
     return store if is_store else load

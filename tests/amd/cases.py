@@ -18,7 +18,7 @@ import test_decoding as decoding_tests
 import torch
 
 from amd.offline_launches import emulated
-from amd.planted import PLANTED_FAULTS, run_planted
+from amd.planted import PLANTED_FAULTS, run_planted, run_without_barriers
 from fla.ops.attn.softpick import naive_normalized_attn, parallel_normalized_attn
 from fla.ops.attn.softpick.decoding import normalized_attn_decode
 
@@ -138,7 +138,9 @@ PAIRWISE["gfx942"] |= {
     f"XF32 {D} softpick causal": partial(check_reduced_precision, "gfx942", D) for D in (64, 128)
 }
 PLANTED = {
-    card: {name: partial(run_planted, card, name) for name in PLANTED_FAULTS} for card in CARDS
+    card: {name: partial(run_planted, card, name) for name in PLANTED_FAULTS}
+    | {"no barriers": partial(run_without_barriers, card)}
+    for card in CARDS
 }
 
 

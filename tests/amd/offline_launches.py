@@ -3,9 +3,10 @@
 Tensors are those of the CPU. Not in a process that interprets kernels, since such a one cannot compile them.
 """
 
+import dataclasses
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -50,8 +51,11 @@ def _check_names(program: Program, listing: str) -> None:
 
 
 @contextmanager
-def emulated(card: str) -> Iterator[list[str]]:
-    """While it lasts launches run in the emulator; gives the names of the kernels that were launched."""
+def emulated(card: str, change: Callable[[bytes], bytes] = bytes) -> Iterator[list[str]]:
+    """While it lasts launches run in the emulator; gives the names of the kernels that were launched.
+
+    change: of the machine code, before it runs.
+    """
     launched: list[str] = []
     programs: dict[int, Program] = {}
 
@@ -63,7 +67,9 @@ def emulated(card: str) -> Iterator[list[str]]:
             binary = kernel.warmup(*args, grid=grid, **kwargs)
             name = binary.metadata.name
             if id(binary) not in programs:
-                programs[id(binary)] = Program(load(binary.asm["hsaco"]), card)
+                code = load(binary.asm["hsaco"])
+                code = dataclasses.replace(code, code=change(code.code))
+                programs[id(binary)] = Program(code, card)
             program, tensors = programs[id(binary)], Tensors()
             values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             data = _arguments(binary.src.signature, values, tensors)

@@ -1,4 +1,4 @@
-"""Copies of the forward kernel with a fault each, to show that the emulator finds it."""
+"""Copies of the forward kernel with a fault each, in its source or its machine code: the emulator must find it."""
 
 import importlib
 import sys
@@ -6,11 +6,12 @@ import tempfile
 from pathlib import Path
 
 import numerics
+import numpy as np
 import torch
 
 import fla.ops.attn.softpick as original
 from amd.offline_launches import emulated
-from fla.ops.attn.softpick import naive_normalized_attn
+from fla.ops.attn.softpick import naive_normalized_attn, parallel_fwd
 
 # name -> file, text, text in its place
 PLANTED_FAULTS = {
@@ -22,6 +23,29 @@ PLANTED_FAULTS = {
     ),
     "a row past the end is written": ("parallel_fwd.py", "m_t = o_t < T\n", "m_t = o_t <= T\n"),
 }
+
+
+_OPTIONS = {
+    "sink_bias": None, "cu_seqlens": None, "scale": 64**-0.5, "window_size": None, "head_first": False, "safe": True,
+    "normalizer": "softpick",
+}  # fmt: skip
+
+
+def _inputs() -> numerics.Inputs:
+    return numerics.draw(65, 64, dtype=torch.bfloat16)
+
+
+def run_without_barriers(card: str) -> list[str]:
+    """Runs the forward kernel with an s_nop in place of each s_barrier."""
+
+    def change(code: bytes) -> bytes:
+        words = np.frombuffer(code[: len(code) // 4 * 4], np.uint32)
+        assert (words == 0xBF8A0000).any(), "there is no barrier"
+        return np.where(words == 0xBF8A0000, np.uint32(0xBF800000), words).tobytes()
+
+    with emulated(card, change) as kernels:
+        parallel_fwd.parallel_normalized_attn_fwd(*_inputs()[:3], **_OPTIONS)
+    return kernels
 
 
 def _copy(folder: str, name: str) -> str:
@@ -42,16 +66,14 @@ def _copy(folder: str, name: str) -> str:
 
 def run_planted(card: str, name: str) -> list[str]:
     """Runs the copy and compares it as any kernel: one of the two fails."""
-    inputs = numerics.draw(65, 64, dtype=torch.bfloat16)
+    inputs = _inputs()
     with tempfile.TemporaryDirectory() as folder:
         package = _copy(folder, name)
         sys.path.insert(0, folder)
         try:
             launcher = importlib.import_module(f"{package}.parallel_fwd")
             with emulated(card) as kernels, numerics.poisoned_memory():
-                o, _ = launcher.parallel_normalized_attn_fwd(
-                    *inputs[:3], None, None, 64**-0.5, None, False, True, "softpick"
-                )
+                o, _ = launcher.parallel_normalized_attn_fwd(*inputs[:3], **_OPTIONS)
         finally:
             sys.path.remove(folder)
     eager = naive_normalized_attn(*inputs[:3], normalizer="softpick")

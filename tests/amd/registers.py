@@ -35,11 +35,11 @@ class Waves:
     """Registers of waves at one instruction.
 
     s, v: scalar and vector registers, 32-bit; i and f show v as integers and floats. scc: [waves] bool.
-    workgroup: [waves] the workgroup of each, from 0. pc: byte of the instruction.
+    index, workgroup: [waves] number of each in the launch, and of its workgroup. pc: byte of the instruction.
     """
 
-    def __init__(self, s, v, scc, workgroup, memory, pc):
-        self.s, self.v, self.scc, self.workgroup = s, v, scc, workgroup
+    def __init__(self, s, v, scc, index, workgroup, memory, pc):
+        self.s, self.v, self.scc, self.index, self.workgroup = s, v, scc, index, workgroup
         self.tensors, self.local = self._memory = memory
         self.pc, self.is_waiting = pc, False
         self.i, self.f = v.view(np.int32), v.view(np.float32)
@@ -47,22 +47,25 @@ class Waves:
 
     @classmethod
     def start(cls, num_workgroups: int, waves_per_workgroup: int, memory, pc: int) -> "Waves":
-        n = num_workgroups * waves_per_workgroup
+        index = np.arange(n := num_workgroups * waves_per_workgroup)
         s, v = np.full((128, n), POISON), np.full((2 * ACCUMULATORS, n, LANES), POISON)
         s[EXEC : EXEC + 2] = 0xFFFFFFFF
-        v[0] = np.arange(LANES) + (np.arange(n) % waves_per_workgroup)[:, None] * LANES
-        return cls(s, v, np.zeros(n, bool), np.arange(n) // waves_per_workgroup, memory, pc)
+        v[0] = np.arange(LANES) + (index % waves_per_workgroup)[:, None] * LANES
+        return cls(s, v, np.zeros(n, bool), index, index // waves_per_workgroup, memory, pc)
 
     def pick(self, chosen: np.ndarray, pc: int) -> "Waves":
         """The chosen waves, to go on at pc."""
-        parts = self.s[:, chosen], self.v[:, chosen], self.scc[chosen], self.workgroup[chosen]
+        parts = (x[..., chosen, :] if x is self.v else x[..., chosen] for x in self._parts())
         return Waves(*parts, self._memory, pc)
 
     def join(self, other: "Waves") -> "Waves":
         """These and others that have reached the same instruction."""
-        axes = {"s": 1, "v": 1, "scc": 0, "workgroup": 0}
-        both = (np.concatenate([getattr(x, n) for x in (self, other)], a) for n, a in axes.items())
+        parts = zip(self._parts(), other._parts(), strict=True)
+        both = (np.concatenate(x, axis=1 if x[0].ndim > 1 else 0) for x in parts)
         return Waves(*both, self._memory, self.pc)
+
+    def _parts(self) -> tuple[np.ndarray, ...]:
+        return self.s, self.v, self.scc, self.index, self.workgroup
 
     def update_live(self) -> None:
         """After a change of EXEC."""

@@ -131,6 +131,7 @@ def run(
         while ready or waiting:
             if not ready:
                 ready, waiting = waiting, []
+                local.barrier()
                 for x in ready:
                     x.is_waiting = False
             first, *rest = _joined(ready)

@@ -214,6 +214,47 @@ def test_access_outside_local_memory():
         meaning(assemble("DS", enum.DSOp.DS_READ_B64, vdst=10, addr=2))(w)
 
 
+@pytest.mark.parametrize("has_barrier", [False, True])
+def test_races_in_local_memory(has_barrier):
+    """Two waves of one workgroup: one writes, then the other reads or writes otherwise."""
+    w = Waves.start(1, 2, (None, Local(1, 1024)), 0)
+    write, read = enum.DSOp.DS_WRITE_B32, enum.DSOp.DS_READ_B32
+    # each its part, and the same numbers to the same addresses
+    w.v[2], w.v[4] = w.v[0] * np.uint32(4), w.v[0]
+    w.v[3] = w.v[5] = 512
+    meaning(assemble("DS", write, addr=2, data0=4))(w)
+    meaning(assemble("DS", write, addr=3, data0=5))(w)
+    meaning(assemble("DS", read, vdst=6, addr=2))(w)
+    meaning(assemble("DS", read, vdst=7, addr=3))(w)
+    # what the other wave wrote
+    w.v[2] ^= np.uint32(256)
+    if has_barrier:
+        w.local.barrier()
+        meaning(assemble("DS", read, vdst=6, addr=2))(w)
+        assert (w.v[6] == w.v[2] // 4).all()
+        w.local.barrier()
+        meaning(assemble("DS", write, addr=2, data0=4))(w)
+        return
+    for op in ({"op": read, "vdst": 6}, {"op": write, "data0": 4}):
+        with pytest.raises(AccessError, match="a race: 4 bytes at 0x100"):
+            meaning(assemble("DS", addr=2, **op))(w)
+
+
+def test_two_workgroups_write_one_number():
+    x = torch.zeros(64, dtype=torch.int32)
+    tensors = Tensors()
+    at = tensors.add("x", x)
+    with tensors:
+        w = Waves.start(2, 1, (tensors, Local(2, 0)), 0)
+        w.set_scalar(20, np.uint64(at))
+        w.v[2], w.v[4] = w.v[0] * np.uint32(4), 7
+        store = assemble("GLOBAL", enum.GLOBALOp.GLOBAL_STORE_DWORD, addr=2, data=4, saddr=20)
+        meaning(store)(w)
+        w.v[4] = np.array([[1], [2]])
+        with pytest.raises(AccessError, match="a race"):
+            meaning(store)(w)
+
+
 def test_access_outside_tensors():
     x, y = torch.arange(64, dtype=torch.float32), torch.zeros(64, 3)
     tensors = Tensors()

@@ -83,3 +83,10 @@ def test_an_access_past_the_end_is_found(name, instruction, ask):
     assert error.startswith("amd.run.ExecutionError: ")
     assert instruction in error.split("(")[0]
     assert "are in no tensor" in error
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_missing_barrier_is_found(card, ask):
+    error = ask(card, "no barriers")["error"].splitlines()[-1]
+    assert error.startswith("amd.run.ExecutionError: ds_")
+    assert "a race:" in error
