@@ -1,7 +1,7 @@
 """The arithmetic of vector instructions, element by element, on NumPy arrays.
 
-Floats are rounded as IEEE 754 says, once an instruction; `exp2`, `log2` and the reciprocal too, where a card may err
-by a unit in the last place. Those three take and give no subnormal numbers.
+Floats are rounded once an instruction, as IEEE 754 says. `exp2`, `log2` and the reciprocal are too, where a card may
+err by one unit in the last place; these three take and give 0 for subnormal numbers.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def flushed(x: np.ndarray) -> np.ndarray:
-    """0 of the same sign in place of subnormal numbers."""
+    """x, with 0 of the same sign for subnormal numbers."""
     return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
 
 

@@ -71,7 +71,7 @@ def bits_of(mask):
 
 
 def check_lanes(w, before, after, expected, size, is_float=False):
-    """Registers of lanes that execute have the expected bits, of the others those from before."""
+    """Lanes that execute have the expected bits, and lanes that do not have the bits from before."""
     for wave, lane in np.ndindex(2, LANES):
         old, new = (pair(x[:, wave, lane], 0) & (1 << size) - 1 for x in (before, after))
         want = expected(wave, lane) & (1 << size) - 1 if w.live[wave, lane] else old

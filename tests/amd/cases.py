@@ -1,8 +1,8 @@
-"""Attention through the project's own operators on a card that is emulated, held to float64.
+"""Attention through the public operators on an emulated card, compared with float64.
 
     python -m amd.cases        # answers lines of JSON, a card and the name of a case in each, by lines of JSON
 
-A process of its own, since one that interprets kernels cannot compile them.
+Needs a process in which Triton compiles: one that interprets kernels cannot.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from fla.ops.attn.softpick.decoding import normalized_attn_decode
 CARDS = "gfx90a", "gfx942", "gfx950"
 DTYPES = "bfloat16", "float16", "float32"
 DIMENSIONS = 64, 128, 61
-# of the third normaliser each of the other four in turn
+# the third level takes one of four names in turn
 NORMALIZERS = ("softpick",), ("softmax",), ("abs_softpick", "relu_softpick", "rectified", "softmax_plus_one")  # fmt: skip
 
 # name -> sizes, arguments of the operator; tiles have 128, 64, 32 or 16 rows
@@ -98,30 +98,28 @@ def check_decoding(card: str, dtype: str, D: int, normalizer: str, case: str) ->
     return kernels
 
 
-def _pairwise() -> dict[str, dict[str, Callable[[], list[str]]]]:
-    """For each card, cases in which any two values of two of card, dtype, dimension, normaliser and options meet.
+def attention_levels() -> list[tuple[int, int, int, int, int]]:
+    """Rows of card, dtype, head dimension, normaliser and options, by number: any two values of two columns meet.
 
-    Rows of an orthogonal array: each column is a linear function of (card, dtype, dimension) over the integers
-    modulo 3, or for the nine options two of them, none of which is a multiple of another.
+    An orthogonal array. Each column is a linear function of the first three modulo 3, the last column two of them.
     """
+    levels = itertools.product(range(3), repeat=3)
+    return [(a, b, c, (a + b + c) % 3, (a + b) % 3 * 3 + (a + c) % 3) for a, b, c in levels]
+
+
+def _pairwise() -> dict[str, dict[str, Callable[[], list[str]]]]:
     cases: dict[str, dict[str, Callable[[], list[str]]]] = {card: {} for card in CARDS}
-    names = list(ATTENTION)
-    for a, b, c in itertools.product(range(3), repeat=3):
-        others = NORMALIZERS[(a + b + c) % 3]
-        row = (
-            DTYPES[b],
-            DIMENSIONS[c],
-            others[(a + c) % len(others)],
-            names[(a + b) % 3 * 3 + (a + c) % 3],
-        )
-        cases[CARDS[a]][" ".join(map(str, row))] = partial(check_attention, CARDS[a], *row)
-    names = list(DECODING)
+
+    def add(check: Callable, prefix: str, a: int, b: int, c: int, d: int, option: str) -> None:
+        choices = NORMALIZERS[d]
+        row = DTYPES[b], DIMENSIONS[c], choices[(a + c) % len(choices)], option
+        cases[CARDS[a]][prefix + " ".join(map(str, row))] = partial(check, CARDS[a], *row)
+
+    for *levels, option in attention_levels():
+        add(check_attention, "", *levels, list(ATTENTION)[option])
     for a, b in itertools.product(range(3), repeat=2):
-        others = NORMALIZERS[(a + 2 * b) % 3]
-        row = DTYPES[b], DIMENSIONS[(a + b) % 3], others[a % len(others)], names[3 * a + b]
-        cases[CARDS[a]][" ".join(map(str, ("decode", *row)))] = partial(
-            check_decoding, CARDS[a], *row
-        )
+        option = list(DECODING)[3 * a + b]
+        add(check_decoding, "decode ", a, b, (a + b) % 3, (a + 2 * b) % 3, option)
     return cases
 
 

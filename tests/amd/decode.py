@@ -1,6 +1,6 @@
 """Reads a code object: where the kernel starts, what the card sets up for it, and its instructions.
 
-The bit fields of instructions come from the package tinygrad, their meaning from the other files of this folder.
+The package tinygrad gives the bit fields of instructions. The files scalar.py, vector.py, ... give their meaning.
 """
 
 import math

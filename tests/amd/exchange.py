@@ -36,7 +36,7 @@ def permute(op: Instruction) -> Step | None:
     if op.name != "DS_SWIZZLE_B32":
         return None
     source = swizzle_sources(offset)
-    # the data are where other instructions have the address
+    # this instruction takes its data from the field that holds an address elsewhere
     return lambda w: w.set_vector(into, _from_lanes(w, address(w), source))
 
 

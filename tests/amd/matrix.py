@@ -1,7 +1,7 @@
 """Matrix instructions: D = A B + C for one wave, the matrices spread over its lanes.
 
-Lane l holds row l % M of A and column l % M of B, of which those products that its group l // M of lanes computes;
-of C and D it holds column l % M, in blocks of four rows. M is 16 or 32.
+M is 16 or 32. Lane l holds a part of row l % M of A and of column l % M of B: the elements whose index along K belongs
+to the lane's group, l // M. Of C and D it holds elements of column l % M, in blocks of four rows.
 """
 
 import re
@@ -34,7 +34,7 @@ def _numbers(w: Waves, register: int, count: int, kind: str, is_flushed: bool) -
 
 
 def build(op: Instruction) -> Step | None:
-    """V_MFMA_F32_MxMxK_type, None for all other instructions."""
+    """V_MFMA_F32_MxMxK_type, None for any other name."""
     match = re.fullmatch(r"V_MFMA_F32_(16|32)X(?:16|32)X(\d+)_(F16|BF16|F32|XF32)", op.name)
     if match is None:
         return None
@@ -60,11 +60,11 @@ def build(op: Instruction) -> Step | None:
         return x.reshape(size // 4, 4, -1, groups, M).transpose(2, 0, 3, 1, 4).reshape(-1, M, M)
 
     def step(w: Waves) -> None:
-        left = _numbers(w, a, count, kind, is_flushed).reshape(-1, groups, M, K // groups)
-        right = _numbers(w, b, count, kind, is_flushed).reshape(-1, groups, M, K // groups)
-        left = left.transpose(0, 2, 1, 3).reshape(-1, M, K)
-        right = right.transpose(0, 1, 3, 2).reshape(-1, K, M)
-        total = left @ right + (rows(w.f[c : c + size]) if c_value is None else c_value)
+        a_MK = _numbers(w, a, count, kind, is_flushed).reshape(-1, groups, M, K // groups)
+        b_KM = _numbers(w, b, count, kind, is_flushed).reshape(-1, groups, M, K // groups)
+        a_MK = a_MK.transpose(0, 2, 1, 3).reshape(-1, M, K)
+        b_KM = b_KM.transpose(0, 1, 3, 2).reshape(-1, K, M)
+        total = a_MK @ b_KM + (rows(w.f[c : c + size]) if c_value is None else c_value)
         total = total.astype(np.float32)
         if is_flushed:
             total = np.where(np.abs(total) < TINY, np.float32(0), total)

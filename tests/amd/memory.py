@@ -2,7 +2,7 @@
 
 Legend
     at                 addresses or offsets, in bytes; for global memory an array of any shape
-    live               True where an access takes place
+    live               True for lanes that make the access
 """
 
 import numpy as np
@@ -69,8 +69,8 @@ class Races:
     def check(self, at, users, num_bytes: int, is_changed=None, is_lost=None) -> None:
         """Notes accesses and raises AccessError if one is a race.
 
-        at, users: [accesses] first bytes, numbers of users. is_changed, is_lost: of writes, whether the bytes were
-        others before, and whether they are others afterwards.
+        at, users: [accesses] first bytes, numbers of users. is_changed, is_lost: of writes, whether the bytes differed
+        before, and whether they differ afterwards from what was written.
         """
         halves, users = (at >> 1)[:, None] + np.arange(num_bytes // 2), users[:, None]
         writer, reader = self._writer[halves], self._reader[halves]
@@ -114,7 +114,7 @@ def _write(words: np.ndarray, races: Races, at, live, users, num_bytes: int, reg
 class Tensors:
     """Global memory: copies of the storages that a launch may touch, apart from each other; which bytes are a tensor's.
 
-    A read that does not take place gives the zeros at the start.
+    A lane that does not execute reads the zeros at the start.
     """
 
     BASE = 1 << 40

@@ -43,7 +43,7 @@ def _arguments(signature: dict[str, str], values: dict[str, object], tensors: Te
 
 def _check_names(program: Program, listing: str) -> None:
     """Raises AssertionError if the decoder gave an instruction a name that the assembler's listing does not have."""
-    # the listing names encodings, and gfx90a's matrix instructions with other underscores
+    # names in the listing have the encoding at the end, and underscores differ
     listed = {x.upper().replace("_", "") for x in re.findall(r"^\t([a-z]\w+)", listing, re.M)}
     for name in program.names():
         short = name.replace("_", "")

@@ -13,7 +13,7 @@ import fla.ops.attn.softpick as original
 from amd.offline_launches import emulated
 from fla.ops.attn.softpick import naive_normalized_attn, parallel_fwd
 
-# name -> file, text, text in its place
+# name -> file, text, replacement
 PLANTED_FAULTS = {
     "a query sees the next key": ("tiles.py", "m_s = o_k <= o_q\n", "m_s = o_k <= o_q + 1\n"),
     "a row past the end is read": (
@@ -36,7 +36,7 @@ def _inputs() -> numerics.Inputs:
 
 
 def run_without_barriers(card: str) -> list[str]:
-    """Runs the forward kernel with an s_nop in place of each s_barrier."""
+    """Runs the forward kernel with each s_barrier replaced by s_nop."""
 
     def change(code: bytes) -> bytes:
         words = np.frombuffer(code[: len(code) // 4 * 4], np.uint32)

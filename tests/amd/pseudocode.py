@@ -1,6 +1,6 @@
 """Evaluates the pseudocode of the ISA manual, one lane at a time, for what the tests of instructions compare.
 
-It knows assignments, conditions and expressions of numbers; loops and functions with names of their own it does not.
+It evaluates assignments, conditions and arithmetic. It does not evaluate loops or definitions of functions.
 """
 
 import re

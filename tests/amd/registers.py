@@ -59,7 +59,7 @@ class Waves:
         return Waves(*parts, self._memory, pc)
 
     def join(self, other: "Waves") -> "Waves":
-        """These and others that have reached the same instruction."""
+        """These waves and more that have reached the same instruction."""
         parts = zip(self._parts(), other._parts(), strict=True)
         both = (np.concatenate(x, axis=1 if x[0].ndim > 1 else 0) for x in parts)
         return Waves(*both, self._memory, self.pc)

@@ -1,7 +1,7 @@
 """Runs a launch: decodes each instruction once, and executes it for all waves that have reached it.
 
-Waves that take different sides of a branch go on apart; those that are behind run first, until they meet the others.
-At a barrier a wave waits for all of the launch, which is more than a card does and forbids nothing that it allows.
+Waves that take different sides of a branch form groups. The group at the lowest address runs first, until it reaches the
+next group. At a barrier a wave waits for all waves of the launch, not only for those of its workgroup.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,10 @@ def meaning(op: Instruction) -> Step | None:
 
 
 def _advance(program: Program, w: Waves, stop: int) -> list[Waves]:
-    """Runs waves until they part, meet others at stop, wait or end; returns those that go on, waiting ones with is_waiting."""
+    """Runs waves until they diverge, reach stop, wait at a barrier or end.
+
+    Returns the groups that go on; is_waiting is set on those at a barrier.
+    """
     while w.pc != stop:
         op, step, following = program.at(w.pc)
         if step is not None:

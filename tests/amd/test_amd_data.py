@@ -216,7 +216,7 @@ def test_access_outside_local_memory():
 
 @pytest.mark.parametrize("has_barrier", [False, True])
 def test_races_in_local_memory(has_barrier):
-    """Two waves of one workgroup: one writes, then the other reads or writes otherwise."""
+    """Two waves of one workgroup: one writes, then the second reads or writes something else."""
     w = Waves.start(1, 2, (None, Local(1, 1024)), 0)
     write, read = enum.DSOp.DS_WRITE_B32, enum.DSOp.DS_READ_B32
     # each its part, and the same numbers to the same addresses
@@ -226,7 +226,7 @@ def test_races_in_local_memory(has_barrier):
     meaning(assemble("DS", write, addr=3, data0=5))(w)
     meaning(assemble("DS", read, vdst=6, addr=2))(w)
     meaning(assemble("DS", read, vdst=7, addr=3))(w)
-    # what the other wave wrote
+    # the addresses that the second wave wrote
     w.v[2] ^= np.uint32(256)
     if has_barrier:
         w.local.barrier()

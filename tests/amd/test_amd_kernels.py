@@ -4,6 +4,7 @@ The default run takes each kernel once for each card. `pytest -m slow` takes the
 of card, dtype, head dimension, normaliser and options meet once.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from amd.cases import BRIEF, CARDS, PAIRWISE
+from amd.cases import BRIEF, CARDS, PAIRWISE, attention_levels
 
 ATTENTION_KERNELS = [
     "parallel_normalized_attn_fwd_kernel",
@@ -65,6 +66,12 @@ def test_each_kernel(card, name, ask):
 )
 def test_pairs(card, name, ask):
     check(ask(card, name), name)
+
+
+def test_any_two_values_meet():
+    columns = list(zip(*attention_levels(), strict=True))
+    for x, y in itertools.combinations(columns, 2):
+        assert len(set(zip(x, y, strict=True))) == len(set(x)) * len(set(y))
 
 
 def test_a_wrong_mask_is_found(ask):

@@ -35,6 +35,7 @@ TABLE: dict[str, tuple[str, Callable]] = {
     "V_AND_B32": ("uuu", np.bitwise_and), "V_OR_B32": ("uuu", np.bitwise_or), "V_XOR_B32": ("uuu", np.bitwise_xor),
     "V_OR3_B32": ("uuuu", lambda a, b, c: a | b | c),
     "V_AND_OR_B32": ("uuuu", lambda a, b, c: a & b | c),
+    "V_BFI_B32": ("uuuu", lambda a, b, c: a & b | ~a & c),
     "V_PERM_B32": ("uuuu", ar.permuted_bytes),
     "V_BFE_U32": ("uuuu", ar.bit_field), "V_BFE_I32": ("iuui", ar.bit_field),
     "V_LSHLREV_B16": ("www", _left), "V_LSHLREV_B32": ("uuu", _left), "V_LSHLREV_B64": ("uUU", _left),
@@ -132,13 +133,13 @@ def _finish(op: Instruction, kind: str) -> Callable:
         factor = np.float32({1: 2.0, 2: 4.0, 3: 0.5}[op.field("omod")])
         steps.append(lambda x: x * factor)
     if op.field("clmp"):
-        assert kind == "f", "a clamp of other than float32"
+        assert kind == "f", "a clamp of a type that is not float32"
         steps.append(lambda x: np.clip(np.where(np.isnan(x), np.float32(0), x), 0, 1))
     if kind in "wh":
         assert op.field("opsel") < 8, "a result in the upper half"
         steps.append(lambda x: np.asarray(x).view(np.uint16).astype(_U))
     if op.field("dst_sel", 6) != 6:
-        assert op.field("dst_unused") == 0, "a result that keeps other bits"
+        assert op.field("dst_unused") == 0, "a result that keeps bits of the register"
         size, index = 8 if op.field("dst_sel") < 4 else 16, op.field("dst_sel") & 3
         steps.append(lambda x: (np.asarray(x).view(_U) & _U((1 << size) - 1)) << _U(size * index))
 
@@ -179,7 +180,7 @@ def _with_more(op: Instruction) -> tuple[str, Callable, list[Read]] | None:
         register = op.operand("src2") if op.form == "VOP3" else VCC
         return "fff", lambda a, b, m: np.where(m, b, a), [lambda w: w.mask(register)]
     if op.name == "V_BITOP3_B32":
-        # the table has the bits that other instructions have for modifiers
+        # the table is in the bits that hold modifiers elsewhere
         return (
             "uuuu",
             ar.bit_table(op.field("omod") << 6 | op.field("abs") << 3 | op.field("neg")),
