@@ -49,6 +49,8 @@ TABLE: dict[str, tuple[str, Callable]] = {
     "V_XAD_U32": ("uuuu", lambda a, b, c: (a ^ b) + c),
     "V_MUL_LO_U32": ("uuu", np.multiply),
     "V_MUL_HI_U32": ("uuu", lambda a, b: (a.astype(np.uint64) * b >> np.uint64(32)).astype(_U)),
+    "V_MUL_I32_I24": ("iii", lambda a, b: (a << 8 >> 8) * (b << 8 >> 8)),
+    "V_MAD_I32_I24": ("iiii", lambda a, b, c: (a << 8 >> 8) * (b << 8 >> 8) + c),
     "V_MUL_U32_U24": ("uuu", lambda a, b: (a & _U(0xFFFFFF)) * (b & _U(0xFFFFFF))),
     "V_MAD_U32_U24": ("uuuu", lambda a, b, c: (a & _U(0xFFFFFF)) * (b & _U(0xFFFFFF)) + c),
     "V_MIN_I32": ("iii", np.minimum), "V_MAX_I32": ("iii", np.maximum),
