@@ -41,7 +41,7 @@ class Waves:
     def __init__(self, s, v, scc, index, workgroup, memory, pc):
         self.s, self.v, self.scc, self.index, self.workgroup = s, v, scc, index, workgroup
         self.tensors, self.local = self._memory = memory
-        self.pc, self.is_waiting = pc, False
+        self.pc, self.is_waiting, self.num_branches = pc, False, 0
         self.i, self.f = v.view(np.int32), v.view(np.float32)
         self.update_live()
 

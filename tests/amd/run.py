@@ -18,6 +18,8 @@ from amd.registers import Step, Waves
 _IGNORED = {
     "S_NOP", "S_WAITCNT", "S_SLEEP", "S_SETPRIO", "S_INST_PREFETCH", "BUFFER_WBL2", "BUFFER_INV", "V_NOP",
 }  # fmt: skip
+# of a group of waves between two meetings: enough for any kernel of the tests, reached within a minute
+_MAX_BRANCHES = 100_000
 _BUILDERS: dict[str, tuple[Callable[[Instruction], Step | None], ...]] = {
     "SMEM": (access.scalar_load,),
     "MUBUF": (access.buffer,),
@@ -58,6 +60,7 @@ class Program:
 
 
 def meaning(op: Instruction) -> Step | None:
+    """What the instruction does; None if it ends a wave, waits or branches."""
     if op.name in ("S_ENDPGM", "S_BARRIER") or op.name in scalar.BRANCHES:
         return None
     if op.name in _IGNORED:
@@ -92,6 +95,9 @@ def _advance(program: Program, w: Waves, stop: int) -> list[Waves]:
         if op.name == "S_BARRIER":
             w.pc, w.is_waiting = following, True
             return [w]
+        w.num_branches += 1
+        if w.num_branches > _MAX_BRANCHES:
+            raise ExecutionError(f"{op}: the kernel does not end")
         taken = scalar.BRANCHES[op.name](w)
         target = scalar.branch_target(op)
         if taken.all():

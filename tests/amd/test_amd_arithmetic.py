@@ -10,10 +10,11 @@ from tinygrad.runtime.autogen.amd.cdna import enum
 
 from amd import arithmetic, scalar, vector
 from amd.assembler import V, assemble, bits_of, check_lanes, find, pair, random_bits, waves
-from amd.decode import VCC
+from amd.decode import VCC, CodeObject
+from amd.memory import Tensors
 from amd.pseudocode import TEXT, evaluate, nearest
 from amd.registers import LANES
-from amd.run import UnknownInstructionError, meaning
+from amd.run import ExecutionError, Program, UnknownInstructionError, meaning, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # functions for which the manual has no definition, and bytes and bits in an order: below
@@ -296,6 +297,13 @@ def test_division():
     )
     assert np.array_equal(got[is_normal], expected[is_normal], equal_nan=True)
     assert (np.abs(got - expected)[np.abs(expected) < 2**-126] <= 2.0**-149).all()
+
+
+def test_a_kernel_that_does_not_end():
+    # s_branch to itself
+    code = CodeObject((0xBF82FFFF).to_bytes(4, "little") + bytes(12), 0, 0, 2, 0, 0)
+    with pytest.raises(ExecutionError, match="s_branch.* does not end"):
+        run(Program(code, "gfx942"), Tensors(), bytes(16), 1, 1, 0)
 
 
 def test_unknown_instructions_are_named():
