@@ -132,7 +132,10 @@ BRIEF = {
 }
 PAIRWISE = _pairwise()
 PAIRWISE["gfx942"] |= {
-    f"XF32 {D} softpick causal": partial(check_reduced_precision, "gfx942", D) for D in (64, 128)
+    "XF32 128 softpick causal": partial(check_reduced_precision, "gfx942", 128),
+    "bfloat16 256 softpick causal": partial(
+        check_attention, "gfx942", "bfloat16", 256, "softpick", "causal"
+    ),
 }
 PLANTED = {
     card: {name: partial(run_planted, card, name) for name in PLANTED_FAULTS}
