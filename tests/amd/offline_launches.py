@@ -23,20 +23,27 @@ from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel
 _FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f"}
 
 
-def _arguments(signature: dict[str, str], values: dict[str, object], tensors: Tensors) -> bytes:
-    """The kernel's arguments as it finds them in memory: those that are compiled in are left out, two pointers follow."""
+def _scalars_and_pointers(kind, value) -> Iterator[tuple[str, object]]:
+    """The kinds and values of an argument, one by one if it is a tuple; what is compiled in is left out."""
+    if isinstance(kind, tuple):
+        for pair in zip(kind, value, strict=True):
+            yield from _scalars_and_pointers(*pair)
+    elif kind != "constexpr":
+        yield kind, value
+
+
+def _arguments(signature: dict, values: dict[str, object], tensors: Tensors) -> bytes:
+    """The kernel's arguments as it finds them in memory, two pointers after them."""
     data = b""
-    for name, kind in signature.items():
-        value = values[name]
-        if kind == "constexpr":
-            continue
-        if kind.startswith("*"):
-            assert isinstance(value, torch.Tensor), name
-            value, form = tensors.add(name, value), "Q"
-        else:
-            form = _FORMATS[kind]
-        size = struct.calcsize(form)
-        data += bytes(-len(data) % size) + struct.pack("<" + form, value)
+    for name, whole in signature.items():
+        for kind, value in _scalars_and_pointers(whole, values[name]):
+            if kind.startswith("*"):
+                assert isinstance(value, torch.Tensor), name
+                value, form = tensors.add(name, value), "Q"
+            else:
+                form = _FORMATS[kind]
+            size = struct.calcsize(form)
+            data += bytes(-len(data) % size) + struct.pack("<" + form, value)
     # of memory that Triton gives to kernels that ask for it, which ours do not
     return data + bytes(-len(data) % 8) + bytes(16)
 
