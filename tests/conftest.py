@@ -72,6 +72,7 @@ def device() -> torch.device:
 
 # files whose tests are each by themselves: any worker takes any of them
 _COMPUTING = (
+    "test_amd",
     "test_parallel",
     "test_decoding",
     "test_naive",

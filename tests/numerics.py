@@ -318,11 +318,12 @@ def assert_no_worse_than_eager(
 @contextmanager
 def poisoned_memory():
     """``torch.empty`` and its relatives, in kernels' launchers too, give NaN instead of what was there."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # what torch.use_deterministic_algorithms sets, which also imports torch._inductor, for seconds
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch._C._set_deterministic_algorithms(False)
 
 
 def check_attention(

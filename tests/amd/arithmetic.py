@@ -111,8 +111,8 @@ def div_scale(x: np.ndarray, divisor: np.ndarray, dividend: np.ndarray):
 
 def div_fmas(a, b, c, is_scaled) -> np.ndarray:
     """fma, scaled back."""
-    # NOTE(numerics): the manual says 2**32 where `div_scale` has taken 2**64 or given it, and quotients would be wrong;
-    # the quotient's size says which
+    # NOTE(numerics): the manual says 2**32, but its `div_scale` scales by 2**64 or 2**-64. The inverse of that is assumed,
+    # unverified on a card; the quotient's size says which of the two was used.
     x = fma(a, b, c)
     return np.where(is_scaled, np.ldexp(x, np.where(_exponent(c) > 127, 64, -64)), x)
 

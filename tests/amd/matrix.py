@@ -23,7 +23,7 @@ def _numbers(w: Waves, register: int, count: int, kind: str, is_flushed: bool) -
     else:
         x = x.view(np.float32)
     if kind == "XF32":
-        # 10 bits of the fraction
+        # 10 bits of the fraction, to nearest even; unverified: the manual does not say how the card rounds
         bits = x.view(np.uint32)
         even = bits >> np.uint32(13) & np.uint32(1)
         x = (bits + np.uint32(0xFFF) + even & np.uint32(0xFFFFE000)).view(np.float32)
@@ -52,7 +52,8 @@ def build(op: Instruction) -> Step | None:
         c += ACCUMULATORS * is_accumulator - FIRST_VECTOR
     d = op.operand("vdst") - FIRST_VECTOR + ACCUMULATORS * is_accumulator
     size = M * M // LANES
-    # AMD says of MI200 alone that its products of 16 bits take subnormal numbers as 0, and give 0 for them
+    # https://rocm.docs.amd.com/projects/MIOpen/en/latest/MI200AlternateImplementation.html: MFMA_F16, MFMA_BF16 and
+    # MFMA_BF16_1K of MI200 flush subnormal inputs and outputs to zero
     is_flushed = op.card == "gfx90a" and kind in ("F16", "BF16")
 
     def rows(x):

@@ -26,13 +26,14 @@ PLANTED_FAULTS = {
 
 
 _OPTIONS = {
-    "sink_bias": None, "cu_seqlens": None, "scale": 64**-0.5, "window_size": None, "head_first": False, "safe": True,
+    "sink_bias": None, "cu_seqlens": None, "scale": 16**-0.5, "window_size": None, "head_first": False, "safe": True,
     "normalizer": "softpick",
 }  # fmt: skip
 
 
 def _inputs() -> numerics.Inputs:
-    return numerics.draw(65, 64, dtype=torch.bfloat16)
+    # those of the default run, for which the kernel without a fault is compiled
+    return numerics.draw(65, 16, HQ=4, H=2, dtype=torch.bfloat16)
 
 
 def run_without_barriers(card: str) -> list[str]:
