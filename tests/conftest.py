@@ -72,7 +72,8 @@ def device() -> torch.device:
 
 # files whose tests are each by themselves: any worker takes any of them
 _COMPUTING = (
-    "test_amd",
+    "test_amd_arithmetic",
+    "test_amd_data",
     "test_parallel",
     "test_decoding",
     "test_naive",
