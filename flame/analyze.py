@@ -37,6 +37,7 @@ from flame.analysis.flags import (
 )
 from flame.analysis.heads import Thresholds
 from flame.analysis.interventions import NUM_RUNS, frequent_token, intervene
+from flame.analysis.lengths import default_lengths
 from flame.analysis.measure import loss_of, measure, perplexity, record_maps
 from flame.analysis.models import ModelSource
 from flame.analysis.records import (
@@ -136,7 +137,7 @@ def _measure_all(
             except NotImplementedError as error:
                 raise UsageError(f"--model {source.path}: {error}") from None
             parameters = sum(p.numel() for p in model.parameters())
-            recorder.add("model", parameters, **source.fields())
+            recorder.add("model", parameters, **source.fields(), **source.trained())
             if curves:
                 record_curves(curves[number], recorder)
             loss = next(r for r in recorder.records if r["metric"] == "loss")["value"]
@@ -223,6 +224,10 @@ def _analyze(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     labels = labels_of(args)
     models = find_models(args, labels, device)
+    if not args.lengths:
+        trained = [model.trained()["training_length"] for model in models]
+        args.lengths = default_lengths(trained, [model.max_length for model in models])
+        logger.info(f"--lengths {' '.join(map(str, args.lengths))}")
     curves = [read_curves(run) for run in args.run or []]
     samples = read_samples(
         args.data,

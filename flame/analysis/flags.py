@@ -59,8 +59,9 @@ def parser() -> Parser:
         "--lengths",
         type=int,
         nargs="+",
-        default=[128, 512],
-        help="tokens in a sequence, with the same beginnings for every length (default: 128 512)",
+        default=[],
+        help="tokens in a sequence, with the same beginnings for every length (default: the length of training and the "
+        "powers of 4 below it, from 16 on; 128 512 if no run.json says how long that is)",
     )
     add("--samples", type=int, default=32, help="sequences (default: %(default)s)")
     add(
@@ -219,14 +220,15 @@ def labels_of(args: argparse.Namespace) -> list[str]:
 
 
 def find_models(args: argparse.Namespace, labels: list[str], device: str) -> list[ModelSource]:
-    """Finds the models, and checks tokenizers, arms and lengths before the first is loaded.
+    """Finds the models, and checks tokenizers, arms and the given lengths before the first is loaded.
 
     Raises:
         UsageError: A model cannot be found, or does not fit the other models or the flags.
     """
     names = args.attn_implementation
     names = names * len(args.model) if len(names) == 1 else names
-    models = [find_model(p, n, device) for p, n in zip(args.model, names, strict=True)]
+    runs = args.run or [None] * len(args.model)
+    models = [find_model(p, n, device, r) for p, n, r in zip(args.model, names, runs, strict=True)]
     first = models[0]
     arms: dict[str, ModelSource] = {}
     for model, label in zip(models, labels, strict=True):
@@ -247,8 +249,8 @@ def find_models(args: argparse.Namespace, labels: list[str], device: str) -> lis
                 f"--label {label}: {model.path} ({model.fields()}) must be another seed of the arm of {arm.path} "
                 f"({arm.fields()}); give it another label"
             )
-        most = getattr(model.config, "max_position_embeddings", None)
-        longest = max([*args.lengths, *args.passkey_lengths])
+        most = model.max_length
+        longest = max([*args.lengths, *args.passkey_lengths], default=0)
         if most is not None and longest > most:
             flag = "lengths" if longest in args.lengths else "passkey_lengths"
             raise UsageError(

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PretrainedConfig as Config
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
+from flame.analysis.lengths import training_length
 from flame.base.errors import UsageError
 from flame.checkpoints.huggingface import dcp_to_hf
 from flame.checkpoints.step_folder import describe_failure, is_complete
@@ -38,11 +39,25 @@ class ModelSource:
     """Name of an operator of `flame.models.attention`."""
     device: str
     is_checkpoint: bool
+    run: dict[str, Any] = field(default_factory=dict)
+    """Content of ``run.json`` of the run that trained it; empty if there is none."""
 
     @property
     def normalizer(self) -> str:
         """A key of `fla.ops.attn.softpick.NORMALIZERS`."""
         return normalizer_of(self.operator)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that the model takes; None for any."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def trained(self) -> dict[str, int | None]:
+        """Training length and seed, None where no run says them."""
+        return {
+            "training_length": training_length(self.run),
+            "seed": self.run.get("--training.seed"),
+        }
 
     def fields(self) -> dict[str, Any]:
         """Fields of the configuration in which arms differ."""
@@ -81,7 +96,9 @@ class ModelSource:
         return model.to(self.device).eval()  # pyright: ignore[reportArgumentType]  # transformers hides the signature of nn.Module.to
 
 
-def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource:
+def find_model(
+    path: Path, attn_implementation: str, device: str, run: Path | None = None
+) -> ModelSource:
     """Reads configuration and tokenizer of a Hugging Face folder or of a checkpoint ``step-N`` of a run.
 
     Args:
@@ -89,6 +106,7 @@ def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource
         attn_implementation: `OWN`, or a name of `flame.models.attention.IMPLEMENTATIONS` for a model of transformers
             whose configuration names none.
         device: Where the model will run; on ``"cpu"`` with the PyTorch reference of its operator.
+        run: Folder of the run that trained it, asked if there is no ``run.json`` above the model.
 
     Raises:
         UsageError: There is no such model, or it does not say what it is.
@@ -122,7 +140,10 @@ def find_model(path: Path, attn_implementation: str, device: str) -> ModelSource
     if device == "cpu":
         # the same function: Triton's kernels need a GPU
         operator = operator.replace("parallel_", "naive_", 1)
-    return ModelSource(path, config, tokenizer, operator, device, is_checkpoint)
+    above = run_of_checkpoint(path) if is_checkpoint else path.resolve().parent
+    folders = [x for x in (above, run) if x is not None and (x / RUN_FILE).is_file()]
+    said = read_run(folders[0]) if folders else {}
+    return ModelSource(path, config, tokenizer, operator, device, is_checkpoint, said)
 
 
 def _read_folder(path: Path) -> tuple[Config, Tokenizer]:

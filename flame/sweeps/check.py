@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from flame.analysis import flags, passkey, quantized
+from flame.analysis.lengths import default_lengths
 from flame.analysis.samples import read_samples
 from flame.base.errors import UsageError
 from flame.base.folder_lock import wait_until_free
@@ -83,6 +84,9 @@ def _analysis(sweep: Sweep) -> argparse.Namespace | None:
         flags.check(args)
     except UsageError as error:
         raise UsageError(f"{sweep.file}, [analyze]: {error}") from None
+    if not args.lengths:
+        training = sweep.runs[0].config.training
+        args.lengths = default_lengths([training.context_len or training.seq_len], [])
     return args
 
 

@@ -235,6 +235,10 @@ def test_a_checkpoint_and_another_architecture(models, monkeypatch, tmp_path):
     assert results.of_model("row_sum", "own", 12).mean == pytest.approx(1)
     assert results.of_model("zeros", "softpick", 12).mean > 0.1
     assert [r["head"] for r in results.where("attention_map")] == [1] * 4
+    # only the checkpoint has a run.json above it
+    trained = {r["label"]: (r["training_length"], r["seed"]) for r in results.models}
+    of_run = asked.training.seq_len, asked.training.seed
+    assert trained == dict.fromkeys(("hf", "own", "softpick"), (None, None)) | {"dcp": of_run}
 
 
 def test_mean_and_spread_over_seeds():
