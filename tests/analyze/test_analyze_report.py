@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flame import analyze
 from flame.analysis.records import KEYS, Mean, Results, mean_of, read_records
 from flame.analysis.report import html, tables
-from flame.analysis.report.svg import Axis, Line, heat_map, level, line_chart
+from flame.analysis.report.maps import heat_map, level
+from flame.analysis.report.svg import Axis, Line, line_chart
 from flame.config.sections import JobConfig, Training
 from flame.data import load_tokenizer
 from flame.models import read_config

@@ -1,6 +1,7 @@
 """The style sheet of a report: legible from 390 px on, light and dark, in colours that colour-blind readers tell apart."""
 
-from flame.analysis.report.svg import HUES, LEVELS
+from flame.analysis.report.maps import LEVELS
+from flame.analysis.report.svg import HUES
 
 _RULES = """
 :root {
