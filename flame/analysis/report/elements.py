@@ -4,6 +4,7 @@ from html import escape
 
 from flame.analysis.records import Results
 from flame.analysis.report.cells import Table
+from flame.analysis.report.palette import slots
 from flame.analysis.report.svg import legend
 
 
@@ -45,5 +46,5 @@ def grid(figures: list[str], results: Results | None, kind: str = "") -> str:
     figures = [x for x in figures if x]
     if not figures:
         return ""
-    above = legend(results.labels) if results else ""
+    above = legend(slots(results.models)) if results else ""
     return f'{above}<div class="grid-of {kind}">{"".join(figures)}</div>'

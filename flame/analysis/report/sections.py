@@ -9,6 +9,7 @@ from flame.analysis.records import Mean, Record, Results, mean_of
 from flame.analysis.report import tables
 from flame.analysis.report.elements import figure, folded, grid, html_table
 from flame.analysis.report.maps import color_bar, heat_map, triangle_map
+from flame.analysis.report.palette import slots
 from flame.analysis.report.svg import Axis, Line, line_chart, round_up
 
 _STEP = Axis("step")
@@ -23,8 +24,8 @@ def _lines(
     **keys: Any,
 ) -> list[Line]:
     return [
-        Line(index, label, _scaled(results.series(metric, label, x, **keys), factor))
-        for index, label in enumerate(results.labels)
+        Line(slot, label, _scaled(results.series(metric, label, x, **keys), factor))
+        for label, slot in slots(results.models).items()
     ]
 
 
@@ -122,7 +123,7 @@ def activations(results: Results) -> str:
     """Massive activations and kurtosis."""
     length, axis = max(results.lengths), _layers(results, first=-1)
     lines = []
-    for index, label in enumerate(results.labels):
+    for label, slot in slots(results.models).items():
         # the larger absolute value of a model's minimum and maximum
         sides = {
             (r["model"], r["layer"]): 0.0
@@ -137,7 +138,7 @@ def activations(results: Results) -> str:
                     sides[key] = max(value, sides[key])
         layers = sorted({layer for _, layer in sides})
         points = {n: mean_of(v for (_, x), v in sides.items() if x == n) for n in layers}
-        lines.append(Line(index, label, points))  # pyright: ignore[reportArgumentType]  # each layer has at least one value, so no point is None
+        lines.append(Line(slot, label, points))  # pyright: ignore[reportArgumentType]  # each layer has at least one value, so no point is None
     magnitude = line_chart(lines, axis, Axis("largest |activation|", log=True))
     by_layer = _lines(results, "kurtosis", lambda r: r["layer"], length=length, head=None)
     kurtosis = line_chart(by_layer, axis, Axis("kurtosis", log=True))
@@ -328,6 +329,6 @@ def robustness(results: Results) -> str:
 
 def _by_depths(results: Results, metric: str, factor: float = 1.0, **keys: Any) -> list[Line]:
     return [
-        Line(index, label, _scaled(tables.over_depths(results, metric, label, **keys), factor))
-        for index, label in enumerate(results.labels)
+        Line(slot, label, _scaled(tables.over_depths(results, metric, label, **keys), factor))
+        for label, slot in slots(results.models).items()
     ]

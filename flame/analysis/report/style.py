@@ -1,18 +1,18 @@
 """The style sheet of a report: legible from 390 px on, light and dark, in colours that colour-blind readers tell apart."""
 
 from flame.analysis.report.maps import LEVELS
-from flame.analysis.report.svg import HUES
+from flame.analysis.report.palette import COLORS
 
 _RULES = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --ink: #1b1f24; --soft: #57606a; --rule: #d8dee4; --panel: #f6f8fa; --hot: #08306b;
-  --c0: #0067a5; --c1: #c94f00; --c2: #00845d; --c3: #a8447f; --c4: #946c00; --c5: #2a9fd6; --c6: #555b61;
+  --link: #0067a5; LIGHT
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #0f1318; --ink: #e6e9ec; --soft: #9aa4ae; --rule: #2c343d; --panel: #171c22; --hot: #d6e9ff;
-    --c0: #58a9e8; --c1: #ff914d; --c2: #35c79a; --c3: #e694c3; --c4: #e3b341; --c5: #9fd8f7; --c6: #b4bcc4;
+    --link: #58a9e8; DARK
   }
 }
 * { box-sizing: border-box; }
@@ -26,7 +26,7 @@ h3 { font-size: 1rem; margin: 20px 0 6px; }
 p { margin: 4px 0 12px; max-width: 75ch; color: var(--soft); }
 ul.facts { margin: 8px 0 12px; padding-left: 18px; color: var(--soft); font-size: 0.9rem; max-width: 90ch; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 0.9rem; margin: 12px 0; }
-a { color: var(--c0); }
+a { color: var(--link); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0; padding: 0; font-size: 0.875rem; }
 .legend li { display: flex; align-items: center; gap: 6px; }
 .grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px 24px; align-items: end; }
@@ -65,9 +65,11 @@ text.label { fill: var(--ink); }
 
 def style_sheet() -> str:
     """The rules, with those of the shades of heat maps and of the colours of lines."""
-    hues = "".join(f".s{n} {{ --c: var(--c{n}); }}\n" for n in range(HUES))
+    hues = "".join(f".s{n} {{ --c: var(--c{n}); }}\n" for n in range(len(COLORS)))
+    light = " ".join(f"--c{n}: {color.light};" for n, color in enumerate(COLORS))
+    dark = " ".join(f"--c{n}: {color.dark};" for n, color in enumerate(COLORS))
     shades = "".join(
         f".l{n} {{ fill: color-mix(in srgb, var(--hot) {6 + 94 * n / LEVELS:.1f}%, var(--paper)); }}\n"
         for n in range(1, LEVELS + 1)
     )
-    return _RULES + hues + shades
+    return _RULES.replace("LIGHT", light).replace("DARK", dark) + hues + shades

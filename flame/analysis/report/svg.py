@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from html import escape
 
 from flame.analysis.records import Mean
+from flame.analysis.report.palette import COLORS
 
 WIDTH, HEIGHT = 380, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
-HUES = 7
-"""Number of colour/marker pairs; further lines reuse them with dashes."""
 _DASHES = ("", "6 3", "2 2")
 _MARKS_AT_MOST = 12
 
@@ -19,8 +18,8 @@ _MARKS_AT_MOST = 12
 class Line:
     """One arm in a chart."""
 
-    index: int
-    """Selects colour, marker and dash, the same in every chart."""
+    slot: int
+    """Selects colour, marker and dash, see `palette.slots`."""
     label: str
     points: dict[float, Mean]
 
@@ -115,7 +114,7 @@ def _usable(lines: Iterable[Line], x: Axis, y: Axis) -> list[Line]:
         return is_finite and (not x.log or x_value > 0) and (not y.log or value.mean > 0)
 
     return [
-        Line(line.index, line.label, {a: m for a, m in line.points.items() if fits(a, m)})
+        Line(line.slot, line.label, {a: m for a, m in line.points.items() if fits(a, m)})
         for line in lines
     ]
 
@@ -161,7 +160,6 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis) -> str:
 
 
 def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
-    hue, dash = line.index % HUES, _DASHES[line.index // HUES % len(_DASHES)]
     points = line.points
     points_xy = [(to_x(a), to_y(m.mean)) for a, m in points.items()]
     few = len(points) <= _MARKS_AT_MOST
@@ -179,46 +177,53 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
         parts.append(f'<polygon class="band" points="{there} {back}"/>')
     if len(points_xy) > 1:
         d = " ".join(f"{a},{b}" for a, b in points_xy)
-        parts.append(f'<polyline stroke-dasharray="{dash}" points="{d}"/>')
+        parts.append(f'<polyline stroke-dasharray="{_dash(line.slot)}" points="{d}"/>')
     stride = 1 if few else math.ceil(len(points) / 6)
     for n, ((a, mean), (px, py)) in enumerate(zip(points.items(), points_xy, strict=True)):
         # offset by line, so that the markers of several lines do not overlap
-        if few or n % stride == (line.index * 2) % stride:
+        if few or n % stride == (line.slot * 2) % stride:
             spread = "" if mean.std is None else f" ± {mean.std:.4g}"
             title = f"{line.label}, {a:g}: {mean.mean:.6g}{spread}"
             parts.append(
-                f'<path class="mark" d="{_mark(hue, px, py)}"><title>{escape(title)}</title></path>'
+                f'<path class="mark" d="{_mark(line.slot, px, py)}"><title>{escape(title)}</title></path>'
             )
-    return f'<g class="{_kind(line.index)}">{"".join(parts)}</g>'
+    return f'<g class="{_kind(line.slot)}">{"".join(parts)}</g>'
 
 
-def _kind(index: int) -> str:
-    """CSS classes of an arm: its colour, and hollow markers once the colours repeat."""
-    return f"s s{index % HUES}" + (" hollow" if index >= HUES else "")
+def _kind(slot: int) -> str:
+    """CSS classes of an arm: its colour, and hollow markers where the shapes repeat."""
+    hue = slot % len(COLORS)
+    return f"s s{hue}" + (" hollow" if hue // len(_SHAPES) % 2 else "")
 
 
-def _mark(hue: int, x: float, y: float) -> str:
-    """Path of one of the `HUES` markers."""
-    shapes = (
-        "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
-        "m-3 -3h6v6h-6z",
-        "m0 -4l4 7h-8z",
-        "m0 -4.5l4.5 4.5l-4.5 4.5l-4.5 -4.5z",
-        "m0 4l4 -7h-8z",
-        "m-1.3 -4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
-        "m-4.5 -1.5h9v3h-9z",
-    )
-    return f"M{x} {y}{shapes[hue]}"
+def _dash(slot: int) -> str:
+    """Dashes once the colours repeat."""
+    return _DASHES[slot // len(COLORS) % len(_DASHES)]
 
 
-def legend(labels: Sequence[str]) -> str:
+_SHAPES = (
+    "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
+    "m-3 -3h6v6h-6z",
+    "m0 -4l4 7h-8z",
+    "m0 -4.5l4.5 4.5l-4.5 4.5l-4.5 -4.5z",
+    "m0 4l4 -7h-8z",
+    "m-1.3 -4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
+    "m-4.5 -1.5h9v3h-9z",
+)
+
+
+def _mark(slot: int, x: float, y: float) -> str:
+    """Path of an arm's marker."""
+    return f"M{x} {y}{_SHAPES[slot % len(COLORS) % len(_SHAPES)]}"
+
+
+def legend(slots: dict[str, int]) -> str:
     """The arms with colour, marker and dash, as a list of HTML."""
     items = []
-    for index, label in enumerate(labels):
-        hue, dash = index % HUES, _DASHES[index // HUES % len(_DASHES)]
+    for label, slot in slots.items():
         swatch = (
-            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="{_kind(index)}">'
-            f'<polyline stroke-dasharray="{dash}" points="1,6 33,6"/><path class="mark" d="{_mark(hue, 17, 6)}"/></g></svg>'
+            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="{_kind(slot)}">'
+            f'<polyline stroke-dasharray="{_dash(slot)}" points="1,6 33,6"/><path class="mark" d="{_mark(slot, 17, 6)}"/></g></svg>'
         )
         items.append(f"<li>{swatch}{escape(label)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
