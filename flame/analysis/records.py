@@ -103,6 +103,13 @@ class Results:
         self.labels = list(dict.fromkeys(r["label"] for r in models))
         self.lengths = sorted({r["length"] for r in self.by_metric.get("loss", ())})
 
+    @property
+    def training_length(self) -> int | None:
+        """The training length, the shortest if the models differ; None if no run says it."""
+        # older records lack the key
+        known = [n for r in self.models if (n := r.get("training_length")) is not None]
+        return min(known, default=None)
+
     def where(self, metric: str, **keys: Any) -> list[Record]:
         """Records of a metric whose ``keys`` have these values; a key that is not there is None."""
         return [

@@ -255,8 +255,9 @@ def test_mean_and_spread_over_seeds():
 def test_charts_place_what_they_are_given():
     line = Line(0, "a & b", {1.0: Mean(0.0, 1.0, 2), 2.0: Mean(10.0, None, 1)})
     drawing = line_chart([line], Axis("x"), Axis("y", low=0, high=10))
-    # the plot reaches from 50 to 368 across and from 202 up to 10
-    assert 'points="50.0,202.0 368.0,10.0"' in drawing
+    # the plot reaches from 50 to 368 across and from 202 up to 26
+    assert 'points="50.0,202.0 368.0,26.0"' in drawing
+    assert "log scale" not in drawing
     assert "a &amp; b, 1: 0 ± 1" in drawing
     assert (
         line_chart([Line(0, "a", {1.0: Mean(float("nan"), None, 1)})], Axis("x"), Axis("y")) == ""
@@ -268,6 +269,7 @@ def test_charts_place_what_they_are_given():
     )
     assert "a, 1:" not in logs
     assert "a, 2: 5" in logs
+    assert ">y, log scale</text>" in logs
     zeros = line_chart([Line(0, "a", {1.0: Mean(0.0, None, 1)})], Axis("x"), Axis("y"))
     assert ">1</text>" in zeros
     assert ">-" not in zeros

@@ -1,12 +1,13 @@
 """The sections of the page: charts, maps and tables of one subject each."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 from flame.analysis.records import Mean, Record, Results, mean_of
 from flame.analysis.report import tables
+from flame.analysis.report.bars import chart
 from flame.analysis.report.elements import figure, folded, grid, html_table
 from flame.analysis.report.maps import color_bar, heat_map, triangle_map
 from flame.analysis.report.palette import slots
@@ -47,31 +48,56 @@ def _by_length(
     results: Results,
     metric: str,
     y: Axis,
+    show: Callable[[float], str] = tables.number,
     *,
     factor: float = 1.0,
     **keys: Any,
 ) -> str:
     keys |= {"layer": None, "head": None}
     lines = _lines(results, metric, lambda r: r["length"], factor=factor, **keys)
-    return line_chart(lines, Axis("length, tokens", log=True, ticks=tuple(results.lengths)), y)
+    return chart(lines, _length_axis(results, results.lengths), y, show)
+
+
+def _by_or_at(results: Results, title: str) -> str:
+    """The title of a chart over lengths, or of bars if there is one length alone."""
+    several = len(results.lengths) > 1
+    return (
+        f"{title} by length"
+        if several
+        else f"{title}, {tables.tokens(results, results.lengths[0])}"
+    )
+
+
+def _length_axis(results: Results, lengths: Sequence[int]) -> Axis:
+    """The axis of lengths; a dashed line bounds those of training if there are longer ones."""
+    label, trained = "length, tokens", results.training_length
+    if trained is None or max(lengths) <= trained:
+        return Axis(label, log=True, ticks=tuple(lengths))
+    # the line needs a position on the axis
+    mark = float(trained) if min(lengths) <= trained else None
+    return Axis(f"{label} (trained at {trained:,})", log=True, ticks=tuple(lengths), mark=mark)
 
 
 def summary(results: Results) -> str:
     """The paper's table, and the loss by length."""
     first, *others = sorted(results.lengths, reverse=True)
-    shown = f"<h3>At {first:,} tokens</h3>" + html_table(tables.summary(results, first))
+    shown = f"<h3>At {tables.tokens(results, first)}</h3>" + html_table(
+        tables.summary(results, first)
+    )
     shown += folded(*(tables.summary(results, length) for length in others))
-    loss = _by_length(results, "loss", Axis("loss, nats a token"))
-    return shown + grid([figure("Loss by length", "nats a token", loss)], results)
+    loss = _by_length(results, "loss", Axis("loss, nats a token"), tables.loss)
+    return shown + grid([figure(_by_or_at(results, "Loss"), "nats a token", loss)], results)
 
 
 def sinks(results: Results) -> str:
     """Weight on key 0: rates by length, means by layer and by head."""
     figures = [
         figure(
-            f"{title} by length",
+            _by_or_at(results, title),
             f"% of (sample, layer, head) whose mean weight on key 0 exceeds {eps:g}",
-            _by_length(results, metric, Axis("sink rate, %", low=0), factor=100, eps=eps),
+            _by_length(
+                results, metric, Axis("sink rate, %", low=0), tables.percent, factor=100, eps=eps
+            ),
         )
         for metric, title in (
             ("sink_rate", "Sink rate"),
@@ -80,17 +106,16 @@ def sinks(results: Results) -> str:
         for eps in results.setup["sink_eps"]
     ]
     length = max(results.lengths)
+    tokens = tables.tokens(results, length)
     layers = _lines(
         results, "first_weight", lambda r: r["layer"], length=length, head=None, factor=1.0
     )
     drawing = line_chart(layers, _layers(results), Axis("mean weight on key 0", low=0))
-    figures.append(figure("Weight on key 0 by layer", f"mean, {length:,} tokens", drawing))
+    figures.append(figure("Weight on key 0 by layer", f"mean, {tokens}", drawing))
     ratios = _lines(results, "first_value_ratio", lambda r: r["layer"], length=length, head=None)
     drawing = line_chart(ratios, _layers(results), Axis("norm, first token / others", low=0))
     figures.append(
-        figure(
-            "Value norm of the first token by layer", f"mean over heads, {length:,} tokens", drawing
-        )
+        figure("Value norm of the first token by layer", f"mean over heads, {tokens}", drawing)
     )
     maps, values = [], {}
     for label in results.labels:
@@ -113,7 +138,7 @@ def sinks(results: Results) -> str:
     return (
         "<p>A head that puts its weight on the first key, whatever that is, is a sink.</p>"
         + grid(figures, results)
-        + f"<h3>Mean weight on key 0 by layer and head, {length:,} tokens</h3>{bar}"
+        + f"<h3>Mean weight on key 0 by layer and head, {tokens}</h3>{bar}"
         + grid(maps, None, "maps")
         + folded(*(tables.sinks(results, n) for n in sorted(results.lengths, reverse=True)))
     )
@@ -122,7 +147,7 @@ def sinks(results: Results) -> str:
 def activations(results: Results) -> str:
     """Massive activations and kurtosis."""
     length, axis = max(results.lengths), _layers(results, first=-1)
-    lines = []
+    tokens, lines = tables.tokens(results, length), []
     for label, slot in slots(results.models).items():
         # the larger absolute value of a model's minimum and maximum
         sides = {
@@ -147,17 +172,15 @@ def activations(results: Results) -> str:
     )
     energy = line_chart(by_layer, axis, Axis("%", low=0))
     figures = [
-        figure(
-            "Largest |activation| by layer", f"of the layer's output, {length:,} tokens", magnitude
-        ),
-        figure("Kurtosis by layer", f"3 for a normal distribution, {length:,} tokens", kurtosis),
+        figure("Largest |activation| by layer", f"of the layer's output, {tokens}", magnitude),
+        figure("Kurtosis by layer", f"3 for a normal distribution, {tokens}", kurtosis),
         figure(
             "Energy in the largest channel by layer",
-            f"% of the sum of squares, {length:,} tokens",
+            f"% of the sum of squares, {tokens}",
             energy,
         ),
         figure(
-            "Kurtosis by length",
+            _by_or_at(results, "Kurtosis"),
             "embedding and all layers pooled",
             _by_length(results, "kurtosis", Axis("kurtosis", log=True)),
         ),
@@ -183,6 +206,7 @@ def interventions(results: Results) -> str:
 def weights(results: Results) -> str:
     """Zeros, sums of rows and their largest weight, entropy, dead heads."""
     length = max(results.lengths)
+    tokens = tables.tokens(results, length)
     ticks = tuple(4**n for n in range(12) if 4**n < length)
     position = Axis("query position (0 as 0.5)", log=True, ticks=ticks)
 
@@ -197,42 +221,42 @@ def weights(results: Results) -> str:
     share = Axis("%", low=0, high=100)
     figures = [
         figure(
-            "Exact zeros by length",
+            _by_or_at(results, "Exact zeros"),
             "% of the weights of the lower triangle",
-            _by_length(results, "zeros", share, factor=100),
+            _by_length(results, "zeros", share, tables.percent, factor=100),
         ),
         *(
             figure(
-                f"Weights up to {eps:g} by length",
+                _by_or_at(results, f"Weights up to {eps:g}"),
                 "% of the lower triangle",
-                _by_length(results, "at_most", share, factor=100, eps=eps),
+                _by_length(results, "at_most", share, tables.percent, factor=100, eps=eps),
             )
             for eps in results.setup["sparsity_eps"]
         ),
         figure(
             "Sum of a row by position",
-            f"mean over heads, {length:,} tokens",
+            f"mean over heads, {tokens}",
             line_chart(sums, position, Axis("sum of weights", low=0, high=1)),
         ),
         figure(
             "Top weight by position",
-            f"largest of a row, mean over heads, {length:,} tokens",
+            f"largest of a row, mean over heads, {tokens}",
             line_chart(tops, position, Axis("weight", low=0, high=1)),
         ),
         figure(
-            "Entropy by length",
+            _by_or_at(results, "Entropy"),
             "of normalised rows that have weight, nats",
             _by_length(results, "entropy", Axis("entropy, nats", low=0)),
         ),
         figure(
-            "Rows without any weight by length",
+            _by_or_at(results, "Rows without any weight"),
             "% of (query, head)",
-            _by_length(results, "empty_rows", Axis("%", low=0), factor=100),
+            _by_length(results, "empty_rows", Axis("%", low=0), tables.percent, factor=100),
         ),
         figure(
-            "Dead heads by length",
+            _by_or_at(results, "Dead heads"),
             "% of heads whose output is below 1e-6 for over 95 % of tokens",
-            _by_length(results, "dead_head", Axis("%", low=0), factor=100),
+            _by_length(results, "dead_head", Axis("%", low=0), tables.percent, factor=100),
         ),
     ]
     return (
@@ -312,11 +336,11 @@ def robustness(results: Results) -> str:
     found = [t for t in (tables.passkey(results), tables.passkey_losses(results)) if t is not None]
     if found:
         lengths = tuple(sorted({r["length"] for r in results.where("passkey")}))
-        axis = Axis("length, tokens", log=True, ticks=lengths)
+        axis = _length_axis(results, lengths)
         share = Axis("retrieved, %", low=0, high=100)
-        shares = line_chart(_by_depths(results, "passkey", 100), axis, share)
+        shares = chart(_by_depths(results, "passkey", 100), axis, share, tables.percent)
         keyed = _by_depths(results, "passkey_loss", planted="with_key")
-        costs = line_chart(keyed, axis, Axis("nats", low=0))
+        costs = chart(keyed, axis, Axis("nats", low=0), tables.number)
         note = "nats, the key in the text; a guess costs ln 90000 = 11.4"
         figures = [
             figure("Passkeys retrieved by length", "%, mean over depths", shares),

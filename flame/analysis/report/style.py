@@ -29,7 +29,7 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 0.9rem; margin: 
 a { color: var(--link); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0; padding: 0; font-size: 0.875rem; }
 .legend li { display: flex; align-items: center; gap: 6px; }
-.grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px 24px; align-items: end; }
+.grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 20px 24px; align-items: start; }
 .grid-of.maps { align-items: start; grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: 0.875rem; font-weight: 600; line-height: 1.3; margin-bottom: 6px; overflow-wrap: anywhere; }
@@ -53,6 +53,9 @@ text.label { fill: var(--ink); }
 .grid { stroke: var(--rule); stroke-width: 1; fill: none; }
 .axis, .frame { stroke: var(--soft); stroke-width: 1; fill: none; }
 .axis { opacity: 0.7; }
+.bound { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; fill: none; }
+.s .block { fill: var(--c); } .s.hollow .block { fill-opacity: 0.35; stroke: var(--c); }
+text.value { fill: var(--ink); }
 .s polyline { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .s .mark { fill: var(--c); stroke: var(--paper); stroke-width: 0.8; }
 .s.hollow .mark { fill: var(--paper); stroke: var(--c); stroke-width: 1.5; }

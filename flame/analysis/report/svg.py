@@ -9,7 +9,7 @@ from flame.analysis.records import Mean
 from flame.analysis.report.palette import COLORS
 
 WIDTH, HEIGHT = 380, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 26, 38
 _DASHES = ("", "6 3", "2 2")
 _MARKS_AT_MOST = 12
 
@@ -36,6 +36,13 @@ class Axis:
     """Lower end of the axis; None: fitted to the data."""
     high: float | None = None
     """Upper end of the axis; None: fitted to the data. Values slightly above are clipped."""
+    mark: float | None = None
+    """Position of a dashed line across the chart."""
+
+    @property
+    def text(self) -> str:
+        """The label, which says so if the scale is logarithmic."""
+        return f"{self.label}, log scale" if self.log else self.label
 
 
 def tick_text(x: float) -> str:
@@ -153,10 +160,13 @@ def line_chart(lines: Sequence[Line], x: Axis, y: Axis) -> str:
     parts.append(f'<path class="axis" d="M{_LEFT} {HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(
-        f'<text class="label middle" x="{middle:g}" y="{HEIGHT - 4}">{escape(x.label)}</text>'
+        f'<text class="label middle" x="{middle:g}" y="{HEIGHT - 4}">{escape(x.text)}</text>'
     )
+    parts.append(f'<text class="label start" x="4" y="12">{escape(y.text)}</text>')
+    if x.mark is not None:
+        parts.append(f'<path class="bound" d="M{to_x(x.mark)} {_TOP}V{HEIGHT - _BOTTOM}"/>')
     parts += [_line(line, to_x, to_y) for line in lines]
-    return svg(WIDTH, HEIGHT, f"{y.label} by {x.label}", parts)
+    return svg(WIDTH, HEIGHT, f"{y.text} by {x.text}", parts)
 
 
 def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
@@ -185,12 +195,12 @@ def _line(line: Line, to_x: _Scale, to_y: _Scale) -> str:
             spread = "" if mean.std is None else f" ± {mean.std:.4g}"
             title = f"{line.label}, {a:g}: {mean.mean:.6g}{spread}"
             parts.append(
-                f'<path class="mark" d="{_mark(line.slot, px, py)}"><title>{escape(title)}</title></path>'
+                f'<path class="mark" d="{mark_of(line.slot, px, py)}"><title>{escape(title)}</title></path>'
             )
-    return f'<g class="{_kind(line.slot)}">{"".join(parts)}</g>'
+    return f'<g class="{kind_of(line.slot)}">{"".join(parts)}</g>'
 
 
-def _kind(slot: int) -> str:
+def kind_of(slot: int) -> str:
     """CSS classes of an arm: its colour, and hollow markers where the shapes repeat."""
     hue = slot % len(COLORS)
     return f"s s{hue}" + (" hollow" if hue // len(_SHAPES) % 2 else "")
@@ -212,7 +222,7 @@ _SHAPES = (
 )
 
 
-def _mark(slot: int, x: float, y: float) -> str:
+def mark_of(slot: int, x: float, y: float) -> str:
     """Path of an arm's marker."""
     return f"M{x} {y}{_SHAPES[slot % len(COLORS) % len(_SHAPES)]}"
 
@@ -222,8 +232,8 @@ def legend(slots: dict[str, int]) -> str:
     items = []
     for label, slot in slots.items():
         swatch = (
-            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="{_kind(slot)}">'
-            f'<polyline stroke-dasharray="{_dash(slot)}" points="1,6 33,6"/><path class="mark" d="{_mark(slot, 17, 6)}"/></g></svg>'
+            f'<svg viewBox="0 0 34 12" width="34" height="12" aria-hidden="true"><g class="{kind_of(slot)}">'
+            f'<polyline stroke-dasharray="{_dash(slot)}" points="1,6 33,6"/><path class="mark" d="{mark_of(slot, 17, 6)}"/></g></svg>'
         )
         items.append(f"<li>{swatch}{escape(label)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'

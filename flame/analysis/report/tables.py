@@ -57,14 +57,20 @@ def _by_label(results: Results, title: str, columns: list[_Column], length: int)
     return Table(title, ["arm", "seeds", *(c.title for c in columns)], rows)
 
 
+def tokens(results: Results, length: int) -> str:
+    """A length, and whether it is beyond that of training."""
+    is_beyond = results.training_length is not None and length > results.training_length
+    return f"{length:,} tokens" + " (beyond the training length)" * is_beyond
+
+
 def summary(results: Results, length: int) -> Table:
     """The paper's table at one length."""
-    return _by_label(results, f"{length:,} tokens", _columns(results), length)
+    return _by_label(results, tokens(results, length), _columns(results), length)
 
 
 def attention(results: Results, length: int) -> Table:
     """Further attention metrics at one length: means over heads, or maxima for the largest score and output."""
-    return _by_label(results, f"Attention at {length:,} tokens", _ATTENTION, length)
+    return _by_label(results, f"Attention at {tokens(results, length)}", _ATTENTION, length)
 
 
 def sinks(results: Results, length: int) -> Table:
@@ -86,7 +92,9 @@ def sinks(results: Results, length: int) -> Table:
         _Column("kurtosis", "kurtosis", number),
         _Column("kurtosis of hidden_states", "kurtosis_hidden_states", number),
     ]
-    return _by_label(results, f"Sinks and activations at {length:,} tokens", columns, length)
+    return _by_label(
+        results, f"Sinks and activations at {tokens(results, length)}", columns, length
+    )
 
 
 EXTREMES = {
@@ -110,7 +118,7 @@ def extremes(results: Results, length: int) -> Table:
                 token = f"{r['token']} {r['token_text']}" if "token" in r else "–"
                 value = "not finite" if r["value"] is None else number(r["value"])
                 rows.append([f"{model['label']}, {model['model']}", name, value, *where, token])
-    title = f"Where the extremes are, {length:,} tokens (layer −1: embedding)"
+    title = f"Where the extremes are, {tokens(results, length)} (layer −1: embedding)"
     header = ["model", "", "value", "layer", "sample", "position", "channel", "token"]
     return Table(title, header, rows)
 
@@ -151,14 +159,14 @@ def interventions(results: Results, length: int) -> list[Table]:
             after = mean_of(r["sink_rate"] for r in seeds)
             changes[-1].append(_change(differences) + part if seeds else "none")
             rates[-1].append(cell(after, percent, 100) + part if seeds else "none")
-    tokens = {
+    replaced = {
         f"{r['token']} {r['token_text']}"
         for r in results.where("intervention", length=length, name="first_token_replaced")
     }
-    note = f"The first token is replaced by token {', '.join(sorted(tokens))}."
+    note = f"The first token is replaced by token {', '.join(sorted(replaced))}."
     header = ["arm", "before", "sink heads", *INTERVENTIONS.values()]
-    of_loss = f"Interventions at {length:,} tokens: change of the loss, nats a token"
-    of_sinks = f"Interventions at {length:,} tokens: sink rate > 0.3, %"
+    of_loss = f"Interventions at {tokens(results, length)}: change of the loss, nats a token"
+    of_sinks = f"Interventions at {tokens(results, length)}: sink rate > 0.3, %"
     return [Table(of_loss, header, changes, note), Table(of_sinks, header, rates, note)]
 
 
@@ -178,7 +186,7 @@ def quantized(results: Results) -> Table | None:
     for label in results.labels:
         means = [results.of_model("perplexity", label, length, bits=n) for n in (None, *bits)]
         rows.append([label, *(cell(m, number) for m in means)])
-    title = f"Perplexity with quantised weights, {length:,} tokens"
+    title = f"Perplexity with quantised weights, {tokens(results, length)}"
     return Table(title, ["arm", "32 bits", *(f"{n} bits" for n in bits)], rows)
 
 
@@ -254,9 +262,24 @@ def facts(results: Results) -> list[str]:
         f"data: {setup['data']}, {setup['samples']} sequences from {setup['documents']} documents, which lie in "
         f"the last {setup['share_from_end']:.2%} of it",
         f"token 0 of every sequence: {begins}",
-        f"lengths: {', '.join(f'{n:,}' for n in results.lengths)} tokens, of the same beginnings",
+        f"lengths: {', '.join(f'{n:,}' for n in results.lengths)} tokens, of the same beginnings; {_trained(results)}",
         *(["a ± b: mean and standard deviation over the seeds of an arm"] if seeds else []),
         "definitions: docs/softpick/ANALYSIS.md, after arXiv:2504.20966; percentages of heads are of (layer, head), sink "
         "rates of (sample, layer, head)",
         f"{setup['date']}, {setup['device']}, torch {setup['torch']}, float32",
     ]
+
+
+def _trained(results: Results) -> str:
+    """The training length of the arms."""
+    arms: dict[int | None, list[str]] = {}
+    for r in results.models:
+        labels = arms.setdefault(r.get("training_length"), [])
+        if r["label"] not in labels:
+            labels.append(r["label"])
+    if list(arms) == [None]:
+        return "the training length is unknown, since no run.json names it"
+    if len(arms) == 1:
+        return f"training length: {next(iter(arms)):,} tokens"
+    each = [f"{'unknown' if n is None else f'{n:,}'} ({', '.join(x)})" for n, x in arms.items()]
+    return f"training length: {', '.join(each)}"
