@@ -47,7 +47,7 @@ from flame.analysis.records import (
     read_records,
     write_records,
 )
-from flame.analysis.report import html, tables
+from flame.analysis.report import html, markdown
 from flame.analysis.samples import Samples, read_samples
 from flame.base.command_line import make_folder
 from flame.base.errors import UsageError, exit_on_usage_error
@@ -256,7 +256,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _render(out: Path) -> None:
     results = Results(read_records(out / RECORDS_FILE))
-    texts = {"report.md": tables.report(results), "report.html": html.page(results)}
+    texts = {"report.md": markdown.report(results), "report.html": html.page(results)}
     for name, text in texts.items():
         try:
             (out / name).write_text(text, encoding="utf-8")

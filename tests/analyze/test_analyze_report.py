@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flame import analyze
 from flame.analysis.records import KEYS, Mean, Results, mean_of, read_records
-from flame.analysis.report import html, tables
+from flame.analysis.report import answers, html, markdown, tables
 from flame.analysis.report.maps import heat_map, level
 from flame.analysis.report.svg import Axis, Line, line_chart
 from flame.config.sections import JobConfig, Training
@@ -60,11 +60,12 @@ class Page(HTMLParser):
     def __init__(self):
         super().__init__()
         self.tables, self.titles, self.fetched, self.open = [], [], [], []
+        self.abbreviations, self.terms = set(), []
 
     def handle_starttag(self, tag, attributes):
         self.fetched += [v for k, v in attributes if k in ("src", "href", "xlink:href", "data")]
         assert tag not in ("script", "link", "img", "iframe", "object")
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
@@ -83,6 +84,10 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, text):
+        if self.open[-1:] == ["abbr"]:
+            self.abbreviations.add(text)
+        elif self.open[-1:] == ["dt"]:
+            self.terms.append(text)
         if "td" in self.open or "th" in self.open:
             self.tables[-1][-1][-1] += text
         elif self.open[-1:] == ["title"] and "svg" in self.open:
@@ -99,6 +104,9 @@ def page(report):
 
 def test_the_page_is_whole_and_needs_nothing_else(report, page):
     assert page.open == []
+    # on hover, and where there is no mouse
+    assert page.abbreviations >= set(page.terms)
+    assert {"loss", "kurtosis", "zeros %", "dormant %", "top weight", "token"} <= set(page.terms)
     assert page.fetched
     assert all(link.startswith("#") for link in page.fetched)
     text = (report / "report.html").read_text()
@@ -124,7 +132,9 @@ def test_the_page_is_whole_and_needs_nothing_else(report, page):
 def test_the_numbers_of_the_page_and_of_the_tables_are_those_of_the_records(report, page):
     records = read_records(report / "records.jsonl")
     results = Results(records)
-    longest = page.tables[0]
+    glance = answers.table(results)
+    assert [glance.header, *glance.rows] == page.tables[0]
+    longest = page.tables[1]
     assert longest[0][:4] == ["arm", "seeds", "loss", "ppl"]
     for label, row in zip(("softmax", "softpick"), longest[1:], strict=True):
         by_title = dict(zip(longest[0], row, strict=True))
@@ -144,7 +154,9 @@ def test_the_numbers_of_the_page_and_of_the_tables_are_those_of_the_records(repo
             )
             assert by_title[title] == shape.format((a + b) / 2, abs(a - b) / 2**0.5)
     markdown = (report / "report.md").read_text()
-    for table in tables.all_tables(results):
+    for title, text in answers.sentences(results):
+        assert f"- **{title}**: {text}" in markdown
+    for table in [glance, *tables.all_tables(results)]:
         assert [table.header, *table.rows] in page.tables
         for row in table.rows:
             cells = [x.replace("|", "\\|").replace("<", "&lt;") for x in row]
@@ -300,4 +312,4 @@ def test_records_of_before_the_newer_metrics_are_drawn(report):
     assert tables.sinks(results, 48).rows[0][3] == "–"
     assert {row[-1] for row in tables.extremes(results, 48).rows} == {"–"}
     assert html.page(results).endswith("</html>\n")
-    assert "Interventions" not in tables.report(results)
+    assert "Interventions" not in markdown.report(results)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flame.analysis.records import Mean
 
@@ -15,6 +15,8 @@ class Table:
     header: list[str]
     rows: list[list[str]]
     note: str = ""
+    meanings: dict[str, str] = field(default_factory=dict)
+    """Title of a column -> what it holds."""
 
     def markdown(self) -> str:
         """The table under a heading of level 3, its note below it; numbers are aligned to the right."""
@@ -56,5 +58,5 @@ def cell(value: Mean | None, show: Callable[[float], str], factor: float = 1.0) 
     if value.std is None:
         return text
     # two digits suffice for a spread
-    spread = show(value.std * factor) if show is not number else number(value.std, digits=2)
+    spread = show(value.std * factor) if show in (percent, loss) else number(value.std, digits=2)
     return f"{text} ± {spread}"

@@ -1,5 +1,6 @@
 """Tables and figures as HTML."""
 
+import re
 from html import escape
 
 from flame.analysis.records import Results
@@ -9,15 +10,36 @@ from flame.analysis.report.svg import legend
 
 
 def html_table(table: Table) -> str:
-    """The table as HTML, in a box that scrolls sideways."""
-    head = "".join(f'<th scope="col">{escape(x)}</th>' for x in table.header)
+    """The table as HTML, in a box that scrolls sideways; a column's meaning shows under the mouse."""
+    head = "".join(_head(title, table.meanings.get(title, "")) for title in table.header)
     rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
+        f'<tr><th scope="row">{_breakable(row[0])}</th>'
         + "".join(f"<td>{_cell(x)}</td>" for x in row[1:])
         + "</tr>"
         for row in table.rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _head(title: str, meaning: str) -> str:
+    text = f'<abbr title="{escape(meaning)}">{escape(title)}</abbr>' if meaning else escape(title)
+    return f'<th scope="col">{text}</th>'
+
+
+def _breakable(name: str) -> str:
+    """A name that a narrow screen may break."""
+    return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
+def columns(*shown: Table) -> str:
+    """The meanings of all columns of the tables, to be opened where there is no mouse."""
+    meanings: dict[str, str] = {}
+    for table in shown:
+        meanings |= table.meanings
+    if not meanings:
+        return ""
+    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in meanings.items())
+    return f"<details><summary>What the columns mean</summary><dl>{items}</dl></details>"
 
 
 def folded(*hidden: Table) -> str:
@@ -27,10 +49,18 @@ def folded(*hidden: Table) -> str:
     )
 
 
+_SPREAD = re.compile(r"(.*?)( [±(].*)", re.DOTALL)
+
+
 def _cell(text: str) -> str:
-    """A mean with its spread below it, so that wide tables stay on the screen."""
-    mean, sign, spread = escape(text).partition(" ± ")
-    return f"{mean}<small> ± {spread}</small>" if sign else mean
+    """A mean, and below it its spread or difference, so that wide tables stay on the screen."""
+    found = _SPREAD.fullmatch(escape(text))
+    if not found:
+        return escape(text)
+    difference, sign, spread = found[2].partition("± ")
+    parts = [x.strip() for x in (difference, sign + spread) if x.strip()]
+    # a narrow screen breaks between the two alone
+    return f"{found[1]}<small> {' '.join(f'<span>{x}</span>' for x in parts)}</small>"
 
 
 def figure(title: str, unit: str, drawing: str) -> str:

@@ -3,7 +3,8 @@
 from html import escape
 
 from flame.analysis.records import Results
-from flame.analysis.report import sections, tables
+from flame.analysis.report import answers, sections, tables
+from flame.analysis.report.elements import columns, html_table
 from flame.analysis.report.style import style_sheet
 
 
@@ -25,12 +26,32 @@ def page(results: Results) -> str:
     bodies = "".join(
         f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in drawn
     )
-    facts = "".join(f"<li>{escape(fact)}</li>" for fact in tables.facts(results))
-    command = f"<details><summary>Command</summary><pre>{escape(results.setup['command'])}</pre></details>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Attention normalisers compared</title><style>{style_sheet()}</style></head><body>"
-        f'<h1>Attention normalisers compared</h1><ul class="facts">{facts}</ul>{command}'
+        f"<h1>Attention normalisers compared</h1>{_answers(results)}{_measurement(results)}"
         f"<nav>{links}</nav>{bodies}</body></html>\n"
+    )
+
+
+def _answers(results: Results) -> str:
+    """What the page says at a glance."""
+    said = "".join(
+        f"<li><b>{escape(title)}</b> {escape(text)}</li>"
+        for title, text in answers.sentences(results)
+    )
+    table = answers.table(results)
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<section id="answers"><p class="lead">{escape(answers.lead(results))}</p>'
+        f'<ul class="answers">{said}</ul>{html_table(table)}{note}{columns(table)}</section>'
+    )
+
+
+def _measurement(results: Results) -> str:
+    facts = "".join(f"<li>{escape(fact)}</li>" for fact in tables.facts(results))
+    return (
+        f'<details><summary>The measurement</summary><ul class="facts">{facts}</ul>'
+        f"<pre>{escape(results.setup['command'])}</pre></details>"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from flame.analysis.records import Mean, Record, Results, mean_of
 from flame.analysis.report import tables
 from flame.analysis.report.bars import chart
-from flame.analysis.report.elements import figure, folded, grid, html_table
+from flame.analysis.report.elements import columns, figure, folded, grid, html_table
 from flame.analysis.report.maps import color_bar, heat_map, triangle_map
 from flame.analysis.report.palette import slots
 from flame.analysis.report.svg import Axis, Line, line_chart, round_up
@@ -85,6 +85,7 @@ def summary(results: Results) -> str:
         tables.summary(results, first)
     )
     shown += folded(*(tables.summary(results, length) for length in others))
+    shown += columns(tables.summary(results, first))
     loss = _by_length(results, "loss", Axis("loss, nats a token"), tables.loss)
     return shown + grid([figure(_by_or_at(results, "Loss"), "nats a token", loss)], results)
 
@@ -141,6 +142,7 @@ def sinks(results: Results) -> str:
         + f"<h3>Mean weight on key 0 by layer and head, {tokens}</h3>{bar}"
         + grid(maps, None, "maps")
         + folded(*(tables.sinks(results, n) for n in sorted(results.lengths, reverse=True)))
+        + columns(tables.sinks(results, length))
     )
 
 
@@ -189,18 +191,20 @@ def activations(results: Results) -> str:
         "<p>Massive activations: a few channels of a few tokens, often the first, that are far larger than the rest.</p>"
         + grid(figures, results)
         + folded(tables.extremes(results, length))
+        + columns(tables.extremes(results, length))
     )
 
 
 def interventions(results: Results) -> str:
     """The tables of `--interventions`; "" if they were not measured."""
-    parts = []
+    parts, shown = [], []
     for length in sorted(results.lengths, reverse=True):
         for table in tables.interventions(results, length):
+            shown.append(table)
             parts.append(
                 f"<h3>{escape(table.title)}</h3>{html_table(table)}<p>{escape(table.note)}</p>"
             )
-    return "".join(parts)
+    return "".join(parts) + columns(*shown)
 
 
 def weights(results: Results) -> str:
@@ -264,6 +268,7 @@ def weights(results: Results) -> str:
         "position.</p>"
         + grid(figures, results)
         + folded(*(tables.attention(results, n) for n in sorted(results.lengths, reverse=True)))
+        + columns(tables.attention(results, length))
     )
 
 

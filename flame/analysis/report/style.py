@@ -24,6 +24,13 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 8px 0 4px; }
 h2 { font-size: 1.2rem; margin: 40px 0 4px; padding-top: 12px; border-top: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 20px 0 6px; }
 p { margin: 4px 0 12px; max-width: 75ch; color: var(--soft); }
+p.lead { margin: 0 0 8px; font-size: 0.9rem; }
+ul.answers { margin: 0 0 12px; padding: 0; list-style: none; max-width: 90ch; }
+ul.answers li { margin: 6px 0; line-height: 1.35; }
+p.note { font-size: 0.8rem; margin: -4px 0 8px; }
+abbr { text-decoration: underline dotted var(--soft); text-underline-offset: 3px; cursor: help; }
+dl { font-size: 0.875rem; margin: 4px 0 12px; max-width: 90ch; }
+dt { font-weight: 600; } dd { margin: 0 0 6px 16px; color: var(--soft); }
 ul.facts { margin: 8px 0 12px; padding-left: 18px; color: var(--soft); font-size: 0.9rem; max-width: 90ch; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 0.9rem; margin: 12px 0; }
 a { color: var(--link); }
@@ -40,7 +47,17 @@ svg { display: block; width: 100%; max-width: 100%; height: auto; overflow: visi
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
 td, tbody th { white-space: nowrap; }
+@media (max-width: 600px) {
+  body { padding: 10px 12px; }
+  h1 { font-size: 1.25rem; margin: 0 0 2px; }
+  ul.answers li { font-size: 0.9rem; margin: 5px 0; }
+  th, td { padding: 4px 5px; }
+  table { font-size: 0.8rem; }
+  tbody th { white-space: normal; min-width: 84px; }
+  #answers td small { white-space: normal; font-size: 0.65rem; line-height: 1.25; }
+}
 td small { display: block; color: var(--soft); }
+td small span { white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--panel); vertical-align: bottom; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--panel); font-weight: 600; border-right: 1px solid var(--rule); }

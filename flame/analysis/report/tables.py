@@ -16,34 +16,52 @@ class _Column:
     show: Callable[[float], str]
     factor: float = 1.0
     keys: dict[str, Any] = field(default_factory=dict)
+    meaning: str = ""
+
+
+_SINK = "share of (sample, layer, head) whose mean weight on key 0 exceeds {:g}"
+_KURTOSIS = "of the outputs of embedding and all layers, pooled; 3 for a normal distribution"
+_DEAD = "share of heads whose output is below 1e-6 for "
+_FIRST_WEIGHT = "mean weight of a query on key 0"
+_ROW_SUM = "mean sum of a query's weights; 1 for softmax"
 
 
 def _columns(results: Results) -> list[_Column]:
     sinks, small = results.setup["sink_eps"], results.setup["sparsity_eps"]
+    upto = "share of the visible weights up to {:g}, zeros included"
     return [
-        _Column("loss", "loss", loss),
+        _Column("loss", "loss", loss, meaning="mean negative log-likelihood, nats a token"),
         # only the unquantised model
-        _Column("ppl", "perplexity", number, keys={"bits": None}),
-        *(_Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}) for e in sinks),
-        _Column("kurtosis", "kurtosis", number),
-        _Column("min", "min", number),
-        _Column("max", "max", number),
-        _Column("zeros %", "zeros", percent, 100),
-        *(_Column(f"≤{e:g} %", "at_most", percent, 100, {"eps": e}) for e in small),
-        _Column("dead %", "dead_head", percent, 100),
-        _Column("dead everywhere %", "dead_everywhere", percent, 100),
-        _Column("dormant %", "dormant_head", percent, 100),
+        _Column("ppl", "perplexity", number, 1, {"bits": None}, "exponential of the loss"),
+        *(
+            _Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}, _SINK.format(e))
+            for e in sinks
+        ),
+        _Column("kurtosis", "kurtosis", number, meaning=_KURTOSIS),
+        _Column("min", "min", number, meaning="smallest value that a layer puts out"),
+        _Column("max", "max", number, meaning="largest value that a layer puts out"),
+        _Column("zeros %", "zeros", percent, 100, {}, "share of the visible weights that are 0"),
+        *(_Column(f"≤{e:g} %", "at_most", percent, 100, {"eps": e}, upto.format(e)) for e in small),
+        _Column("dead %", "dead_head", percent, 100, {}, _DEAD + "over 95 % of the tokens"),
+        _Column("dead everywhere %", "dead_everywhere", percent, 100, {}, _DEAD + "all tokens"),
+        _Column(
+            *("dormant %", "dormant_head", percent, 100, {}),
+            "share of heads with a weight on key 0 above 0.9 for over 95 % of the tokens",
+        ),
     ]
 
 
 _ATTENTION = [
-    _Column("weight on key 0", "first_weight", number),
-    _Column("sum of a row", "row_sum", number),
-    _Column("top weight", "top_weight", number),
-    _Column("entropy, nats", "entropy", number),
-    _Column("rows without weight %", "empty_rows", percent, 100),
-    _Column("largest score", "max_score", number),
-    _Column("largest output", "largest_output", number),
+    _Column("weight on key 0", "first_weight", number, meaning=_FIRST_WEIGHT),
+    _Column("sum of a row", "row_sum", number, meaning=_ROW_SUM),
+    _Column("top weight", "top_weight", number, meaning="mean largest weight of a query"),
+    _Column("entropy, nats", "entropy", number, meaning="of rows divided by their sum"),
+    _Column(
+        *("rows without weight %", "empty_rows", percent, 100, {}),
+        "share of (query, head) without any weight",
+    ),
+    _Column("largest score", "max_score", number, meaning="largest scale * <q, k>"),
+    _Column("largest output", "largest_output", number, meaning="of a head, absolute"),
 ]
 
 
@@ -54,7 +72,9 @@ def _by_label(results: Results, title: str, columns: list[_Column], length: int)
         means = [results.of_model(c.metric, label, length, **c.keys) for c in columns]
         cells = [cell(m, c.show, c.factor) for m, c in zip(means, columns, strict=True)]
         rows.append([label, str(seeds), *cells])
-    return Table(title, ["arm", "seeds", *(c.title for c in columns)], rows)
+    meanings = {"seeds": "models of the arm; their mean is shown"}
+    meanings |= {c.title: c.meaning for c in columns}
+    return Table(title, ["arm", *meanings], rows, meanings=meanings)
 
 
 def tokens(results: Results, length: int) -> str:
@@ -76,21 +96,37 @@ def attention(results: Results, length: int) -> Table:
 def sinks(results: Results, length: int) -> Table:
     """What shows sinks and massive activations at one length."""
     rates = [
-        _Column(f"sink % >{eps:g}, {queries}", metric, percent, 100, {"eps": eps})
+        _Column(
+            *(f"sink % >{eps:g}, {queries}", metric, percent, 100, {"eps": eps}),
+            f"{_SINK.format(eps)}; {of}",
+        )
         for eps in results.setup["sink_eps"]
-        for metric, queries in (("sink_rate", "all queries"), ("late_sink_rate", "later half"))
+        for metric, queries, of in (
+            ("sink_rate", "all queries", "mean over all queries"),
+            ("late_sink_rate", "later half", "mean over the later half of the queries"),
+        )
     ]
+    later = "the same, over the later half of the queries"
+    ratio = "mean norm of the value of token 0, divided by that of all other tokens"
+    energy = "share of the sum of squares that lies in the channel with most of it"
+    hidden = "of transformers' hidden_states, as the authors' script pools them"
     columns = [
         *rates,
-        _Column("weight on key 0", "first_weight", number),
-        _Column("later half", "late_first_weight", number),
-        _Column("value norm, first token / others", "first_value_ratio", number),
-        _Column("sum of a row", "row_sum", number),
-        _Column("largest absolute activation", "largest_activation", number),
-        _Column("at position 0", "largest_activation_at_first", number),
-        _Column("energy in top channel %", "top_channel_energy", percent, 100),
-        _Column("kurtosis", "kurtosis", number),
-        _Column("kurtosis of hidden_states", "kurtosis_hidden_states", number),
+        _Column("weight on key 0", "first_weight", number, meaning=_FIRST_WEIGHT),
+        _Column("later half", "late_first_weight", number, meaning=later),
+        _Column("value norm, first token / others", "first_value_ratio", number, meaning=ratio),
+        _Column("sum of a row", "row_sum", number, meaning=_ROW_SUM),
+        _Column(
+            *("largest absolute activation", "largest_activation", number),
+            meaning="largest absolute value that a layer puts out",
+        ),
+        _Column(
+            *("at position 0", "largest_activation_at_first", number),
+            meaning="the same, at the first token alone",
+        ),
+        _Column("energy in top channel %", "top_channel_energy", percent, 100, {}, energy),
+        _Column("kurtosis", "kurtosis", number, meaning=_KURTOSIS),
+        _Column("kurtosis of hidden_states", "kurtosis_hidden_states", number, meaning=hidden),
     ]
     return _by_label(
         results, f"Sinks and activations at {tokens(results, length)}", columns, length
@@ -120,9 +156,20 @@ def extremes(results: Results, length: int) -> Table:
                 rows.append([f"{model['label']}, {model['model']}", name, value, *where, token])
     title = f"Where the extremes are, {tokens(results, length)} (layer −1: embedding)"
     header = ["model", "", "value", "layer", "sample", "position", "channel", "token"]
-    return Table(title, header, rows)
+    meanings = {"layer": "whose output it is in; −1: the embedding", "token": "id and text"}
+    return Table(title, header, rows, meanings=meanings)
 
 
+_CUT = "the weight of sink heads on key 0 set to 0"
+_CHANGES = {
+    "before": "the unchanged model, targets from position 2 on",
+    "sink heads": "heads whose mean weight on key 0 exceeds 0.3",
+    "first token removed": "the sequence begins with its second token",
+    "first token replaced": "by the most frequent token that is not special",
+    "its top channel to the mean": "the largest channel at position 0, after every layer",
+    "sink heads cut": _CUT,
+    "cut, renormalised": _CUT + ", the row's sum kept",
+}
 INTERVENTIONS = {
     "first_token_removed": "first token removed",
     "first_token_replaced": "first token replaced",
@@ -167,7 +214,10 @@ def interventions(results: Results, length: int) -> list[Table]:
     header = ["arm", "before", "sink heads", *INTERVENTIONS.values()]
     of_loss = f"Interventions at {tokens(results, length)}: change of the loss, nats a token"
     of_sinks = f"Interventions at {tokens(results, length)}: sink rate > 0.3, %"
-    return [Table(of_loss, header, changes, note), Table(of_sinks, header, rates, note)]
+    return [
+        Table(of_loss, header, changes, note, _CHANGES),
+        Table(of_sinks, header, rates, note, _CHANGES),
+    ]
 
 
 def _change(value: Mean | None) -> str:
@@ -243,12 +293,6 @@ def all_tables(results: Results) -> list[Table]:
     found += [table for n in lengths for table in interventions(results, n)]
     more = (quantized(results), passkey(results), passkey_losses(results))
     return found + [table for table in more if table is not None]
-
-
-def report(results: Results) -> str:
-    """The whole of ``report.md``."""
-    head = ["# Attention normalisers compared", "", *(f"- {x}" for x in facts(results)), ""]
-    return "\n".join(head) + "\n" + "\n".join(t.markdown() for t in all_tables(results))
 
 
 def facts(results: Results) -> list[str]:
