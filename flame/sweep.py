@@ -15,6 +15,7 @@ from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import Sweep, read_sweep
 from flame.sweeps.report import (
     LOSS_TABLE,
+    PAGE,
     analysis_flags,
     analyze,
     best_runs,
@@ -109,7 +110,7 @@ def _run(sweep: Sweep, states: dict[str, State], slots: list[Slot], summary_s: f
     (report / LOSS_TABLE).write_text(table, encoding="utf-8")
     logger.info(f"losses, in {report / LOSS_TABLE}\n{table}")
     if sweep.analyze is not None and "the analysis" not in failed and best:
-        logger.info(f"report {report}")
+        logger.info(f"report {report / PAGE}")
     _say_failed(failed)
     return 1 if failed else 0
 

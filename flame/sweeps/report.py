@@ -19,6 +19,8 @@ ANALYZER = [sys.executable, "-m", "flame.analyze"]
 # written when the analysis is done, so that a repeated sweep skips it
 _DONE_FILE = "command.txt"
 LOSS_TABLE = "losses.md"
+PAGE = "report.html"
+"""Name of the page that `flame.analyze` writes."""
 
 
 def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
@@ -114,8 +116,10 @@ def _mean_and_spread(values: list[float], sign: str = "") -> list[str]:
 
 
 def analysis_flags(sweep: Sweep, runs: list[Run]) -> list[str]:
-    """The flags of `flame.analyze` for ``runs``; arms are labels, seeds models of one label."""
+    """The flags of `flame.analyze` for ``runs``; arms are labels, `REFERENCE_ARM` the first, seeds models of a label."""
     a: Analyze = sweep.analyze  # pyright: ignore[reportAssignmentType]  # called only if the file has an [analyze] table
+    # the report compares with the first arm
+    runs = sorted(runs, key=lambda run: run.arm != REFERENCE_ARM)
     flags = ["--model", *(str(run.folder / "hf") for run in runs)]
     flags += ["--label", *(run.arm for run in runs)]
     flags += ["--run", *(str(run.folder) for run in runs)]

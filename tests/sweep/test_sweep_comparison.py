@@ -6,13 +6,14 @@ import time
 import pytest
 import torch
 
+from flame.analysis import flags
 from flame.base.errors import UsageError
 from flame.data import open_data
 from flame.run.inputs import read_model, read_tokenizer
 from flame.sweeps import check
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import read_sweep
-from flame.sweeps.report import best_runs, loss_table
+from flame.sweeps.report import analysis_flags, best_runs, loss_table
 from flame.sweeps.state import State, read_state
 from flame.titan.model import ModelArgs, TitanModel
 
@@ -86,6 +87,22 @@ def test_losses_of_several_rates_and_seeds(write):
     # gaps by seed: 0.2 and 0.6
     assert "| softpick | 0.004 | 2 | 2.5000 | 0.2828 | +0.4000 | 0.2828 |" in table
     assert "| softmax | 0.004 | 2 of 3 | 1.0000 | 0.0000 |" in table
+
+
+def test_the_report_is_asked_to_compare_with_softmax(write):
+    flipped = [("[arms.softmax]", "[arms.x]"), ("[arms.softpick]", "[arms.softmax]")]
+    for changes, labels in (
+        ([], ["softmax", "softmax", "softpick"]),
+        (flipped, ["softmax", "x", "x"]),
+        (flipped[:1], ["x", "x", "softpick"]),
+    ):
+        found = read_sweep(write(*changes))
+        args = flags.parser().parse_args(analysis_flags(found, list(found.runs)))
+        assert args.label == labels
+        assert [path.parent.parent.name for path in args.model] == labels
+        assert [path.parent.name for path in args.run] == labels
+    # training.seq_len is 32
+    assert check._analysis(found).lengths == [16, 32]
 
 
 def test_cost(write, monkeypatch):

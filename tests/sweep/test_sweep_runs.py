@@ -211,6 +211,7 @@ def test_a_failed_run_stops_no_other(write, standins, monkeypatch, capsys, tmp_p
     assert run_main(monkeypatch, file) == 0
     assert len(starts(standins)) == 4
     assert len((out / "report/records.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().out.endswith(f"report {out}/report/report.html\n")
     # a run that is made anew is measured anew
     shutil.rmtree(out / "fails/lr0.002-seed1")
     assert run_main(monkeypatch, file) == 0

@@ -38,7 +38,7 @@ def page(results: Results) -> str:
 def _answers(results: Results) -> str:
     """What the page says at a glance."""
     said = "".join(
-        f"<li><b>{escape(title)}</b> {escape(text)}</li>"
+        f"<li><b>{escape(title)}:</b> {escape(text)}</li>"
         for title, text in answers.sentences(results)
     )
     table = answers.table(results)

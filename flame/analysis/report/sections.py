@@ -305,7 +305,7 @@ def training(results: Results) -> str:
     """Training curves; "" without any."""
     names = list(dict.fromkeys(r["name"] for r in results.where("curve")))
     # losses last long: the first steps would press the rest flat
-    units = {"loss": "nats a token, log scale", "validation_loss": "nats a token, log scale"}
+    units = {"loss": "nats a token", "validation_loss": "nats a token"}
     names_of_activations = ("kurtosis", "largest_activation", "largest_first_activation")
     logs = (
         *("loss", "validation_loss", "grad_norm"),
@@ -337,7 +337,7 @@ def robustness(results: Results) -> str:
             lines, Axis("bits a weight", log=True, ticks=ticks), Axis("perplexity", log=True)
         )
         parts.append(f"<h3>{escape(table.title)}</h3>" + html_table(table))
-        parts.append(grid([figure("Perplexity by bits", "log scale", drawing)], results))
+        parts.append(grid([figure("Perplexity by bits", "", drawing)], results))
     found = [t for t in (tables.passkey(results), tables.passkey_losses(results)) if t is not None]
     if found:
         lengths = tuple(sorted({r["length"] for r in results.where("passkey")}))
