@@ -110,6 +110,18 @@ class Results:
         known = [n for r in self.models if (n := r.get("training_length")) is not None]
         return min(known, default=None)
 
+    @property
+    def main_length(self) -> int:
+        """The length of training, or the longest measured one below it; if all are longer, the shortest."""
+        trained = math.inf if self.training_length is None else self.training_length
+        return max((n for n in self.lengths if n <= trained), default=min(self.lengths))
+
+    @property
+    def lengths_to_show(self) -> list[int]:
+        """`main_length`, then the other lengths from the longest down."""
+        first = self.main_length
+        return [first, *sorted((n for n in self.lengths if n != first), reverse=True)]
+
     def where(self, metric: str, **keys: Any) -> list[Record]:
         """Records of a metric whose ``keys`` have these values; a key that is not there is None."""
         return [

@@ -130,7 +130,9 @@ def test_an_arm_alone_and_one_that_diverged():
 )
 def test_the_sentences_are_about_the_training_length(lengths, trained, expected, words):
     found = results({"a": [1.0], "b": [2.0]}, lengths=lengths, trained=trained)
-    assert answers.length_of(found) == expected
+    assert found.main_length == found.lengths_to_show[0] == expected
+    assert sorted(found.lengths_to_show) == list(lengths)
+    assert found.lengths_to_show[1:] == sorted(found.lengths_to_show[1:], reverse=True)
     assert answers.lead(found) == f"2 arms, 1 seed each, {words}"
     for length in lengths:
         is_beyond = trained is not None and length > trained

@@ -71,12 +71,6 @@ def questions(results: Results) -> list[Question]:
     ]
 
 
-def length_of(results: Results) -> int:
-    """The length of the sentences: that of training, or the longest measured one that training covers."""
-    trained = results.training_length or math.inf
-    return max((n for n in results.lengths if n <= trained), default=min(results.lengths))
-
-
 def gap(results: Results, question: Question, label: str, length: int) -> Gap | None:
     """Difference of an arm to the first one; None if one of them was not measured.
 
@@ -144,7 +138,7 @@ def _signed(found: Gap, question: Question) -> str:
 
 def sentences(results: Results) -> list[tuple[str, str]]:
     """Title and sentence of each question."""
-    length = length_of(results)
+    length = results.main_length
     first, *others = results.labels
     said = []
     for question in questions(results):
@@ -212,7 +206,7 @@ def _listed(labels: Sequence[str], gaps: dict[str, Any]) -> str:
 
 def table(results: Results) -> Table:
     """Every arm: its mean, and in brackets its difference to the first one."""
-    length = length_of(results)
+    length = results.main_length
     first = results.labels[0]
     asked = questions(results)
     largest = Question(
@@ -242,7 +236,7 @@ def note(results: Results) -> str:
     first, *others = results.labels
     if not others:
         return ""
-    length = length_of(results)
+    length = results.main_length
     gaps = [gap(results, q, x, length) for q in questions(results) for x in others]
     spread = [g for g in gaps if g is not None and g.std is not None]
     text = [f"In brackets: the difference to {first}."]
@@ -258,7 +252,7 @@ def note(results: Results) -> str:
 
 def lead(results: Results) -> str:
     """At which length the sentences hold, and of how many seeds."""
-    length = length_of(results)
+    length = results.main_length
     trained = results.training_length
     relation = (
         "training length unknown"

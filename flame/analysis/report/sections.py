@@ -80,7 +80,7 @@ def _length_axis(results: Results, lengths: Sequence[int]) -> Axis:
 
 def summary(results: Results) -> str:
     """The paper's table, and the loss by length."""
-    first, *others = sorted(results.lengths, reverse=True)
+    first, *others = results.lengths_to_show
     shown = f"<h3>At {tables.tokens(results, first)}</h3>" + html_table(
         tables.summary(results, first)
     )
@@ -106,7 +106,7 @@ def sinks(results: Results) -> str:
         )
         for eps in results.setup["sink_eps"]
     ]
-    length = max(results.lengths)
+    length = results.main_length
     tokens = tables.tokens(results, length)
     layers = _lines(
         results, "first_weight", lambda r: r["layer"], length=length, head=None, factor=1.0
@@ -141,14 +141,14 @@ def sinks(results: Results) -> str:
         + grid(figures, results)
         + f"<h3>Mean weight on key 0 by layer and head, {tokens}</h3>{bar}"
         + grid(maps, None, "maps")
-        + folded(*(tables.sinks(results, n) for n in sorted(results.lengths, reverse=True)))
+        + folded(*(tables.sinks(results, n) for n in results.lengths_to_show))
         + columns(tables.sinks(results, length))
     )
 
 
 def activations(results: Results) -> str:
     """Massive activations and kurtosis."""
-    length, axis = max(results.lengths), _layers(results, first=-1)
+    length, axis = results.main_length, _layers(results, first=-1)
     tokens, lines = tables.tokens(results, length), []
     for label, slot in slots(results.models).items():
         # the larger absolute value of a model's minimum and maximum
@@ -198,7 +198,7 @@ def activations(results: Results) -> str:
 def interventions(results: Results) -> str:
     """The tables of `--interventions`; "" if they were not measured."""
     parts, shown = [], []
-    for length in sorted(results.lengths, reverse=True):
+    for length in results.lengths_to_show:
         for table in tables.interventions(results, length):
             shown.append(table)
             parts.append(
@@ -209,7 +209,7 @@ def interventions(results: Results) -> str:
 
 def weights(results: Results) -> str:
     """Zeros, sums of rows and their largest weight, entropy, dead heads."""
-    length = max(results.lengths)
+    length = results.main_length
     tokens = tables.tokens(results, length)
     ticks = tuple(4**n for n in range(12) if 4**n < length)
     position = Axis("query position (0 as 0.5)", log=True, ticks=ticks)
@@ -267,7 +267,7 @@ def weights(results: Results) -> str:
         "<p>Underscoring: each unwanted key adds to the denominator, so sums and top weights fall with the "
         "position.</p>"
         + grid(figures, results)
-        + folded(*(tables.attention(results, n) for n in sorted(results.lengths, reverse=True)))
+        + folded(*(tables.attention(results, n) for n in results.lengths_to_show))
         + columns(tables.attention(results, length))
     )
 

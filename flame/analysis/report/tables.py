@@ -286,8 +286,8 @@ def passkey_losses(results: Results) -> Table | None:
 
 
 def all_tables(results: Results) -> list[Table]:
-    """Longest length first, since readers look for it first."""
-    lengths = sorted(results.lengths, reverse=True)
+    """The training length first, since readers look for it first."""
+    lengths = results.lengths_to_show
     found = [table(results, n) for table in (summary, sinks, attention) for n in lengths]
     found.append(extremes(results, lengths[0]))
     found += [table for n in lengths for table in interventions(results, n)]
