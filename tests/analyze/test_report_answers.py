@@ -60,6 +60,8 @@ def test_a_difference_within_the_spread():
     row = answers.table(found).rows[1]
     assert row[:2] == ["b", "1.2500 (−0.2500 ± 1.0607 ≈)"]
     assert "≈: within that spread" in answers.note(found)
+    level = results({"a": [1.0, 2.0], "b": [2.0, 1.0]})
+    assert "0.0000 ± 1.4142 from a (1.5000), within the spread" in said(level)
 
 
 def test_one_seed_is_a_hint():

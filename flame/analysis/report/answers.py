@@ -165,7 +165,7 @@ def _of_two(question: Question, label: str, value: Mean, first: str, base: Mean,
     hint = "; one seed, a hint" if found.std is None else ""
     if found.mean == 0 and not found.std:
         return f"{label} {own}, the same as {first}{hint}"
-    side = "above" if found.mean > 0 else "below"
+    side = "above" if found.mean > 0 else "below" if found.mean < 0 else "from"
     within = ", within the spread" if found.is_within else ""
     return f"{label} {own}, {_size(found, question)}{question.unit} {side} {first} ({other}){within}{hint}"
 
