@@ -37,7 +37,7 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of all samples: mean loss of the targets, nats a token, and share of (sample, layer, head) that are sinks."""
+    """Of all samples: mean loss of the targets, nats per token, and share of (sample, layer, head) that are sinks."""
 
     loss: float
     sink_rate: float

@@ -34,7 +34,7 @@ def said(found, title="Loss"):
 def test_a_difference_beyond_the_spread():
     # gaps of 1.0 and 1.2, though each arm's losses spread by far more
     found = results({"softmax": [1.0, 5.0], "softpick": [2.0, 6.2]})
-    text = "softpick 4.1000 nats a token, 1.1000 ± 0.1414 above softmax (3.0000)."
+    text = "softpick 4.1000 nats per token, 1.1000 ± 0.1414 above softmax (3.0000)."
     assert said(found) == text
     assert (
         said(found, "Massive activations") == "softpick kurtosis 410, 110 ± 14 above softmax (300)."
@@ -47,7 +47,7 @@ def test_a_difference_beyond_the_spread():
     assert [title for title, _ in answers.sentences(found)] == [
         *("Loss", "Sinks", "Massive activations", "Sparsity"),
     ]
-    assert "softpick 2.0000 nats a token, 1.0000 below b (3.0000)" in said(
+    assert "softpick 2.0000 nats per token, 1.0000 below b (3.0000)" in said(
         results({"b": [3.0], "softpick": [2.0]})
     )
 
@@ -55,7 +55,7 @@ def test_a_difference_beyond_the_spread():
 def test_a_difference_within_the_spread():
     found = results({"a": [1.0, 2.0], "b": [1.5, 1.0]})
     # gaps of 0.5 and -1.0
-    text = "b 1.2500 nats a token, 0.2500 ± 1.0607 below a (1.5000), within the spread."
+    text = "b 1.2500 nats per token, 0.2500 ± 1.0607 below a (1.5000), within the spread."
     assert said(found) == text
     row = answers.table(found).rows[1]
     assert row[:2] == ["b", "1.2500 (−0.2500 ± 1.0607 ≈)"]
@@ -66,11 +66,11 @@ def test_a_difference_within_the_spread():
 
 def test_one_seed_is_a_hint():
     found = results({"a": [1.0], "b": [1.5]})
-    assert said(found) == "b 1.5000 nats a token, 0.5000 above a (1.0000); one seed, a hint."
+    assert said(found) == "b 1.5000 nats per token, 0.5000 above a (1.0000); one seed, a hint."
     assert answers.table(found).rows[1][1] == "1.5000 (+0.5000 ?)"
     assert "±" not in answers.note(found)
     same = results({"a": [1.0], "b": [1.0]})
-    assert said(same) == "b 1.0000 nats a token, the same as a; one seed, a hint."
+    assert said(same) == "b 1.0000 nats per token, the same as a; one seed, a hint."
     # against the same seed of an arm with more
     seeds = {"a": [1, 2, 3], "b": [2]}
     found = results({"a": [1.0, 3.0, 5.0], "b": [3.5]}, seeds=seeds)
@@ -97,12 +97,12 @@ def test_ten_arms_are_one_sentence():
     arms["arm0"] = [2.01, 2.1, 2.19]
     text = said(results(arms))
     assert text.startswith(
-        "softmax 2.1000 nats a token; lowest arm-4, −0.0533 ± 0.0231; highest arm4, +0.0533"
+        "softmax 2.1000 nats per token; lowest arm-4, −0.0533 ± 0.0231; highest arm4, +0.0533"
     )
     assert text.endswith("; within the spread: arm0.")
     noisy = {f"arm{n}": [2.0 + n, 2.1 - n, 2.2] for n in range(1, 10)}
     text = said(results({"softmax": [2.0, 2.1, 2.2]} | noisy))
-    assert text.startswith("softmax 2.1000 nats a token; every arm within the spread, arm")
+    assert text.startswith("softmax 2.1000 nats per token; every arm within the spread, arm")
     half = dict(list(arms.items())[:6]) | dict(list(noisy.items())[5:])
     assert said(results(half)).endswith("within the spread: 5 of 9.")
     one = said(results({label: losses[:1] for label, losses in arms.items()}))
@@ -116,9 +116,9 @@ def test_ten_arms_are_one_sentence():
 
 
 def test_an_arm_alone_and_one_that_diverged():
-    assert said(results({"a": [1.0, 2.0]})) == "a 1.5000 nats a token."
+    assert said(results({"a": [1.0, 2.0]})) == "a 1.5000 nats per token."
     assert answers.note(results({"a": [1.0]})) == ""
-    assert said(results({"a": [1.0], "b": [None]})) == "b not finite nats a token, a 1.0000."
+    assert said(results({"a": [1.0], "b": [None]})) == "b not finite nats per token, a 1.0000."
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def questions(results: Results) -> list[Question]:
     sinks = f"share of (sample, layer, head) whose mean weight on key 0 exceeds {eps:g}"
     kurtosis = "of the outputs of embedding and layers, pooled; 3 for a normal distribution"
     return [
-        Question("Loss", "loss", "loss", loss, "{} nats a token", meaning="nats a token"),
+        Question("Loss", "loss", "loss", loss, "{} nats per token", meaning="nats per token"),
         Question(
             *("Sinks", "sinks %", "sink_rate", percent, f"{{}} % of heads above {eps:g}"),
             *(" points", 100, eps, sinks),

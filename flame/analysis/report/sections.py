@@ -86,8 +86,8 @@ def summary(results: Results) -> str:
     )
     shown += folded(*(tables.summary(results, length) for length in others))
     shown += columns(tables.summary(results, first))
-    loss = _by_length(results, "loss", Axis("loss, nats a token"), tables.loss)
-    return shown + grid([figure(_by_or_at(results, "Loss"), "nats a token", loss)], results)
+    loss = _by_length(results, "loss", Axis("loss, nats per token"), tables.loss)
+    return shown + grid([figure(_by_or_at(results, "Loss"), "nats per token", loss)], results)
 
 
 def sinks(results: Results) -> str:
@@ -305,7 +305,7 @@ def training(results: Results) -> str:
     """Training curves; "" without any."""
     names = list(dict.fromkeys(r["name"] for r in results.where("curve")))
     # losses last long: the first steps would press the rest flat
-    units = {"loss": "nats a token", "validation_loss": "nats a token"}
+    units = {"loss": "nats per token", "validation_loss": "nats per token"}
     names_of_activations = ("kurtosis", "largest_activation", "largest_first_activation")
     logs = (
         *("loss", "validation_loss", "grad_norm"),

@@ -30,7 +30,7 @@ def _columns(results: Results) -> list[_Column]:
     sinks, small = results.setup["sink_eps"], results.setup["sparsity_eps"]
     upto = "share of the visible weights up to {:g}, zeros included"
     return [
-        _Column("loss", "loss", loss, meaning="mean negative log-likelihood, nats a token"),
+        _Column("loss", "loss", loss, meaning="mean negative log-likelihood, nats per token"),
         # only the unquantised model
         _Column("ppl", "perplexity", number, 1, {"bits": None}, "exponential of the loss"),
         *(
@@ -212,7 +212,7 @@ def interventions(results: Results, length: int) -> list[Table]:
     }
     note = f"The first token is replaced by token {', '.join(sorted(replaced))}."
     header = ["arm", "before", "sink heads", *INTERVENTIONS.values()]
-    of_loss = f"Interventions at {tokens(results, length)}: change of the loss, nats a token"
+    of_loss = f"Interventions at {tokens(results, length)}: change of the loss, nats per token"
     of_sinks = f"Interventions at {tokens(results, length)}: sink rate > 0.3, %"
     return [
         Table(of_loss, header, changes, note, _CHANGES),
