@@ -61,7 +61,7 @@ def estimate(
             f"  {arm.name}: {parameters[arm.name]:,} parameters, lr {rates}, seeds {seeds}"
         )
     lines += [
-        f"tokens  {tokens[sweep.runs[0].name]:,} a run ({t.steps:,} steps of {sequences} x {t.seq_len}), "
+        f"tokens  {tokens[sweep.runs[0].name]:,} per run ({t.steps:,} steps of {sequences} x {t.seq_len}), "
         f"{sum(tokens.values()):,} in all",
         f"FLOPs   {flops:.2e} in all, attention counted without its causal half taken off",
         f"time    {_time(left, states, tokens, sequences, slots, tokens_per_second)}",
