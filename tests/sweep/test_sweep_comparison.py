@@ -117,7 +117,7 @@ def test_cost(write, monkeypatch):
 
     text = "\n".join(cost(speed=1.0).lines)
     tokens = 300 * 4 * 32
-    assert f"{tokens:,} a run (300 steps of 4 x 32), {3 * tokens:,} in all" in text
+    assert f"{tokens:,} per run (300 steps of 4 x 32), {3 * tokens:,} in all" in text
     assert f"FLOPs   {tokens * (10 + 10 + 20):.2e} in all" in text
     assert f"{3 * tokens / 3600:.2f} hours of training to come at 1 tokens/s per run" in text
     # two at a time: the third starts when the first has ended
