@@ -205,6 +205,9 @@ def test_gradient_checkpointing_changes_nothing(model):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    "model", ["softpick", pytest.param("softmax", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_step_without_a_cache_compiles(model):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     ids = tokens(2, 9)

@@ -19,7 +19,7 @@ def small(tmp_path_factory):
 def test_interrupt_of_the_launcher_saves(small, tmp_path):
     # Ctrl-C reaches the launcher alone: torchrun gives each process a session of its own
     flags = small | {"job.dump_folder": tmp_path / "run", "training.steps": 100000}
-    with start_launcher(flags) as process:
+    with start_launcher(flags, processes=1) as process:
         wait_for(is_saved(flags), process)
         os.killpg(process.pid, signal.SIGINT)
         output = process.communicate(timeout=60)[0]
