@@ -207,7 +207,7 @@ def interventions(results: Results, length: int) -> list[Table]:
             changes[-1].append(_change(differences) + part if seeds else "none")
             rates[-1].append(cell(after, percent, 100) + part if seeds else "none")
     replaced = {
-        f"{r['token']} {r['token_text']}"
+        f"{r['token']} ({r['token_text']!r})"
         for r in results.where("intervention", length=length, name="first_token_replaced")
     }
     note = f"The first token is replaced by token {', '.join(sorted(replaced))}."
