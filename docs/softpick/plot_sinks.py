@@ -2,8 +2,8 @@
 
 python docs/softpick/plot_sinks.py (needs the extra [dev])
 
-The records are those of the runs' metrics.jsonl that hold a validation loss or a measurement of
-``--metrics.attention_freq``, six digits of each.
+The records are those of the runs' metrics.jsonl that hold a validation loss, or a measurement of
+``--metrics.attention_freq`` with six digits of each number.
 """
 
 import json
