@@ -6,8 +6,11 @@ docs/softpick/ANALYSIS.md.
 """
 
 from flame.base.log import announce_imports
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
 
 if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
     announce_imports()
 
 import argparse
@@ -91,6 +94,11 @@ def _measure_all(
     lengths = sorted(args.lengths)
     thresholds = Thresholds(sink_eps=tuple(args.sink_eps), small_eps=tuple(args.sparsity_eps))
     heads = {head_of(text): "chosen by --heatmap_heads" for text in args.heatmap_heads}
+    replacement = None
+    if args.interventions:
+        # one token for all models, also where they differ in what is special
+        special = {i for source in models for i in source.tokenizer.all_special_ids}
+        replacement = frequent_token(samples.tokens, special)
     # how often each sample is read at each length
     num_runs = 1 + NUM_RUNS * args.interventions
     total = len(models) * args.samples * (num_runs * len(lengths) + len(args.bits))
@@ -116,10 +124,7 @@ def _measure_all(
                         measure(model, tokens, recorder, **options)
                     except UsageError as error:
                         raise UsageError(f"--model {source.path}: {error}") from None
-                    if args.interventions:
-                        replacement = frequent_token(
-                            samples.tokens, source.tokenizer.all_special_ids
-                        )
+                    if replacement is not None:
                         intervene(
                             model,
                             tokens,
@@ -297,4 +302,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

@@ -1,5 +1,11 @@
 """``python -m flame.convert``: converts between checkpoints of a run and Hugging Face folders, on a CPU."""
 
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
+
+if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
+
 import argparse
 import json
 import os
@@ -266,4 +272,5 @@ def _contradiction(
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

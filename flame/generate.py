@@ -5,6 +5,12 @@ questions. After each text it prints the speed, and the share of the cached valu
 that the decoding kernels read.
 """
 
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
+
+if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
+
 import argparse
 import io
 import sys
@@ -138,4 +144,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

@@ -1,15 +1,15 @@
 """``bash train.sh``: checks flags and machine, then starts NGPU processes of `flame.train` through torchrun."""
 
-import signal
+from flame.base.stop_signals import end_at_interrupt
 
 if __name__ == "__main__":
-    # until torchrun is started, Ctrl-C ends at once and without a traceback; set here, since importing torch and
-    # listing the GPUs take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # until torchrun is started; set here, since importing torch and listing the GPUs take seconds
+    end_at_interrupt()
 
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -93,8 +93,8 @@ def _passing_signals_on() -> Iterator[None]:
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     signal.set_wakeup_fd(writer)
     threading.Thread(target=_pass_on, args=(reader, numbers), daemon=True).start()
-    # the thread still hears it, and the processes inherit the mask: Ctrl-C while Python starts would print a
-    # traceback; `end_at_interrupt` lifts the mask in them
+    # Ctrl-C in a process whose Python is starting would print a traceback, so the processes inherit a mask, which
+    # `end_at_interrupt` takes away. The thread started above keeps receiving SIGINT
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -5,6 +5,12 @@ is imported. Everything else, flags and output included, is the harness's, excep
 `begin_texts_as_training_did`.
 """
 
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
+
+if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
+
 import re
 import sys
 from functools import partial, wraps
@@ -87,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

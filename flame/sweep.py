@@ -1,5 +1,11 @@
 """``python -m flame.sweep FILE``: arms x seeds x learning rates, trained and compared; docs/softpick/SWEEPS.md."""
 
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
+
+if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
+
 import argparse
 import os
 import shlex
@@ -178,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens_per_second",
         type=_positive,
-        help="of one run, with as many at a time as the sweep has, for the hours (default: as finished runs of the sweep had)",
+        help="speed of one run while all slots are busy, from which the hours are estimated (default: that of the sweep's finished runs)",
     )
     parser.add_argument(
         "--summary_seconds",
@@ -203,4 +209,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

@@ -62,18 +62,35 @@ time.sleep(60)
 """
 
 
-def test_an_interrupt_while_python_starts_shows_no_traceback():
-    # as the launcher starts it
+@pytest.mark.parametrize("program", ["train", "analyze", "convert", "generate", "lm_eval", "sweep"])
+def test_an_interrupt_while_python_starts_shows_no_traceback(program):
+    # as the launcher starts a process
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flame.train"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [sys.executable, "-m", f"flame.{program}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert (process.returncode, output) == (-signal.SIGINT, b"")
+
+
+def test_processes_of_the_launcher_start_with_sigint_blocked():
+    code = """
+        import signal, subprocess, sys
+        from flame.launch import _passing_signals_on
+        program = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        with _passing_signals_on():
+            subprocess.run([sys.executable, "-c", program])
+        subprocess.run([sys.executable, "-c", program])
+    """
+    blocked, free = python(code).communicate(timeout=60)[0].splitlines()
+    assert "SIGINT" in blocked
+    assert "SIGINT" not in free
 
 
 def test_a_process_ends_with_a_launcher_that_is_killed():

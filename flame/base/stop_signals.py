@@ -30,6 +30,11 @@ def end_at_interrupt() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def raise_at_interrupt() -> None:
+    """Lets Ctrl-C raise KeyboardInterrupt again: what follows `end_at_interrupt` in a program that cleans up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
     """Asks the kernel to send this process ``number`` when ``parent``, which started it, dies.
 
