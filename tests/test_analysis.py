@@ -10,7 +10,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 
 from fla.ops.attn.softpick import NORMALIZERS
 from fla.ops.attn.softpick.naive import naive_normalized_attn
-from flame.analysis.activations import Activations
+from flame.analysis.activations import Activations, record_activations
 from flame.analysis.heads import (
     HeadObserver,
     MapObserver,
@@ -96,7 +96,7 @@ def by_definition(weights, outputs, of_values):
     norms = (of_values**2).sum(-1).sqrt()
     values = {
         ("late_first_weight", None): late.mean(0),
-        ("first_value_ratio", None): norms[:, :, 0].mean(0) / norms[:, :, 1:].mean((0, 2)),
+        ("first_value_ratio", None): (norms[:, :, 0] / norms[:, :, 1:].mean(2)).mean(0),
         ("first_weight", None): first.mean(0),
         ("zeros", None): (weights[..., seen] == 0).double().mean((0, -1)),
         ("row_sum", None): sums.mean((0, -1)),
@@ -344,6 +344,21 @@ def test_extremes_of_several_samples_and_where_they_are():
     assert activations.maxima[1].location == {"sample": 2, "position": 1, "channel": 2}
     assert activations.minima[1].value == -14
     assert activations.minima[1].location == {"sample": 2, "position": 2, "channel": 3}
+    broken = x.clone()
+    broken[0, 0, 1] = math.nan
+    activations.see(0, x, sample=0)
+    activations.see(1, broken, sample=3)
+    activations.see(1, x * 9, sample=4)
+    recorder = Recorder("m", "l")
+    record_activations(recorder, activations, torch.zeros(5, 3, dtype=torch.long), str)
+    for metric in ("min", "max", "largest_activation", "largest_activation_at_first"):
+        of_layer, of_model = (
+            next(r for r in recorder.records if (r["metric"], r["layer"]) == (metric, layer))
+            for layer in (0, None)
+        )
+        assert math.isnan(of_layer["value"]), metric
+        assert math.isnan(of_model["value"]), metric
+        assert (of_model["in_layer"], of_model["sample"], of_model["channel"]) == (0, 3, 1)
 
 
 def test_maps_are_pooled_weights(tmp_path):

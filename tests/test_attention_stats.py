@@ -177,6 +177,8 @@ def test_the_first_token_against_the_rest(dtype):
     row = torch.cat([*v, v[0, :1]])[None]
     bounds = torch.tensor([0, 12, 24, 24, 36, 37, 37])
     assert value_ratio_sums(row, bounds).tolist() == expected
+    v[0, 3, 0, 0] = math.nan
+    assert value_ratio_sums(v)[0].isnan()
     x = torch.randn(3, 12, 16, generator=generator).to(dtype)
     x[1, 0, 3], x[2, 5, 2] = -20, 30
     dense = [x.double().abs().max().item(), x.double()[:, 0].abs().max().item()]

@@ -58,7 +58,8 @@ class Activations:
         ):
             at, known = int(at.item()), extremes[index]
             value = values.flatten()[at].item()
-            if not known.location or value * sign > known.value * sign:
+            # torch finds NaN first, and nothing replaces it
+            if not known.location or math.isnan(value) or value * sign > known.value * sign:
                 position, channel = divmod(at, x.shape[-1])
                 location = {"sample": sample, "position": position, "channel": channel}
                 extremes[index] = Extreme(value, location)
@@ -129,10 +130,10 @@ def record_activations(
         return extreme.location | {"token": token, "token_text": token_text(token)}
 
     by_metric = {
-        "min": (activations.minima, min),
-        "max": (activations.maxima, max),
-        "largest_activation": (activations.largest(), max),
-        "largest_activation_at_first": (activations.first, max),
+        "min": (activations.minima, -1),
+        "max": (activations.maxima, 1),
+        "largest_activation": (activations.largest(), 1),
+        "largest_activation_at_first": (activations.first, 1),
     }
     for index, powers in enumerate(activations.powers):
         keys: dict[str, Any] = {"layer": _layer(index), "length": length}
@@ -148,10 +149,14 @@ def record_activations(
     recorder.add("kurtosis_hidden_states", kurtosis(transformers), length=length)
     share, channel = _top_channel(torch.stack(activations.energies).sum(0))
     recorder.add("top_channel_energy", share, length=length, channel=channel)
-    for metric, (extremes, best) in by_metric.items():
-        index = best(range(len(extremes)), key=lambda i, e=extremes: e[i].value)
-        where = {"in_layer": _layer(index)} | located(extremes[index])
-        recorder.add(metric, extremes[index].value, length=length, **where)
+    for metric, (extremes, sign) in by_metric.items():
+        index, extreme = max(
+            enumerate(extremes),
+            # NaN is the most extreme
+            key=lambda x, sign=sign: (math.isnan(x[1].value), x[1].value * sign),
+        )
+        where = {"in_layer": _layer(index)} | located(extreme)
+        recorder.add(metric, extreme.value, length=length, **where)
 
 
 def _layer(index: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flame.measure.counts import SINK_EPS, SMALL
+from flame.measure.counts import SINK_EPS, SMALL, value_ratios
 from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock, weight_blocks
 
 DEAD_OUTPUT_MAX = 1e-6
@@ -111,10 +111,8 @@ class HeadTotals:
     """Mean weight on the first key over the later half of the queries, summed over samples."""
     late_sinks: torch.Tensor
     """``[eps, HQ]``: samples whose mean weight on the first key, over these queries, exceeds each eps."""
-    first_value_norm: torch.Tensor
-    """Euclidean norm of the first token's value, summed over samples."""
-    other_value_norm: torch.Tensor
-    """Mean norm of the values of all other tokens, summed over samples."""
+    value_ratios: torch.Tensor
+    """``[2, HQ]``: `flame.measure.counts.value_ratios` of the key head that is read, summed over samples."""
     zeros: torch.Tensor
     small: torch.Tensor
     """``[eps, HQ]``."""
@@ -171,8 +169,7 @@ class HeadObserver:
             sinks=zeros(len(thresholds.sink_eps)),
             late_first=zeros(),
             late_sinks=zeros(len(thresholds.sink_eps)),
-            first_value_norm=zeros(),
-            other_value_norm=zeros(),
+            value_ratios=zeros(2),
             zeros=zeros(),
             small=zeros(len(thresholds.small_eps)),
             row_sums=zeros(len(self.buckets)),
@@ -214,10 +211,10 @@ class HeadObserver:
         totals.max_score = torch.maximum(totals.max_score, top)
 
     def see_values(self, v: torch.Tensor) -> None:
-        """Adds the norms of the values ``[T, H, V]``; each query head counts the values of its key head."""
-        norms = v.double().norm(dim=-1).repeat_interleave(self.num_heads // v.shape[1], dim=1)
-        self.totals.first_value_norm += norms[0]
-        self.totals.other_value_norm += norms[1:].mean(0)
+        """Adds the ratios of the values ``[T, H, V]``; each query head counts the values of its key head."""
+        self.totals.value_ratios += value_ratios(v).repeat_interleave(
+            self.num_heads // v.shape[1], dim=1
+        )
 
     def finish(self, output: torch.Tensor) -> HeadTotals:
         """The totals of the sequence, whose output ``[T, HQ, V]`` is what the output projection sees."""

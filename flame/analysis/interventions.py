@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flame.analysis.activations import observed_layers
 from flame.analysis.heads import attend_observed
-from flame.analysis.measure import decoder_layers, replaced_attention
+from flame.analysis.measure import decoder_layers, replaced_attention, summed_loss
 from flame.analysis.records import Recorder
 from flame.base.errors import UsageError
 from flame.measure.weight_blocks import TILE_ELEMENTS, WeightBlock
@@ -52,7 +51,10 @@ def frequent_token(samples: torch.Tensor, special: Collection[int]) -> int:
     counts = samples[:, 1:].flatten().bincount()
     counts[[i for i in special if i < len(counts)]] = 0
     if not counts.sum():
-        raise UsageError("--interventions: the samples hold no token that is not special")
+        raise UsageError(
+            "--interventions: the samples hold no token that is not special, so none can replace the first; --data must "
+            "have text"
+        )
     return int(counts.argmax())
 
 
@@ -173,10 +175,7 @@ def _run(
     with replaced_attention(model, attend_layer):
         for ids, labels in zip(inputs.split(batch), targets.split(batch), strict=True):
             logits = model(ids, use_cache=False).logits[:, -num_targets:].flatten(0, 1)
-            # in float32 at least, a piece at a time for large vocabularies
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            for x, y in zip(logits.split(1024), labels.flatten().split(1024), strict=True):
-                total += F.cross_entropy(x.to(dtype), y, reduction="sum")
+            total += summed_loss(logits, labels.flatten())
             tick(len(ids))
     return _Outcome((total / targets.numel()).item(), (sinks / heads).item())
 
@@ -191,7 +190,7 @@ def _cut_first_key(
     """
     weights = block.weights.clone()
     H, G = weights.shape[:2]
-    # [H, G, rows], one flag a row
+    # [H, G, rows], a flag for each row
     is_cut = cut[layer].view(H, G, 1).expand(weights.shape[:-1]).clone()
     if block.start == 0:
         is_cut[..., 0] = False

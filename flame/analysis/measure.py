@@ -120,11 +120,17 @@ def sequence_loss(model: PreTrainedModel, sequence: torch.Tensor) -> float:
     """Mean negative log-likelihood, nats per token, of ``sequence[1:]``; ``sequence [length + 1]`` on any device."""
     sequence = sequence.to(model.device)
     logits = model(sequence[None, :-1], use_cache=False).logits[0]
+    return summed_loss(logits, sequence[1:]).item() / (len(sequence) - 1)
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the negative log-likelihoods, nats, of token ids ``targets [n]`` under ``logits [n, vocabulary]``; float64."""
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
     # in float32 at least, a piece at a time for large vocabularies
-    pieces = zip(logits.split(1024), sequence[1:].split(1024), strict=True)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    total = sum(F.cross_entropy(x.to(dtype), y, reduction="sum").double() for x, y in pieces)
-    return total.item() / (len(sequence) - 1)  # pyright: ignore[reportAttributeAccessIssue]  # at least one tensor is summed, so the sum is no int
+    for x, y in zip(logits.split(1024), targets.split(1024), strict=True):
+        total += F.cross_entropy(x.to(dtype), y, reduction="sum")
+    return total
 
 
 def loss_of(
@@ -277,8 +283,8 @@ def _values(
     values: dict[_Metric, torch.Tensor] = {
         ("first_weight", ()): totals.first / totals.samples,
         ("late_first_weight", ()): totals.late_first / totals.samples,
-        # NaN for a head whose other values are all 0
-        ("first_value_ratio", ()): totals.first_value_norm / totals.other_value_norm,
+        # NaN for a head without any ratio
+        ("first_value_ratio", ()): totals.value_ratios[0] / totals.value_ratios[1],
         ("zeros", ()): totals.zeros / totals.weights,
         ("row_sum", ()): totals.row_sums.sum(0) / rows,
         ("top_weight", ()): totals.tops.sum(0) / rows,

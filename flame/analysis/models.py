@@ -142,7 +142,10 @@ def find_model(
         operator = operator.replace("parallel_", "naive_", 1)
     above = run_of_checkpoint(path) if is_checkpoint else path.resolve().parent
     folders = [x for x in (above, run) if x is not None and (x / RUN_FILE).is_file()]
-    said = read_run(folders[0]) if folders else {}
+    try:
+        said = read_run(folders[0]) if folders else {}
+    except UsageError as error:
+        raise UsageError(f"--model {path}: {error}") from None
     return ModelSource(path, config, tokenizer, operator, device, is_checkpoint, said)
 
 

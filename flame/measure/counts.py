@@ -151,29 +151,37 @@ def _count_sequence(
 
 
 @torch.no_grad()
-def value_ratio_sums(v: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum of the first value ratios over (sequence, key head), and their number; float64 ``[2]``.
+def value_ratios(v: torch.Tensor) -> torch.Tensor:
+    """First value ratio of each key head of one sequence, and 1; 0 and 0 without a ratio; float64 ``[2, H]``.
 
     A sequence of one token, or whose other values are all 0, has no ratio.
 
     Args:
-        v: Values ``[B, S, H, V]``.
-        cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``.
+        v: Values ``[S, H, V]``, any float dtype.
     """
     with torch.autocast(v.device.type, enabled=False):
         norms = v.to(torch.promote_types(v.dtype, torch.float32)).norm(dim=-1).double()
-    if cu_seqlens is None:
-        parts = list(norms)
-    else:
-        bounds = cu_seqlens.tolist()
-        parts = [norms[0, start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-    sums = norms.new_zeros(2)
-    for part in parts:  # [tokens, H]
-        if len(part) > 1:
-            others = part[1:].mean(0)
-            is_counted = others > 0
-            sums[0] += torch.where(is_counted, part[0] / others, 0).sum()
-            sums[1] += is_counted.sum()
+    # of no token, 0
+    others = norms[1:].sum(0) / max(1, len(norms) - 1)
+    # NaN counts, so that it shows
+    is_counted = others != 0
+    return torch.stack([torch.where(is_counted, norms[0] / others, 0), is_counted.double()])
+
+
+@torch.no_grad()
+def value_ratio_sums(v: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of `value_ratios` over (sequence, key head), and their number; float64 ``[2]``.
+
+    Args:
+        v: Values ``[B, S, H, V]``, any float dtype.
+        cu_seqlens: Boundaries ``[N + 1]`` of packed sequences, ``B == 1``.
+    """
+    bounds = [0, v.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    sums = torch.zeros(2, dtype=torch.float64, device=v.device)
+    for row in v:
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            if end > start:
+                sums += value_ratios(row[start:end]).sum(-1)
     return sums
 
 

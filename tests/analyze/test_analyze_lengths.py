@@ -49,3 +49,15 @@ def test_a_run_says_the_training_length_and_the_seed(
     results = Results(read_records(tmp_path / "out" / "records.jsonl"))
     assert results.lengths == [16, 32]
     assert [(r["training_length"], r["seed"]) for r in results.models] == [(32, 7)]
+
+
+def test_a_damaged_file_of_a_run_names_the_model(models, monkeypatch, tmp_path, capfd):
+    trained = tmp_path / "trained"
+    shutil.copytree(models / "softpick-0", trained)
+    (trained / "run.json").write_text("{")
+    words = ["--model", trained / "hf", "--data", models / "text.txt", "--samples", 1]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *words, "--out", tmp_path / "out")
+    error = capfd.readouterr().err
+    assert error.startswith(f"flame: error: --model {trained / 'hf'}: ")
+    assert f"{trained / 'run.json'} cannot be read" in error
