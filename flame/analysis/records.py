@@ -76,6 +76,10 @@ class Mean(NamedTuple):
     """Standard deviation of a sample (n - 1); None for one seed."""
     n: int
 
+    def scaled(self, factor: float) -> "Mean":
+        """Mean and deviation in another unit."""
+        return Mean(self.mean * factor, None if self.std is None else self.std * factor, self.n)
+
 
 def mean_of(values: Iterable[float | None]) -> Mean | None:
     """Mean and deviation of the values; None without values, NaN if one was not finite."""

@@ -313,3 +313,20 @@ def test_records_of_before_the_newer_metrics_are_drawn(report):
     assert {row[-1] for row in tables.extremes(results, 48).rows} == {"–"}
     assert html.page(results).endswith("</html>\n")
     assert "Interventions" not in markdown.report(results)
+
+
+def test_records_that_are_not_finite_are_drawn(report):
+    records = read_records(report / "records.jsonl")
+    for r in records:
+        match r["metric"]:
+            case "intervention":
+                r["before"] = None
+            case "first_weight" if (r["layer"], r["head"]) == (0, 0):
+                r["value"] = None
+            case "attention_map":
+                r["map"][0][0] = None
+    results = Results(records)
+    changes, _ = tables.interventions(results, 48)
+    assert changes.rows[0][1].startswith("not finite")
+    assert changes.rows[0][3].startswith("not finite")
+    assert "layer 0, head 0: not finite" in html.page(results)

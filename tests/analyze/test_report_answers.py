@@ -149,3 +149,21 @@ def test_arms_of_several_training_lengths_are_named():
     for record in found.models:
         record["training_length"] = None
     assert tables._trained(found).startswith("the training length is unknown")
+
+
+def test_seeds_that_one_arm_lacks_are_left_out_of_the_difference_and_said():
+    seeds = {"softmax": [1, 2], "softpick": [1, 2, 3]}
+    found = results({"softmax": [3.1, 3.1], "softpick": [3.0, 3.05, 6.0]}, seeds=seeds)
+    assert said(found).endswith(
+        "0.0750 ± 0.0354 below softmax (3.1000); over the seeds that both have."
+    )
+    whole = "A difference is over the seeds that both arms have, a mean over all seeds."
+    assert whole in answers.note(found)
+    assert whole not in answers.note(results({"a": [1.0, 2.0], "b": [1.0, 2.5]}))
+
+
+def test_the_only_finite_arm_is_named_once():
+    found = results({"softmax": [3.0], "a": [3.1], "b": [None]})
+    assert (
+        said(found) == "softmax 3.0000 nats per token; a, +0.1000; one seed, a hint; not finite: b."
+    )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from flame.analysis.records import Mean, Results, mean_of
 from flame.analysis.report.cells import Table, cell, loss, number, percent
+from flame.analysis.report.tables import KURTOSIS, SINK, ZEROS
 
 PREFERRED_SINK_EPS = 0.3
 _NAMES_AT_MOST = 3
@@ -38,6 +39,8 @@ class Gap(NamedTuple):
     """None if an arm has one seed."""
     is_paired: bool
     """Whether ``std`` is that of the differences seed by seed."""
+    is_partial: bool
+    """Whether one of the arms has seeds that the difference leaves out, since the other lacks them."""
 
     @property
     def is_within(self) -> bool:
@@ -52,21 +55,19 @@ def _short(x: float) -> str:
 def questions(results: Results) -> list[Question]:
     """The metrics of the sentences; sinks by the threshold that is nearest to `PREFERRED_SINK_EPS`."""
     eps = min(results.setup["sink_eps"], key=lambda x: abs(x - PREFERRED_SINK_EPS))
-    sinks = f"share of (sample, layer, head) whose mean weight on key 0 exceeds {eps:g}"
-    kurtosis = "of the outputs of embedding and layers, pooled; 3 for a normal distribution"
     return [
         Question("Loss", "loss", "loss", loss, "{} nats per token", meaning="nats per token"),
         Question(
             *("Sinks", "sinks %", "sink_rate", percent, f"{{}} % of heads above {eps:g}"),
-            *(" points", 100, eps, sinks),
+            *(" points", 100, eps, SINK.format(eps)),
         ),
         Question(
             *("Massive activations", "kurtosis", "kurtosis", _short, "kurtosis {}"),
-            meaning=kurtosis,
+            meaning=KURTOSIS,
         ),
         Question(
             *("Sparsity", "zeros %", "zeros", percent, "{} % exact zeros", " points", 100),
-            meaning="share of the visible weights that are exactly 0",
+            meaning=ZEROS,
         ),
     ]
 
@@ -86,17 +87,17 @@ def gap(results: Results, question: Question, label: str, length: int) -> Gap | 
     common = [seed for seed in by_seed[0] if seed in by_seed[1]]
     if len(common) >= min(2, *map(len, values)):
         found = mean_of(by_seed[0][seed] - by_seed[1][seed] for seed in common)
-        is_paired = True
+        is_paired, is_partial = True, any(len(x) > len(common) for x in values)
     else:
         arm, first = (mean_of(x.values()) for x in values)
         assert arm is not None
         assert first is not None
         has_spread = arm.std is not None and first.std is not None
         std = math.hypot(arm.std, first.std) if has_spread else None  # pyright: ignore[reportArgumentType]  # neither is None
-        found, is_paired = Mean(arm.mean - first.mean, std, 0), False
+        found, is_paired, is_partial = Mean(arm.mean - first.mean, std, 0), False, False
     assert found is not None
-    std = None if found.std is None else found.std * question.factor
-    return Gap(found.mean * question.factor, std, is_paired)
+    found = found.scaled(question.factor)
+    return Gap(found.mean, found.std, is_paired, is_partial)
 
 
 def _values(results: Results, question: Question, label: str, length: int) -> dict[str, float]:
@@ -116,11 +117,8 @@ def _by_seed(results: Results, label: str, values: dict[str, float]) -> dict[int
 
 
 def _mean(results: Results, question: Question, label: str, length: int) -> Mean | None:
-    mean = mean_of(_values(results, question, label, length).values())
-    if mean is None:
-        return None
-    std = None if mean.std is None else mean.std * question.factor
-    return Mean(mean.mean * question.factor, std, mean.n)
+    mean = results.of_model(question.metric, label, length, eps=question.eps)
+    return None if mean is None else mean.scaled(question.factor)
 
 
 def _size(found: Gap, question: Question) -> str:
@@ -167,7 +165,9 @@ def _of_two(question: Question, label: str, value: Mean, first: str, base: Mean,
         return f"{label} {own}, the same as {first}{hint}"
     side = "above" if found.mean > 0 else "below" if found.mean < 0 else "from"
     within = ", within the spread" if found.is_within else ""
-    return f"{label} {own}, {_size(found, question)}{question.unit} {side} {first} ({other}){within}{hint}"
+    partial = "; over the seeds that both have" if found.is_partial else ""
+    size = f"{_size(found, question)}{question.unit}"
+    return f"{label} {own}, {size} {side} {first} ({other}){within}{hint}{partial}"
 
 
 def _of_many(question: Question, first: str, base: Mean, gaps: dict[str, Gap]) -> str:
@@ -184,12 +184,12 @@ def _of_many(question: Question, first: str, base: Mean, gaps: dict[str, Gap]) -
             f"every arm within the spread, {most} farthest, {_signed(finite[most], question)}{question.unit}"
         )
     elif finite:
-        for word, choose in (("lowest", min), ("highest", max)):
-            label = choose(finite, key=lambda x: finite[x].mean)
-            # an extreme within the spread is no difference
-            if label in within:
-                continue
-            parts.append(f"{word} {label}, {_signed(finite[label], question)}{question.unit}")
+        ordered = sorted(finite, key=lambda x: finite[x].mean)
+        extremes = {ordered[0]: "lowest ", ordered[-1]: "highest " if len(ordered) > 1 else ""}
+        for label, word in extremes.items():
+            # what is within the spread, or zero, is no difference
+            if label not in within and finite[label].mean:
+                parts.append(f"{word}{label}, {_signed(finite[label], question)}{question.unit}")
         if within:
             parts.append(f"within the spread: {_listed(within, gaps)}")
     if hints:
@@ -245,6 +245,8 @@ def note(results: Results) -> str:
     if not all(g.is_paired for g in spread):
         which = "Of arms whose seeds do not match, it" if len(text) > 1 else "±"
         text.append(f"{which} is the root of the sum of both arms' variances over seeds.")
+    if any(g is not None and g.is_partial for g in gaps):
+        text.append("A difference is over the seeds that both arms have, a mean over all seeds.")
     text += ["≈: within that spread."] if spread else []
     text += ["?: one seed, a hint."] if len(spread) < len(gaps) else []
     return " ".join(text)

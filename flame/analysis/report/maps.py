@@ -9,19 +9,20 @@ LEVELS = 20
 
 
 def level(share: float) -> int:
-    """Shade of a share in [0, 1]: 0 for exactly 0, else 1 to `LEVELS`."""
-    return 0 if share <= 0 else min(LEVELS, max(1, math.ceil(share * LEVELS)))
+    """Shade of a share in [0, 1]: 0 for exactly 0 and for NaN, else 1 to `LEVELS`."""
+    return min(LEVELS, max(1, math.ceil(share * LEVELS))) if share > 0 else 0
 
 
 def heat_map(values: list[list[float]], rows: str, columns: str, what: str, most: float) -> str:
-    """One cell for each number in [0, most]; ``values[row][column]``, row 0 on top."""
+    """One cell for each number in [0, most] or NaN; ``values[row][column]``, row 0 on top."""
     n, m = len(values), len(values[0])
     side = min(30.0, (WIDTH - 46) / m, 330 / n)
     left, top = 40, 4
     cells = []
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            title = f"{rows} {i}, {columns} {j}: {value:.4g}"
+            shown = f"{value:.4g}" if math.isfinite(value) else "not finite"
+            title = f"{rows} {i}, {columns} {j}: {shown}"
             box = f'x="{left + j * side:.1f}" y="{top + i * side:.1f}" width="{side:.2f}" height="{side:.2f}"'
             cells.append(
                 f'<rect class="l{level(value / most)}" {box}><title>{title}</title></rect>'
@@ -48,15 +49,15 @@ def _some(n: int, stride: int) -> range:
     return range(0, n, max(1, stride))
 
 
-def triangle_map(cells: list[list[float]], length: int, what: str) -> str:
-    """An attention map: rows of the lower triangle, shares in [0, 1], shaded by their root."""
+def triangle_map(cells: list[list[float | None]], length: int, what: str) -> str:
+    """An attention map: rows of the lower triangle, shares in [0, 1], shaded by their root; None is blank."""
     n = len(cells)
     left, top, side = 40, 4, 300
     unit = side / n
     paths: dict[int, list[str]] = {}
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
-            if shade := level(math.sqrt(max(value, 0.0))):
+            if shade := level(math.sqrt(max(value or 0.0, 0.0))):
                 paths.setdefault(shade, []).append(f"M{j} {i}h1v1h-1z")
     shades = "".join(f'<path class="l{s}" d="{"".join(d)}"/>' for s, d in sorted(paths.items()))
     parts = [

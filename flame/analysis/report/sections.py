@@ -31,10 +31,7 @@ def _lines(
 
 
 def _scaled(points: dict[float, Mean], factor: float) -> dict[float, Mean]:
-    return {
-        x: Mean(m.mean * factor, None if m.std is None else m.std * factor, m.n)
-        for x, m in points.items()
-    }
+    return {x: mean.scaled(factor) for x, mean in points.items()}
 
 
 def _layers(results: Results, first: int = 0) -> Axis:
@@ -58,14 +55,10 @@ def _by_length(
     return chart(lines, _length_axis(results, results.lengths), y, show)
 
 
-def _by_or_at(results: Results, title: str) -> str:
-    """The title of a chart over lengths, or of bars if there is one length alone."""
-    several = len(results.lengths) > 1
-    return (
-        f"{title} by length"
-        if several
-        else f"{title}, {tables.tokens(results, results.lengths[0])}"
-    )
+def _by_or_at(results: Results, title: str, lengths: Sequence[int] = ()) -> str:
+    """The title of a chart over ``lengths``, by default the measured ones, or of bars if there is one length alone."""
+    first, *others = lengths or results.lengths
+    return f"{title} by length" if others else f"{title}, {tables.tokens(results, first)}"
 
 
 def _length_axis(results: Results, lengths: Sequence[int]) -> Axis:
@@ -334,7 +327,7 @@ def robustness(results: Results) -> str:
         lines = _lines(results, "perplexity", lambda r: r.get("bits", 32), **keys)
         ticks = (*bits, 32)
         drawing = line_chart(
-            lines, Axis("bits a weight", log=True, ticks=ticks), Axis("perplexity", log=True)
+            lines, Axis("bits per weight", log=True, ticks=ticks), Axis("perplexity", log=True)
         )
         parts.append(f"<h3>{escape(table.title)}</h3>" + html_table(table))
         parts.append(grid([figure("Perplexity by bits", "", drawing)], results))
@@ -348,8 +341,10 @@ def robustness(results: Results) -> str:
         costs = chart(keyed, axis, Axis("nats", low=0), tables.number)
         note = "nats, the key in the text; a guess costs ln 90000 = 11.4"
         figures = [
-            figure("Passkeys retrieved by length", "%, mean over depths", shares),
-            figure("Loss of the key's digits by length", note, costs),
+            figure(
+                _by_or_at(results, "Passkeys retrieved", lengths), "%, mean over depths", shares
+            ),
+            figure(_by_or_at(results, "Loss of the key's digits", lengths), note, costs),
         ]
         parts.append("<h3>Passkeys</h3>" + grid(figures, results))
         parts.append(folded(*found))

@@ -19,8 +19,9 @@ class _Column:
     meaning: str = ""
 
 
-_SINK = "share of (sample, layer, head) whose mean weight on key 0 exceeds {:g}"
-_KURTOSIS = "of the outputs of embedding and all layers, pooled; 3 for a normal distribution"
+SINK = "share of (sample, layer, head) whose mean weight on key 0 exceeds {:g}"
+ZEROS = "share of the visible weights that are exactly 0"
+KURTOSIS = "of the outputs of embedding and all layers, pooled; 3 for a normal distribution"
 _DEAD = "share of heads whose output is below 1e-6 for "
 _FIRST_WEIGHT = "mean weight of a query on key 0"
 _ROW_SUM = "mean sum of a query's weights; 1 for softmax"
@@ -34,13 +35,13 @@ def _columns(results: Results) -> list[_Column]:
         # only the unquantised model
         _Column("ppl", "perplexity", number, 1, {"bits": None}, "exponential of the loss"),
         *(
-            _Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}, _SINK.format(e))
+            _Column(f"sink % >{e:g}", "sink_rate", percent, 100, {"eps": e}, SINK.format(e))
             for e in sinks
         ),
-        _Column("kurtosis", "kurtosis", number, meaning=_KURTOSIS),
+        _Column("kurtosis", "kurtosis", number, meaning=KURTOSIS),
         _Column("min", "min", number, meaning="smallest value that a layer puts out"),
         _Column("max", "max", number, meaning="largest value that a layer puts out"),
-        _Column("zeros %", "zeros", percent, 100, {}, "share of the visible weights that are 0"),
+        _Column("zeros %", "zeros", percent, 100, {}, ZEROS),
         *(_Column(f"≤{e:g} %", "at_most", percent, 100, {"eps": e}, upto.format(e)) for e in small),
         _Column("dead %", "dead_head", percent, 100, {}, _DEAD + "over 95 % of the tokens"),
         _Column("dead everywhere %", "dead_everywhere", percent, 100, {}, _DEAD + "all tokens"),
@@ -98,7 +99,7 @@ def sinks(results: Results, length: int) -> Table:
     rates = [
         _Column(
             *(f"sink % >{eps:g}, {queries}", metric, percent, 100, {"eps": eps}),
-            f"{_SINK.format(eps)}; {of}",
+            f"{SINK.format(eps)}; {of}",
         )
         for eps in results.setup["sink_eps"]
         for metric, queries, of in (
@@ -107,7 +108,7 @@ def sinks(results: Results, length: int) -> Table:
         )
     ]
     later = "the same, over the later half of the queries"
-    ratio = "mean norm of the value of token 0, divided by that of all other tokens"
+    ratio = "norm of the value of token 0 over the mean norm of the other values, mean over samples"
     energy = "share of the sum of squares that lies in the channel with most of it"
     hidden = "of transformers' hidden_states, as the authors' script pools them"
     columns = [
@@ -125,7 +126,7 @@ def sinks(results: Results, length: int) -> Table:
             meaning="the same, at the first token alone",
         ),
         _Column("energy in top channel %", "top_channel_energy", percent, 100, {}, energy),
-        _Column("kurtosis", "kurtosis", number, meaning=_KURTOSIS),
+        _Column("kurtosis", "kurtosis", number, meaning=KURTOSIS),
         _Column("kurtosis of hidden_states", "kurtosis_hidden_states", number, meaning=hidden),
     ]
     return _by_label(
@@ -162,7 +163,7 @@ def extremes(results: Results, length: int) -> Table:
 
 _CUT = "the weight of sink heads on key 0 set to 0"
 _CHANGES = {
-    "before": "the unchanged model, targets from position 2 on",
+    "before": "the unchanged model; losses are of targets from position 2 on",
     "sink heads": "heads whose mean weight on key 0 exceeds 0.3",
     "first token removed": "the sequence begins with its second token",
     "first token replaced": "by the most frequent token that is not special",
@@ -201,7 +202,8 @@ def interventions(results: Results, length: int) -> list[Table]:
             seeds = [r for r in records if r.get("heads") != 0]
             part = f" ({len(seeds)} of {len(records)} seeds)" if len(seeds) < len(records) else ""
             differences = mean_of(
-                math.nan if r["value"] is None else r["value"] - r["before"] for r in seeds
+                math.nan if None in (r["value"], r["before"]) else r["value"] - r["before"]
+                for r in seeds
             )
             after = mean_of(r["sink_rate"] for r in seeds)
             changes[-1].append(_change(differences) + part if seeds else "none")
