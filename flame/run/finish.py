@@ -67,7 +67,7 @@ def finish(
     logger.info(f"exported model  {out}")
     if validation_loss is not None:
         unit = "byte" if config.model.tokenizer_path == "byte" else "token"
-        logger.info(f"validation loss {validation_loss:.4f} nats a {unit}")
+        logger.info(f"validation loss {validation_loss:.4f} nats per {unit}")
     logger.info(f"curves          tensorboard --logdir {config.dump_folder.parent}")
     if (twin := twin_of(asked)) is not None:
         _offer_comparison(config, asked, twin)

@@ -49,7 +49,8 @@ def validation_loss(trainer: "FlameTrainer") -> float:
 def attention_scalars(trainer: "FlameTrainer") -> dict[str, float]:
     """Statistics of every layer's attention on the first ``metrics.attention_sequences`` held-out sequences.
 
-    Of each, the first ``metrics.attention_length`` tokens are measured. The sequences do not depend on the number of processes. All processes must call it.
+    Of each, the first ``metrics.attention_length`` tokens are measured. The sequences do not depend on the number of
+    processes. All processes must call it.
     """
     model, dims = trainer.model_parts[0], trainer.parallel_dims
     attn_impl = trainer.inputs.model.attn_impl
