@@ -2,22 +2,30 @@
 
 python docs/softpick/plot_sinks.py (needs the extra [dev])
 
-The records are those of the runs' metrics.jsonl that hold a validation loss, or a measurement of
-``--metrics.attention_freq`` with six digits of each number.
+Of the records, six digits of each number are kept:
+
+ARM-seedN.jsonl   of the run's metrics.jsonl, the validation loss and the measurements of ``--metrics.attention_freq``
+analysis.jsonl    of each model's records.jsonl of flame.analyze, what is neither of a layer nor of a head
+lengths.jsonl     the same of a second analysis, at lengths beyond that of training
 """
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
+from flame.analysis.report.palette import FIXED
+
 FOLDER = Path(__file__).with_name("results")
-COLORS = {"softmax": "#999999", "softpick": "#c0392b"}
+SEEDS = (1, 2, 3)
 STEPS = 2400
-# the last measurement that every run reached
-COMMON_STEP = 800
-# statistic -> title, factor, whether the axis is logarithmic
+TRAINING_LENGTH = 256
+# softmax first: the others are compared with it
+ARMS = ("softmax", "softpick", "rectified", "relu_softpick", "softmax_plus_one")
+# statistic while training -> title, factor, whether the axis is logarithmic
 STATISTICS = {
     "sink_rate_0.3": ("sinks above 0.3, %", 100, False),
     "first_value_ratio": ("value norm of bos / others", 1, False),
@@ -26,39 +34,66 @@ STATISTICS = {
 }
 # those that start, and whether the middle is that of logarithms
 STARTING = {"sink_rate_0.3": False, "first_value_ratio": True, "largest_first_activation": True}
+# title -> metric, keys, factor, digits
+SINKS = {"eps": 0.3}
+COLUMNS: dict[str, tuple[str, dict[str, Any], float, int]] = {
+    "sinks at 16 tokens, %": ("sink_rate", SINKS | {"length": 16}, 100, 1),
+    "at 64": ("sink_rate", SINKS | {"length": 64}, 100, 1),
+    "at 256": ("sink_rate", SINKS | {"length": 256}, 100, 1),
+    "value norm of bos / others": ("first_value_ratio", {"length": 64}, 1, 2),
+    "largest activation": ("largest_activation", {"length": TRAINING_LENGTH}, 1, 0),
+    "kurtosis": ("kurtosis", {"length": TRAINING_LENGTH}, 1, 0),
+    "zeros, %": ("zeros", {"length": TRAINING_LENGTH}, 100, 1),
+    "row sum": ("row_sum", {"length": TRAINING_LENGTH}, 1, 2),
+    "dead heads, %": ("dead_head", {"length": TRAINING_LENGTH}, 100, 1),
+}
+INTERVENTIONS = (
+    "first_token_removed",
+    "first_token_replaced",
+    "channel_to_mean",
+    "sinks_cut",
+    "sinks_cut_renormalized",
+)
 
-Record = dict[str, float]
+Record = dict[str, Any]
 
 
-def runs() -> dict[str, list[list[Record]]]:
-    """Arm -> records of each of its seeds."""
-    found: dict[str, list[list[Record]]] = {}
-    for file in sorted((FOLDER / "sinks").glob("*.jsonl")):
-        arm = file.name.partition("-seed")[0]
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        found.setdefault(arm, []).append(records)
-    return found
+def read(name: str) -> list[Record]:
+    """Records of a file of results/sinks."""
+    return [json.loads(line) for line in (FOLDER / "sinks" / name).read_text().splitlines()]
+
+
+def trained(arm: str) -> list[list[Record]]:
+    """Records while training, by seed."""
+    return [read(f"{arm}-seed{seed}.jsonl") for seed in SEEDS]
+
+
+def values(records: list[Record], arm: str, metric: str, **keys: Any) -> dict[int, float]:
+    """Seed -> value of a metric; seeds without a value are left out."""
+    keys |= {"arm": arm, "metric": metric}
+    found = (r for r in records if all(r.get(k) == v for k, v in keys.items()))
+    return {r["seed"]: r["value"] for r in found if r["value"] is not None}
 
 
 def at(records: list[Record], name: str, step: int) -> float:
-    """Value of a statistic at a step."""
+    """Value of a statistic at a step of training."""
     return next(r[name] for r in records if r["step"] == step and name in r)
 
 
 def curve(records: list[Record], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of a statistic."""
     points = [(r["step"], r[name]) for r in records if name in r]
-    steps, values = zip(*points, strict=True)
-    return list(steps), list(values)
+    steps, found = zip(*points, strict=True)
+    return list(steps), list(found)
 
 
 def start(records: list[Record], name: str) -> int:
     """The first step from which a statistic stays on the final side of the middle of its first and last value (H9)."""
-    steps, values = curve(records, name)
-    first, last = values[0], values[-1]
+    steps, found = curve(records, name)
+    first, last = found[0], found[-1]
     middle = (first * last) ** 0.5 if STARTING[name] else (first + last) / 2
-    is_final = [(x > middle) == (last > middle) for x in values]
-    index = len(values)
+    is_final = [(x > middle) == (last > middle) for x in found]
+    index = len(found)
     while index and is_final[index - 1]:
         index -= 1
     return int(steps[index])
@@ -68,58 +103,144 @@ def row(*cells: str) -> None:
     print("| " + " | ".join(cells) + " |")
 
 
-def spread(values: list[float], digits: int) -> str:
+def header(*cells: str) -> None:
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
+def spread(found: Iterable[float], digits: int) -> str:
     """Mean and standard deviation over seeds."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    found = list(found)
+    return f"{statistics.mean(found):.{digits}f} ± {statistics.stdev(found):.{digits}f}"
 
 
-def table(arms: dict[str, list[list[Record]]], step: int) -> None:
-    row("arm", *(title for title, _, _ in STATISTICS.values()), "zeros, %", "loss")
-    row(*["---"] * (len(STATISTICS) + 3))
-    for arm, seeds in arms.items():
-        cells = []
-        for name, (_, factor, _) in (STATISTICS | {"zeros": ("", 100, False)}).items():
-            digits = 0 if name in ("kurtosis", "largest_first_activation") else 1
-            digits = 2 if name == "first_value_ratio" else digits
-            cells.append(spread([at(records, name, step) * factor for records in seeds], digits))
-        cells.append(spread([at(records, "validation_loss", step) for records in seeds], 3))
-        row(arm, *cells)
+def each(found: Iterable[float], digits: int, sign: str = "") -> str:
+    """The value of each seed."""
+    return ", ".join(f"{x:{sign}.{digits}f}" for x in found)
+
+
+def finished(analysis: list[Record]) -> None:
+    header("arm", *COLUMNS, "validation loss")
+    for arm in ARMS:
+        cells = [
+            spread((x * factor for x in values(analysis, arm, metric, **keys).values()), digits)
+            for metric, keys, factor, digits in COLUMNS.values()
+        ]
+        losses = [at(records, "validation_loss", STEPS) for records in trained(arm)]
+        row(arm, *cells, spread(losses, 3))
     print()
 
 
-def starts(arms: dict[str, list[list[Record]]]) -> None:
-    row("arm, seed", *(f"{STATISTICS[name][0]}: starts at step" for name in STARTING))
-    row(*["---"] * (len(STARTING) + 1))
-    for arm, seeds in arms.items():
-        for number, records in enumerate(seeds, start=1):
-            row(f"{arm}, {number}", *(str(start(records, name)) for name in STARTING))
+def by_seed(analysis: list[Record]) -> None:
+    """What the thresholds ask seed by seed."""
+    header("arm", "sinks at 64 tokens, %", "softmax's kurtosis / the arm's", "loss gap")
+    kurtosis = {
+        arm: values(analysis, arm, "kurtosis", length=TRAINING_LENGTH).values() for arm in ARMS
+    }
+    loss = {arm: [at(r, "validation_loss", STEPS) for r in trained(arm)] for arm in ARMS}
+    for arm in ARMS:
+        sinks = [100 * x for x in values(analysis, arm, "sink_rate", **SINKS, length=64).values()]
+        ratios = [a / b for a, b in zip(kurtosis["softmax"], kurtosis[arm], strict=True)]
+        gaps = [a - b for a, b in zip(loss[arm], loss["softmax"], strict=True)]
+        row(arm, each(sinks, 1), each(ratios, 1), f"{spread(gaps, 3)} ({each(gaps, 3, '+')})")
     print()
 
 
-def draw(arms: dict[str, list[list[Record]]]) -> None:
+def starts() -> None:
+    header("arm, seed", *(f"{STATISTICS[name][0]}: starts at step" for name in STARTING))
+    for arm in ARMS:
+        for seed, records in zip(SEEDS, trained(arm), strict=True):
+            row(f"{arm}, {seed}", *(f"{start(records, name):,}" for name in STARTING))
+    print()
+
+
+def interventions(analysis: list[Record], length: int) -> None:
+    """Change of loss after each intervention, by seed; softmax's sink rate afterwards."""
+    header(f"at {length} tokens", *ARMS, "softmax's sinks, %")
+    for name in INTERVENTIONS:
+        cells, sinks = [], ""
+        for arm in ARMS:
+            found = [
+                r for r in analysis if (r["arm"], r.get("name"), r["length"]) == (arm, name, length)
+            ]
+            changes = [r["value"] - r["before"] for r in found if r["value"] is not None]
+            cells.append(each(changes, 3, "+") or "no sink head")
+            if arm == "softmax":
+                sinks = ", ".join(
+                    f"{100 * r['sink_rate_before']:.0f} to {100 * r['sink_rate']:.0f}"
+                    for r in found
+                )
+        row(name, *cells, sinks)
+    print()
+
+
+def lengths() -> None:
+    """Loss, row sum and what the right passkey saves against another one, at lengths beyond that of training."""
+    records = read("lengths.jsonl")
+    header("arm", "tokens", "loss", "loss gap", "row sum", "a passkey saves, nats")
+    softmax: dict[int, dict[int, float]] = {}
+    for arm in ("softmax", "softpick", "relu_softpick"):
+        for length in (256, 1024, 4096):
+            loss = values(records, arm, "loss", length=length)
+            if arm == "softmax":
+                softmax[length] = loss
+            gaps = [x - softmax[length][seed] for seed, x in loss.items()]
+            # the mean over depths
+            saved = [
+                statistics.mean(
+                    values(records, arm, "passkey_loss", length=length, planted="other_key", depth=d)[seed]
+                    - values(records, arm, "passkey_loss", length=length, planted="with_key", depth=d)[seed]
+                    for d in (0.0, 0.5, 1.0)
+                )
+                for seed in loss
+            ]  # fmt: skip
+            sums = values(records, arm, "row_sum", length=length).values()
+            row(
+                arm,
+                f"{length:,}",
+                each(loss.values(), 3),
+                each(gaps, 3, "+"),
+                each(sums, 2),
+                each(saved, 1),
+            )
+    print()
+
+
+def draw() -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(STATISTICS), figsize=(13, 3.2))
+    figure, axes = plt.subplots(1, len(STATISTICS), figsize=(13, 3.4))
     for axis, (name, (title, factor, is_log)) in zip(axes, STATISTICS.items(), strict=True):
-        for arm, seeds in arms.items():
-            for number, records in enumerate(seeds):
-                steps, values = curve(records, name)
-                label = None if number else f"{arm}, 3 seeds"
-                axis.plot(steps, [x * factor for x in values], color=COLORS[arm], label=label)
+        for arm in ARMS:
+            curves = [curve(records, name) for records in trained(arm)]
+            steps = curves[0][0]
+            by_step = [
+                [x * factor for x in of_step]
+                for of_step in zip(*(c[1] for c in curves), strict=True)
+            ]
+            color = FIXED[arm].light
+            axis.plot(steps, [statistics.mean(x) for x in by_step], color=color, label=arm)
+            if arm in ("softmax", "softpick"):
+                low, high = [min(x) for x in by_step], [max(x) for x in by_step]
+                axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=f"{title} (log scale)" if is_log else title, xlabel="step")
         axis.set_yscale("log") if is_log else axis.set_ylim(bottom=0)
-    axes[0].legend(frameon=False, loc="upper left")
-    figure.tight_layout()
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, loc="lower center", ncol=len(ARMS)
+    )
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(FOLDER / "sinks_training.png", dpi=120)
 
 
 def main() -> None:
     """Prints the tables and draws the picture."""
-    arms = runs()
-    finished = {arm: seeds for arm, seeds in arms.items() if arm in COLORS}
-    table(finished, STEPS)
-    starts(finished)
-    table(arms, COMMON_STEP)
-    draw(finished)
+    analysis = read("analysis.jsonl")
+    finished(analysis)
+    by_seed(analysis)
+    starts()
+    for length in (64, TRAINING_LENGTH):
+        interventions(analysis, length)
+    lengths()
+    draw()
 
 
 if __name__ == "__main__":
