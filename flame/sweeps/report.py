@@ -1,5 +1,6 @@
 """The results of a sweep: a table of the losses, and `flame.analyze` on each arm's best models."""
 
+import math
 import os
 import shlex
 import statistics
@@ -38,6 +39,34 @@ def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
     return best
 
 
+def fitted_minimum(losses: dict[float, float]) -> tuple[float, float] | None:
+    """Learning rate and loss at the minimum of a parabola over the logarithm of the rate.
+
+    The parabola goes through the lowest loss and its neighbours.
+
+    Args:
+        losses: Learning rate -> loss.
+
+    Returns:
+        None if the lowest loss is at the end of the range, so that the minimum may lie outside, or next to a loss that is
+        not finite.
+    """
+    rates = sorted(losses)
+    best = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    near = rates[max(0, best - 1) : best + 2]
+    if len(near) < 3 or not all(math.isfinite(losses[rate]) for rate in near):
+        return None
+    x0, x1, x2 = (math.log(rate) for rate in near)
+    y0, y1, y2 = (losses[rate] for rate in near)
+    # Newton's form: y0 + slope (x - x0) + curvature (x - x0) (x - x1)
+    slope = (y1 - y0) / (x1 - x0)
+    curvature = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x0)
+    if curvature == 0:
+        return near[1], y1
+    x = (x0 + x1) / 2 - slope / (2 * curvature)
+    return math.exp(x), y0 + slope * (x - x0) + curvature * (x - x0) * (x - x1)
+
+
 def _runs_at_rate(sweep: Sweep, arm: Arm, rate: float) -> list[Run]:
     return [run for run in sweep.runs if run.arm == arm.name and run.learning_rate == rate]
 
@@ -47,7 +76,7 @@ def _losses(runs: list[Run], states: dict[str, State]) -> list[float]:
 
 
 def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
-    """The losses in Markdown: each arm at its best rate, then every rate and every run."""
+    """The losses in Markdown: each arm at its best rate and between its rates, then every rate and every run."""
     best = best_runs(sweep, states)
     lines = [
         f"# {sweep.name}: validation losses",
@@ -73,6 +102,7 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
         cells += _mean_and_spread(_losses(runs, states))
         cells += ["–", "–"] if arm.name == REFERENCE_ARM else _mean_and_spread(gaps, sign="+")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += _fit_table(sweep, states)
     lines += [
         "",
         "## Every learning rate",
@@ -97,6 +127,42 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
         )
         lines.append(f"| {run.arm} | {run.learning_rate} | {run.seed} | {loss} |")
     return "\n".join(lines) + "\n"
+
+
+def _fit_table(sweep: Sweep, states: dict[str, State]) -> list[str]:
+    """The minimum of each arm between its rates; nothing if no arm has three rates with all seeds finished."""
+    fits, arms = {}, []
+    for arm in sweep.arms:
+        rates = {rate: _runs_at_rate(sweep, arm, rate) for rate in arm.learning_rates}
+        losses = {
+            rate: statistics.fmean(_losses(runs, states))
+            for rate, runs in rates.items()
+            if all(states[run.name].is_finished for run in runs)
+        }
+        if len(losses) >= 3:
+            arms.append(arm.name)
+            fits[arm.name] = fitted_minimum(losses)
+    if not arms:
+        return []
+    lines = [
+        "",
+        "## The minimum between the learning rates",
+        "",
+        "Minimum of a parabola over the logarithm of the rate, through the lowest mean loss and its neighbours.",
+        "",
+        f"| arm | learning rate | loss | gap to {REFERENCE_ARM} |",
+        "|---|---|---|---|",
+    ]
+    reference = fits.get(REFERENCE_ARM)
+    for arm in arms:
+        fit = fits[arm]
+        if fit is None:
+            lines.append(f"| {arm} | none: the lowest loss is at the end of the range | | |")
+            continue
+        has_gap = reference is not None and arm != REFERENCE_ARM
+        gap = f"{fit[1] - reference[1]:+.4f}" if has_gap else "–"
+        lines.append(f"| {arm} | {fit[0]:.3g} | {fit[1]:.4f} | {gap} |")
+    return lines
 
 
 def _gaps(runs: list[Run], reference: list[Run], states: dict[str, State]) -> list[float]:

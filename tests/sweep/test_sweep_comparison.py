@@ -1,6 +1,7 @@
 """`python -m flame.sweep`: arms that start alike, the table of losses, costs."""
 
 import json
+import math
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from flame.run.inputs import read_model, read_tokenizer
 from flame.sweeps import check
 from flame.sweeps.cost import estimate, require_disk
 from flame.sweeps.plan import read_sweep
-from flame.sweeps.report import analysis_flags, best_runs, loss_table
+from flame.sweeps.report import analysis_flags, best_runs, fitted_minimum, loss_table
 from flame.sweeps.state import State, read_state
 from flame.titan.model import ModelArgs, TitanModel
 
@@ -87,6 +88,45 @@ def test_losses_of_several_rates_and_seeds(write):
     # gaps by seed: 0.2 and 0.6
     assert "| softpick | 0.004 | 2 | 2.5000 | 0.2828 | +0.4000 | 0.2828 |" in table
     assert "| softmax | 0.004 | 2 of 3 | 1.0000 | 0.0000 |" in table
+
+
+def test_the_minimum_of_a_parabola_is_found_between_the_rates():
+    def loss(rate):
+        return 3.0 + 0.2 * math.log(rate / 1.7e-3) ** 2
+
+    losses = {rate: loss(rate) for rate in (4e-3, 5e-4, 1e-3, 2e-3, 2.5e-4)}
+    assert fitted_minimum(losses) == pytest.approx((1.7e-3, 3.0))
+    # neither neighbour of the lowest may be missing or without a loss
+    assert fitted_minimum({1e-3: 3.0, 2e-3: 3.1, 4e-3: 3.2}) is None
+    assert fitted_minimum({1e-3: 3.2, 2e-3: 3.1, 4e-3: 3.0}) is None
+    assert fitted_minimum({1e-3: 3.2, 2e-3: 3.1, 4e-3: math.inf}) is None
+    assert fitted_minimum({1e-3: 3.0, 2e-3: 3.0, 4e-3: 3.0}) is None
+    assert fitted_minimum({1e-3: 3.1, 2e-3: 3.0, 4e-3: 3.1}) == pytest.approx((2e-3, 3.0))
+
+
+def test_the_losses_name_the_minimum_of_arms_with_three_rates(write):
+    found = read_sweep(write(("[2e-3]", "[1e-3, 2e-3, 4e-3]"), ("[1, 2]", "[1]")))
+    losses = {
+        "softmax": {1e-3: 3.1, 2e-3: 3.0, 4e-3: 3.1},
+        "softpick": {1e-3: 3.3, 2e-3: 3.1, 4e-3: 3.3},
+    }
+    states = {
+        run.name: state_of(losses[run.arm][run.learning_rate], is_exported=True)
+        for run in found.runs
+    }
+    table = loss_table(found, states)
+    assert "| softmax | 0.002 | 3.0000 | – |\n| softpick | 0.002 | 3.1000 | +0.1000 |" in table
+    losses["softpick"][4e-3] = 3.0
+    states |= {
+        run.name: state_of(3.0, is_exported=True)
+        for run in found.runs
+        if (run.arm, run.learning_rate) == ("softpick", 4e-3)
+    }
+    whole = "| softpick | none: the lowest loss is at the end of the range | | |"
+    assert whole in loss_table(found, states)
+    unfinished = next(run for run in found.runs if run.arm == "softpick")
+    states[unfinished.name] = state_of(None, step=0, is_exported=False)
+    assert whole not in loss_table(found, states)
 
 
 def test_the_report_is_asked_to_compare_with_softmax(write):
