@@ -164,7 +164,7 @@ def interventions(analysis: list[Record], length: int) -> None:
                 r for r in analysis if (r["arm"], r.get("name"), r["length"]) == (arm, name, length)
             ]
             changes = [r["value"] - r["before"] for r in found if r["value"] is not None]
-            cells.append(each(changes, 3, "+") or "no sink head")
+            cells.append(each(changes, 4, "+") or "no sink head")
             if arm == "softmax":
                 sinks = ", ".join(
                     f"{100 * r['sink_rate_before']:.0f} to {100 * r['sink_rate']:.0f}"
