@@ -2,10 +2,11 @@
 
 python docs/softpick/plot_sinks.py (needs the extra [dev])
 
-Of the records, six digits of each number are kept:
+The records are:
 
-ARM-seedN.jsonl   of the run's metrics.jsonl, the validation loss and the measurements of ``--metrics.attention_freq``
-analysis.jsonl    of each model's records.jsonl of flame.analyze, what is neither of a layer nor of a head
+ARM-seedN.jsonl   of the run's metrics.jsonl, the validation loss and the measurements of ``--metrics.attention_freq``;
+                  six digits of each number
+analysis.jsonl    of each model's records.jsonl of flame.analyze, what is neither of a layer nor of a head; eight digits
 lengths.jsonl     the same of a second analysis, at lengths beyond that of training
 """
 
