@@ -29,6 +29,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 
+if __name__ == "__main__":
+    import upstream_packages
+
+    upstream_packages.skip()
+
 from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel_bwd, parallel_fwd
 from fla.ops.attn.softpick.decoding import MAX_ROWS
 

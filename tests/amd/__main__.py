@@ -9,20 +9,12 @@ import gc
 import json
 import sys
 import traceback
-from pathlib import Path
-from types import ModuleType
 
-
-def _skip_upstream_packages() -> None:
-    """Stands in for the packages around ours, whose `__init__` imports all of flash-linear-attention for seconds."""
-    root = Path(__file__).parents[2]
-    for name in ("fla", "fla.ops", "fla.ops.attn"):
-        package = sys.modules[name] = ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")))]
+import upstream_packages
 
 
 def main() -> None:
-    _skip_upstream_packages()
+    upstream_packages.skip()
     import torch
 
     from amd.cases import BRIEF, PAIRWISE, PLANTED
