@@ -159,8 +159,9 @@ def _fit_table(sweep: Sweep, states: dict[str, State]) -> list[str]:
         if fit is None:
             lines.append(f"| {arm} | none: the lowest loss is at the end of the range | | |")
             continue
-        has_gap = reference is not None and arm != REFERENCE_ARM
-        gap = f"{fit[1] - reference[1]:+.4f}" if has_gap else "–"
+        gap = "–"
+        if reference is not None and arm != REFERENCE_ARM:
+            gap = f"{fit[1] - reference[1]:+.4f}"
         lines.append(f"| {arm} | {fit[0]:.3g} | {fit[1]:.4f} | {gap} |")
     return lines
 
