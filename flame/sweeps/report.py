@@ -58,11 +58,9 @@ def fitted_minimum(losses: dict[float, float]) -> tuple[float, float] | None:
         return None
     x0, x1, x2 = (math.log(rate) for rate in near)
     y0, y1, y2 = (losses[rate] for rate in near)
-    # Newton's form: y0 + slope (x - x0) + curvature (x - x0) (x - x1)
+    # Newton's form: y0 + slope (x - x0) + curvature (x - x0) (x - x1); y0 > y1 <= y2, so that it curves upwards
     slope = (y1 - y0) / (x1 - x0)
     curvature = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x0)
-    if curvature == 0:
-        return near[1], y1
     x = (x0 + x1) / 2 - slope / (2 * curvature)
     return math.exp(x), y0 + slope * (x - x0) + curvature * (x - x0) * (x - x1)
 
