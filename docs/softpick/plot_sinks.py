@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from flame.analysis.interventions import NAMES
 from flame.analysis.report.palette import FIXED
 
 FOLDER = Path(__file__).with_name("results")
@@ -48,13 +49,6 @@ COLUMNS: dict[str, tuple[str, dict[str, Any], float, int]] = {
     "row sum": ("row_sum", {"length": TRAINING_LENGTH}, 1, 2),
     "dead heads, %": ("dead_head", {"length": TRAINING_LENGTH}, 100, 1),
 }
-INTERVENTIONS = (
-    "first_token_removed",
-    "first_token_replaced",
-    "channel_to_mean",
-    "sinks_cut",
-    "sinks_cut_renormalized",
-)
 
 Record = dict[str, Any]
 
@@ -72,7 +66,7 @@ def trained(arm: str) -> list[list[Record]]:
 def values(records: list[Record], arm: str, metric: str, **keys: Any) -> dict[int, float]:
     """Seed -> value of a metric; seeds without a value are left out."""
     keys |= {"arm": arm, "metric": metric}
-    found = (r for r in records if all(r.get(k) == v for k, v in keys.items()))
+    found = (r for r in records if keys.items() <= r.items())
     return {r["seed"]: r["value"] for r in found if r["value"] is not None}
 
 
@@ -158,7 +152,7 @@ def starts() -> None:
 def interventions(analysis: list[Record], length: int) -> None:
     """Change of loss after each intervention, by seed; softmax's sink rate afterwards."""
     header(f"at {length} tokens", *ARMS, "softmax's sinks, %")
-    for name in INTERVENTIONS:
+    for name in NAMES:
         cells, sinks = [], ""
         for arm in ARMS:
             found = [
@@ -175,6 +169,17 @@ def interventions(analysis: list[Record], length: int) -> None:
     print()
 
 
+def saved_by_passkey(records: list[Record], arm: str, length: int, seed: int) -> float:
+    """Loss of the key's digits where another key is planted less that where this key is, nats; mean over depths."""
+    keys = {"arm": arm, "seed": seed, "metric": "passkey_loss", "length": length}
+    found = [r for r in records if keys.items() <= r.items()]
+    other, right = (
+        statistics.mean(r["value"] for r in found if r["planted"] == planted)
+        for planted in ("other_key", "with_key")
+    )
+    return other - right
+
+
 def lengths() -> None:
     """Loss, row sum and what the right passkey saves against another one, at lengths beyond that of training."""
     records = read("lengths.jsonl")
@@ -186,15 +191,7 @@ def lengths() -> None:
             if arm == "softmax":
                 softmax[length] = loss
             gaps = [x - softmax[length][seed] for seed, x in loss.items()]
-            # the mean over depths
-            saved = [
-                statistics.mean(
-                    values(records, arm, "passkey_loss", length=length, planted="other_key", depth=d)[seed]
-                    - values(records, arm, "passkey_loss", length=length, planted="with_key", depth=d)[seed]
-                    for d in (0.0, 0.5, 1.0)
-                )
-                for seed in loss
-            ]  # fmt: skip
+            saved = [saved_by_passkey(records, arm, length, seed) for seed in loss]
             sums = values(records, arm, "row_sum", length=length).values()
             row(
                 arm,

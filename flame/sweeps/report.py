@@ -32,11 +32,19 @@ def best_runs(sweep: Sweep, states: dict[str, State]) -> dict[str, list[Run]]:
     """
     best = {}
     for arm in sweep.arms:
-        rates = [_runs_at_rate(sweep, arm, rate) for rate in arm.learning_rates]
-        whole = [runs for runs in rates if all(states[run.name].is_finished for run in runs)]
-        if whole:
-            best[arm.name] = min(whole, key=lambda runs: statistics.fmean(_losses(runs, states)))
+        if losses := _losses_by_rate(sweep, arm, states):
+            best[arm.name] = _runs_at_rate(sweep, arm, min(losses, key=losses.__getitem__))
     return best
+
+
+def _losses_by_rate(sweep: Sweep, arm: Arm, states: dict[str, State]) -> dict[float, float]:
+    """Learning rate -> mean validation loss over the seeds, for rates whose seeds are all finished."""
+    rates = {rate: _runs_at_rate(sweep, arm, rate) for rate in arm.learning_rates}
+    return {
+        rate: statistics.fmean(_losses(runs, states))
+        for rate, runs in rates.items()
+        if all(states[run.name].is_finished for run in runs)
+    }
 
 
 def fitted_minimum(losses: dict[float, float]) -> tuple[float, float] | None:
@@ -129,18 +137,9 @@ def loss_table(sweep: Sweep, states: dict[str, State]) -> str:
 
 def _fit_table(sweep: Sweep, states: dict[str, State]) -> list[str]:
     """The minimum of each arm between its rates; nothing if no arm has three rates with all seeds finished."""
-    fits, arms = {}, []
-    for arm in sweep.arms:
-        rates = {rate: _runs_at_rate(sweep, arm, rate) for rate in arm.learning_rates}
-        losses = {
-            rate: statistics.fmean(_losses(runs, states))
-            for rate, runs in rates.items()
-            if all(states[run.name].is_finished for run in runs)
-        }
-        if len(losses) >= 3:
-            arms.append(arm.name)
-            fits[arm.name] = fitted_minimum(losses)
-    if not arms:
+    by_arm = {arm.name: _losses_by_rate(sweep, arm, states) for arm in sweep.arms}
+    fits = {arm: fitted_minimum(losses) for arm, losses in by_arm.items() if len(losses) >= 3}
+    if not fits:
         return []
     lines = [
         "",
@@ -152,8 +151,7 @@ def _fit_table(sweep: Sweep, states: dict[str, State]) -> list[str]:
         "|---|---|---|---|",
     ]
     reference = fits.get(REFERENCE_ARM)
-    for arm in arms:
-        fit = fits[arm]
+    for arm, fit in fits.items():
         if fit is None:
             lines.append(f"| {arm} | none: the lowest loss is at the end of the range | | |")
             continue
