@@ -8,9 +8,11 @@ ARM-seedN.jsonl   of the run's metrics.jsonl, the validation loss and the measur
                   six digits of each number
 analysis.jsonl    of each model's records.jsonl of flame.analyze, what is neither of a layer nor of a head; eight digits
 lengths.jsonl     the same of a second analysis, at lengths beyond that of training
+learning_rates.jsonl   validation losses of configs/sweeps/learning_rate_10M.toml; those of 2e-3 are the sweep's
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,13 +22,18 @@ import matplotlib.pyplot as plt
 
 from flame.analysis.interventions import NAMES
 from flame.analysis.report.palette import FIXED
+from flame.sweeps.report import fitted_minimum
 
 FOLDER = Path(__file__).with_name("results")
 SEEDS = (1, 2, 3)
 STEPS = 2400
 TRAINING_LENGTH = 256
-# softmax first: the others are compared with it
-ARMS = ("softmax", "softpick", "rectified", "relu_softpick", "softmax_plus_one")
+# softmax first: the others are compared with it; then some of softpick's ingredients, then additions
+ARMS = (
+    *("softmax", "softpick"),
+    *("rectified", "relu_softpick", "abs_softpick", "softmax_plus_one", "gpt_oss"),
+    *("gated", "scaled_softpick", "scaled_softmax"),
+)
 # statistic while training -> title, factor, whether the axis is logarithmic
 STATISTICS = {
     "sink_rate_0.3": ("sinks above 0.3, %", 100, False),
@@ -150,22 +157,28 @@ def starts() -> None:
 
 
 def interventions(analysis: list[Record], length: int) -> None:
-    """Change of loss after each intervention, by seed; softmax's sink rate afterwards."""
-    header(f"at {length} tokens", *ARMS, "softmax's sinks, %")
-    for name in NAMES:
-        cells, sinks = [], ""
-        for arm in ARMS:
-            found = [
-                r for r in analysis if (r["arm"], r.get("name"), r["length"]) == (arm, name, length)
-            ]
-            changes = [r["value"] - r["before"] for r in found if r["value"] is not None]
-            cells.append(each(changes, 4, "+") or "no sink head")
-            if arm == "softmax":
-                sinks = ", ".join(
-                    f"{100 * r['sink_rate_before']:.0f} to {100 * r['sink_rate']:.0f}"
-                    for r in found
-                )
-        row(name, *cells, sinks)
+    """Change of loss after each intervention, and softmax's sink rate before and after, by seed."""
+    header(f"at {length} tokens", *NAMES)
+    found: dict[tuple[str, str], list[Record]] = {}
+    for r in analysis:
+        if r["metric"] == "intervention" and r["length"] == length:
+            found.setdefault((r["arm"], r["name"]), []).append(r)
+    for arm in ARMS:
+        changes = (
+            [r["value"] - r["before"] for r in found[arm, name] if r["value"] is not None]
+            for name in NAMES
+        )
+        row(arm, *(each(x, 4, "+") or "no sink head" for x in changes))
+    row(
+        "softmax's sinks, %",
+        *(
+            ", ".join(
+                f"{100 * r['sink_rate_before']:.0f} to {100 * r['sink_rate']:.0f}"
+                for r in found["softmax", name]
+            )
+            for name in NAMES
+        ),
+    )
     print()
 
 
@@ -185,7 +198,7 @@ def lengths() -> None:
     records = read("lengths.jsonl")
     header("arm", "tokens", "loss", "loss gap", "row sum", "a passkey saves, nats")
     softmax: dict[int, dict[int, float]] = {}
-    for arm in ("softmax", "softpick", "relu_softpick"):
+    for arm in dict.fromkeys(r["arm"] for r in sorted(records, key=lambda r: ARMS.index(r["arm"]))):
         for length in (256, 1024, 4096):
             loss = values(records, arm, "loss", length=length)
             if arm == "softmax":
@@ -204,9 +217,22 @@ def lengths() -> None:
     print()
 
 
+def learning_rates() -> None:
+    """Validation loss at each rate, and the minimum between the rates (H7, H11)."""
+    records = [r for r in read("learning_rates.jsonl") if r["step"] == STEPS]
+    rates = sorted({r["learning_rate"] for r in records})
+    header("arm", *(f"{rate:g}" for rate in rates), "minimum", "at the rate")
+    for arm in ("softmax", "softpick"):
+        losses = {r["learning_rate"]: r["validation_loss"] for r in records if r["arm"] == arm}
+        minimum = fitted_minimum(losses)
+        rate, loss = minimum or (math.nan, math.nan)
+        row(arm, *(f"{losses[x]:.4f}" for x in rates), f"{loss:.4f}", f"{rate:.2e}")
+    print()
+
+
 def draw() -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(STATISTICS), figsize=(13, 3.4))
+    figure, axes = plt.subplots(1, len(STATISTICS), figsize=(13, 3.8))
     for axis, (name, (title, factor, is_log)) in zip(axes, STATISTICS.items(), strict=True):
         for arm in ARMS:
             curves = [curve(records, name) for records in trained(arm)]
@@ -216,16 +242,22 @@ def draw() -> None:
                 for of_step in zip(*(c[1] for c in curves), strict=True)
             ]
             color = FIXED[arm].light
-            axis.plot(steps, [statistics.mean(x) for x in by_step], color=color, label=arm)
-            if arm in ("softmax", "softpick"):
+            is_main = arm in ("softmax", "softpick", "scaled_softpick")
+            axis.plot(
+                steps,
+                [statistics.mean(x) for x in by_step],
+                color=color,
+                label=arm,
+                linewidth=2.2 if is_main else 1,
+            )
+            if is_main:
                 low, high = [min(x) for x in by_step], [max(x) for x in by_step]
                 axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=f"{title} (log scale)" if is_log else title, xlabel="step")
         axis.set_yscale("log") if is_log else axis.set_ylim(bottom=0)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), frameon=False, loc="lower center", ncol=len(ARMS)
-    )
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="lower center", ncol=len(ARMS) // 2)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(FOLDER / "sinks_training.png", dpi=120)
 
 
@@ -238,6 +270,7 @@ def main() -> None:
     for length in (64, TRAINING_LENGTH):
         interventions(analysis, length)
     lengths()
+    learning_rates()
     draw()
 
 
