@@ -32,9 +32,9 @@ from flame.analysis.curves import Curves, read_curves, record_curves
 from flame.analysis.flags import (
     check,
     find_models,
+    has_other_flags,
     head_of,
     labels_of,
-    own_flags,
     parser,
     require_out,
 )
@@ -290,7 +290,7 @@ def main() -> None:
         args = parser().parse_args()
         try:
             if args.report_only:
-                if own_flags(args):
+                if has_other_flags(args):
                     raise UsageError("--report_only takes --out and no other flag")
                 _render_again(args.out)
             else:

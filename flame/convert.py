@@ -32,7 +32,7 @@ from flame.data.bos import MODES
 from flame.data.tokenizer import BYTE, TOKENIZER_KEY, tokenizer_sha256
 from flame.models import SoftpickTransformerConfig, read_config
 from flame.run.export import export_model
-from flame.run.identity import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
+from flame.run.fingerprint import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
 # configuration that changes what a Llama's weights compute, in addition to their shapes
 _MEANING = (

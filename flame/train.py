@@ -32,8 +32,8 @@ from flame.checkpoints.checkpointer import check_start
 from flame.checkpoints.step_folder import newest_checkpoint
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig
+from flame.run.fingerprint import claim_run_folder, explain_full_disk, fingerprint, set_bos
 from flame.run.finish import finish
-from flame.run.identity import claim_run_folder, explain_full_disk, fingerprint, set_bos
 from flame.run.inputs import read_inputs, set_precision
 from flame.run.record import write_record
 from flame.titan.config import global_batch_size

@@ -22,8 +22,8 @@ from flame.data.prepared import tokenizer_fingerprint
 from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
 from flame.generate import encode, load, write
 from flame.models import SoftpickTransformerForCausalLM, read_config
+from flame.run.fingerprint import claim_run_folder, fingerprint, require_same_run, set_bos
 from flame.run.finish import _offer_comparison, twin_of
-from flame.run.identity import claim_run_folder, fingerprint, require_same_run, set_bos
 from flame.sweeps.check import _require_one_bos
 
 
@@ -98,7 +98,7 @@ class TestExport:
 
 
 def old_run(folder, bos=None):
-    """A run folder of before --training.bos, or of a mode; and the identity of the run that continues it."""
+    """A run folder of before --training.bos, or of a mode; and the fingerprint of the run that continues it."""
     config = JobConfig()
     config.job.dump_folder = str(folder)
     if bos is not None:

@@ -24,7 +24,7 @@ from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
 from flame.data.train_tokenizer import train_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.run.export import export_model
-from flame.run.identity import fingerprint
+from flame.run.fingerprint import fingerprint
 from flame.run.record import PACKAGES
 
 

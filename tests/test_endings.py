@@ -20,7 +20,7 @@ from small_model import write_model, write_text
 
 from flame.base.errors import UsageError
 from flame.config.sections import JobConfig
-from flame.run import identity
+from flame.run import fingerprint
 from flame.run.metrics_file import JsonLines, TensorBoard
 
 ROOT = Path(__file__).parent.parent
@@ -298,28 +298,28 @@ def test_whose_folder_it_is(tmp_path):
     folder, config = tmp_path / "run", JobConfig()
     config.job.dump_folder = str(folder)
     run = {"--checkpoint.enable_checkpoint": True, "--checkpoint.folder": "checkpoint", "a": 1}
-    identity.claim_run_folder(config, run).close()
+    fingerprint.claim_run_folder(config, run).close()
     for name in ("record", "tb"):
         (folder / name).mkdir()
     (folder / "metrics.jsonl").touch()
     (folder / "notes.txt").touch()
     # the same run again
-    identity.claim_run_folder(config, run).close()
+    fingerprint.claim_run_folder(config, run).close()
     assert (folder / "record").exists()
-    identity.claim_run_folder(config, run | {"a": 2}).close()
+    fingerprint.claim_run_folder(config, run | {"a": 2}).close()
     left = {path.name for path in folder.iterdir()}
     assert left == {"run.json", "config.toml", "lock", "notes.txt"}
     # a run without checkpoints has its metrics as its result
     run |= {"--checkpoint.enable_checkpoint": False}
-    identity.claim_run_folder(config, run).close()
+    fingerprint.claim_run_folder(config, run).close()
     with pytest.raises(UsageError, match="a was 1, is now 3"):
-        identity.claim_run_folder(config, run | {"a": 3})
+        fingerprint.claim_run_folder(config, run | {"a": 3})
     shutil.rmtree(folder)
     run |= {"--checkpoint.enable_checkpoint": True}
-    identity.claim_run_folder(config, run).close()
+    fingerprint.claim_run_folder(config, run).close()
     (folder / "hf").mkdir()
     with pytest.raises(UsageError, match="a was 1, is now 4"):
-        identity.claim_run_folder(config, run | {"a": 4})
+        fingerprint.claim_run_folder(config, run | {"a": 4})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The packages of flame import in one direction, as AGENTS.md says: what a package may import is below it."""
+"""A package of flame imports only packages on lower floors, and nothing imports a program (AGENTS.md, section 2)."""
 
 import ast
 import itertools

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flame.models  # noqa: F401  # teaches transformers the model
 from flame.base.errors import UsageError
 from flame.config.sections import JobConfig
-from flame.run.identity import claim_run_folder
+from flame.run.fingerprint import claim_run_folder
 
 
 @pytest.fixture(scope="module")

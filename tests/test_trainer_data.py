@@ -17,7 +17,7 @@ from trainer_runs import FLAGS, ROOT, STEPS, curve, is_saved, train, wait_for
 from flame.base.errors import UsageError
 from flame.checkpoints.step_folder import newest_checkpoint
 from flame.config.parse import parse_args
-from flame.run.identity import fingerprint, require_same_run
+from flame.run.fingerprint import fingerprint, require_same_run
 from flame.run.inputs import read_inputs, set_precision
 from flame.training import memory_estimation
 from flame.training.memory_estimation import estimate_memory

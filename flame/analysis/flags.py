@@ -137,7 +137,7 @@ def parser() -> Parser:
     return flags
 
 
-def own_flags(args: argparse.Namespace) -> bool:
+def has_other_flags(args: argparse.Namespace) -> bool:
     """Whether any flag other than --report_only and --out is given."""
     bare = parser().parse_args(["--report_only", "--out", str(args.out)])
     return bare != args

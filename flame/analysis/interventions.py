@@ -1,8 +1,8 @@
-"""Changes to a trained model at inference, and the loss of the same target tokens before and after.
+"""Interventions: what a trained model loses when its sinks lose what they may need.
 
-Each takes away one thing that a sink may need: the first token, its largest channel, or the weight that sink heads put
-on it. `docs/softpick/ANALYSIS.md` defines them. A model without sink heads has nothing to cut, and its records of
-that kind say so by ``heads`` 0.
+An intervention changes the model at inference. It removes the first token, flattens that token's largest channel, or
+cuts the weight of sink heads on that token. The loss is measured before and after, on the same target tokens. A model
+without sink heads has nothing to cut; ``heads`` is 0 in those records. Source: docs/softpick/ANALYSIS.md, section 4.
 """
 
 from collections.abc import Callable, Collection

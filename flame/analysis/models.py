@@ -21,7 +21,7 @@ from flame.data.bos import for_inference
 from flame.models import SoftpickTransformerConfig, normalizer_of, read_config
 from flame.models.attention import IMPLEMENTATIONS
 from flame.models.loading import READING_ERRORS, load_model, unreadable
-from flame.run.identity import RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
+from flame.run.fingerprint import RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint
 
 OWN = "own"
 """Value of --attn_implementation: what the model's configuration says, and softmax where it says nothing."""

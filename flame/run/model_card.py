@@ -12,7 +12,7 @@ from flame.data.bos import before_prompt
 from flame.data.locate import local_path
 from flame.data.text import PYTHON_DOCS
 from flame.models import SoftpickTransformerConfig, normalizer_of
-from flame.run.identity import BATCH_KEY, RUN_FILE
+from flame.run.fingerprint import BATCH_KEY, RUN_FILE
 from flame.run.metrics_file import METRICS_FILE, read_metrics
 from flame.run.record import RECORD_FOLDER
 

@@ -23,7 +23,7 @@ from flame.config.sections import JobConfig
 from flame.data import open_data
 from flame.data.bos import for_inference
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
-from flame.run.identity import CONFIG_FILE, RUN_FILE, fingerprint, require_same_run, set_bos
+from flame.run.fingerprint import CONFIG_FILE, RUN_FILE, fingerprint, require_same_run, set_bos
 from flame.run.inputs import read_model, read_tokenizer, set_precision
 from flame.sweeps.plan import Arm, Run, Sweep
 from flame.sweeps.report import analysis_flags
@@ -177,7 +177,7 @@ def _check_folder(
 def _require_same_steps(run: Run) -> None:
     """Refuses an existing run with another number of steps.
 
-    `flame.run.identity` would continue it, but its learning-rate schedule would differ from that of new runs, so the
+    `flame.run.fingerprint` would continue it, but its learning-rate schedule would differ from that of new runs, so the
     runs of the sweep would not be comparable.
 
     Raises:

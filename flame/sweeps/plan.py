@@ -18,7 +18,7 @@ REFERENCE_ARM = "softmax"
 """The arm that the losses of all others are compared with."""
 
 # flags that a sweep sets itself and [base] must not, each with the source of its value
-_OWN_FLAGS = {
+_PER_RUN_FLAGS = {
     "job.config_file": "the [base] tables are the recipe",
     "job.dump_folder": "each run has a folder of its own below `out`",
     "optimizer.lr": "`learning_rates` lists them",
@@ -243,7 +243,7 @@ def _is_table(x: object) -> bool:
 
 
 def _base_flags(file: Path, base: dict[str, Any]) -> list[str]:
-    for flag, why in _OWN_FLAGS.items():
+    for flag, why in _PER_RUN_FLAGS.items():
         section, option = flag.split(".")
         table = base.get(section, {})
         if isinstance(table, dict) and option in table:

@@ -18,7 +18,7 @@ from flame.analysis.report.svg import Axis, Line, line_chart
 from flame.config.sections import JobConfig, Training
 from flame.data import load_tokenizer
 from flame.models import read_config
-from flame.run.identity import fingerprint
+from flame.run.fingerprint import fingerprint
 
 
 def test_records_are_complete_and_differ_between_models(report):
