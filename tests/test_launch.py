@@ -34,10 +34,7 @@ from flame.base import folder_lock
 from flame.machine import list_gpus, numa
 sys.path.insert(0, {tests!r})
 import machine
-def addresses(env):
-    visible = env.get("HIP_VISIBLE_DEVICES")
-    return [machine.address(int(i)) for i in (visible.split(",") if visible else range(8))]
-list_gpus.addresses = addresses
+list_gpus.addresses = lambda env: machine.hip(numa.ROOT, env)
 numa.ROOT = Path({root!r})
 folder_lock.WAIT_S = 1
 assert sys.argv[1:3] == ["-m", "flame.launch"]

@@ -2,56 +2,29 @@
 
 import json
 import os
-import subprocess
+import sys
 
 import machine
 import pytest
 import torch
+from machine import ALL_CPUS, EIGHT, TWO_SOCKETS, numbers, place
 
 from flame.base.errors import UsageError
 from flame.machine import list_gpus, numa, placement
 from flame.machine.numa import format_ranges, parse_ranges
 
-EIGHT = [0, 0, 0, 0, 1, 1, 1, 1]
-TWO_SOCKETS = [(0, "0-47,96-143"), (1, "48-95,144-191")]
-ALL_CPUS = frozenset(range(192))
-
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    """Makes a machine the one that is read, with a GPU runtime that knows indices alone."""
+    """Makes a machine the one that is read, by HIP as well."""
 
     def build(nodes=TWO_SOCKETS, gpu_nodes=EIGHT):
-        def addresses(env):
-            visible = env.get("HIP_VISIBLE_DEVICES") or env.get("CUDA_VISIBLE_DEVICES")
-            every = range(len(gpu_nodes))
-            hidden = "ROCR_VISIBLE_DEVICES" in env and len(env["ROCR_VISIBLE_DEVICES"].split(","))
-            chosen = [int(i) for i in (visible.split(",") if visible else every)]
-            # HIP counts from 0 what ROCR leaves
-            return [machine.address(i) for i in chosen if not hidden or i < hidden]
-
-        monkeypatch.setattr(numa, "ROOT", machine.build(tmp_path, nodes=nodes, gpus=gpu_nodes))
-        monkeypatch.setattr(list_gpus, "addresses", addresses)
-        return tmp_path
+        root = machine.build(tmp_path, nodes=nodes, gpus=gpu_nodes)
+        monkeypatch.setattr(numa, "ROOT", root)
+        monkeypatch.setattr(list_gpus, "addresses", lambda env: machine.hip(root, env))
+        return root
 
     return build
-
-
-def place(ngpu, visible=None, *, is_rocm=True, allow=False, cpus=ALL_CPUS, argv=(), **env):
-    if visible is not None:
-        env["HIP_VISIBLE_DEVICES" if is_rocm else "CUDA_VISIBLE_DEVICES"] = visible
-    return placement.bind_processes(
-        ngpu=ngpu,
-        is_rocm=is_rocm,
-        allow_cross_numa=allow,
-        allowed_cpus=cpus,
-        env=env,
-        argv=list(argv),
-    )
-
-
-def numbers(places):
-    return [(int(p.address[5:7], 16) - 1, p.group.name) for p in places]
 
 
 @pytest.mark.parametrize("text", ["", "0", "0-3", "0-3,8,10-11", "5,7"])
@@ -216,32 +189,40 @@ def test_this_machine_can_be_read():
     assert len(groups) == 1 or all(group.cpus for group in groups)
 
 
-def test_torch_is_asked_for_the_gpus(monkeypatch, capsys):
+@pytest.mark.parametrize("counted", [0, 8])
+def test_torch_is_asked_for_the_gpus(monkeypatch, capsys, counted):
+    # a container of one GPU, in which the library amdsmi, which torch asks before HIP starts, counts others
+    counts = [counted]
+
     class Properties:
         pci_domain_id, pci_bus_id, pci_device_id = 2, 0xC1, 0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch.cuda, "init", lambda: counts.append(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counts[-1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", [Properties].__getitem__)
     list_gpus.main()
     assert json.loads(capsys.readouterr().out) == ["0002:c1:00.0"]
 
 
-def test_the_answer_of_the_process_that_asks(monkeypatch):
-    def answer(code, out, err):
-        monkeypatch.setattr(
-            subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
-        )
+def test_the_answer_of_the_process_that_asks(tmp_path, monkeypatch):
+    def answer(script):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
 
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.version, "cuda", None)
     # a torch without a GPU runtime is not asked
-    answer(1, "", "")
+    answer("exit 1")
     assert list_gpus.addresses({}) == []
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    answer(0, 'a warning\n["0000:01:00.0"]\n', "")
+    answer("""echo a warning; echo '["0000:01:00.0"]'""")
     assert list_gpus.addresses({}) == ["0000:01:00.0"]
-    answer(1, "", "Traceback\nRuntimeError: HIP is broken\n")
+    # the arguments and the environment of a run
+    answer("""[ "$*" = "-m flame.machine.list_gpus" ] && echo "[\\"$HIP_VISIBLE_DEVICES\\"]" """)
+    assert list_gpus.addresses({"HIP_VISIBLE_DEVICES": "4"}) == ["4"]
+    answer("echo Traceback >&2; echo RuntimeError: HIP is broken >&2; exit 1")
     with pytest.raises(UsageError, match="cannot list the GPUs: RuntimeError: HIP is broken"):
         list_gpus.addresses({})
 

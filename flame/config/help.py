@@ -26,8 +26,8 @@ Sections and their options; bash train.sh -h training explains those of one:
 """
 _VARIABLES = {
     "NGPU": "processes on this machine, one per GPU, the first ones; without a GPU CPU processes (default: 1)",
-    "HIP_VISIBLE_DEVICES": "GPUs of this run on AMD, of one NUMA group (default: all)",
-    "CUDA_VISIBLE_DEVICES": "GPUs of this run on NVIDIA; set to nothing, it trains on the CPU (default: all)",
+    "HIP_VISIBLE_DEVICES": "GPUs of this run on AMD, of one NUMA group; -1 trains on the CPU (default: all)",
+    "CUDA_VISIBLE_DEVICES": "GPUs of this run on NVIDIA; -1 trains on the CPU (default: all)",
     "MASTER_PORT": "port of this run, for several side by side (default: a free one)",
     "NNODE": "machines of this run (default: 1); several need the next two and MASTER_PORT",
     "NODE_RANK": "number of this machine, from 0",

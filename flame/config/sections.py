@@ -54,8 +54,8 @@ class Job:
     """Folder of this run: checkpoints, TensorBoard, the exported model. One run per folder; repeating the
     command continues the run. Default: exp/<name of the model config>."""
     allow_cross_numa: bool = False
-    """Lets a run take GPUs of several NUMA groups and more than 4 of a machine; each process is still bound to
-    the group of its GPU. If the groups cannot be read, the run is neither checked nor bound."""
+    """Lets a run take GPUs of several NUMA groups, more than 4 of a machine, and several partitions of one GPU;
+    each process is still bound to the group of its GPU. If the groups cannot be read, the run is neither checked nor bound."""
     description: str = ""
     """A sentence about the run: printed at its start, kept in its record, and the notes of the run in wandb."""
     print_args: bool = False

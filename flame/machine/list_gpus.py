@@ -11,27 +11,43 @@ from collections.abc import Mapping
 
 from flame.base.errors import UsageError
 
+# torch's import from a busy network file system takes a minute, and 64 partitions take the runtime seconds
+TIMEOUT_S = 300
+
 
 def addresses(env: Mapping[str, str]) -> list[str]:
     """Address of each GPU that a process of this environment sees, as in `/sys/bus/pci/devices`.
 
+    Neither amd-smi nor rocm-smi is asked, so it does not matter whether they are installed and work.
+
     Raises:
-        UsageError: The GPU runtime fails.
+        UsageError: The GPU runtime fails or hangs.
     """
     import torch  # takes seconds, so not before the launcher's first checks
 
     if not (torch.version.cuda or torch.version.hip):
         return []
-    run = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "flame.machine.list_gpus"],
         env=dict(env),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    if run.returncode:
-        reason = run.stderr.strip() or f"exit code {run.returncode}"
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        # no wait for its end: a process that hangs in the driver does not end when it is killed
+        process.kill()
+        program = "rocminfo" if torch.version.hip else "nvidia-smi"
+        raise UsageError(
+            f"torch did not list the GPUs within {TIMEOUT_S} s: the GPU driver hangs, or torch cannot be imported; "
+            f"`{program}` and `dmesg` may say why"
+        ) from None
+    if process.returncode:
+        reason = err.strip() or f"exit code {process.returncode}"
         raise UsageError(f"torch cannot list the GPUs: {reason.splitlines()[-1]}")
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(out.splitlines()[-1])
 
 
 def main() -> None:
@@ -40,6 +56,9 @@ def main() -> None:
 
     found = []
     if torch.cuda.is_available():
+        # before that, torch's ROCm build asks the library amdsmi for their number, which knows nothing of containers
+        # and has counted 0 where HIP saw GPUs (pytorch issue 186516)
+        torch.cuda.init()
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             # torch does not give the function; 0 is the GPU, others are its audio or its partitions

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from flame.base.errors import UsageError
 from flame.base.log import logger
-from flame.machine import list_gpus, numa
+from flame.machine import kfd, list_gpus, numa
 from flame.machine.numa import Group, TopologyError, format_ranges
+from flame.machine.visible import CUDA, HIP, ROCR, describe_variables, visible_gpus
 
 # a run leaves the other half of an 8-GPU machine to another one (AGENTS.md, section 5)
 MAX_GPUS = 4
@@ -39,7 +40,7 @@ def bind_processes(
     Args:
         ngpu: Processes, which take the first visible GPUs.
         is_rocm: Whether HIP counts the GPUs.
-        allow_cross_numa: Skip the rules; if the topology cannot be read, do not bind.
+        allow_cross_numa: Skip the rules, that of whole GPUs too; if the topology cannot be read, do not bind.
         allowed_cpus: CPUs that the processes may use.
         env: Environment of the processes.
         argv: Flags of the run, for the command that an error proposes.
@@ -47,27 +48,20 @@ def bind_processes(
     Raises:
         UsageError: A rule is broken, or the topology cannot be read.
     """
-    visible = list_gpus.addresses(env)
-    names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-    variable = names[1] if is_rocm else names[2]
-    masks = {name: env[name] for name in (names if is_rocm else names[2:]) if name in env}
-    given = ", ".join(f"{name}={mask}" for name, mask in masks.items()) or f"no {variable}"
+    visible = visible_gpus(env, is_rocm=is_rocm)
+    given = describe_variables(env, is_rocm=is_rocm)
     if not visible:
-        # these values hide all GPUs from a run that is meant for the CPU; NoDevFiles is Slurm's
-        if masks and not {"", "-1", "NoDevFiles"} & set(masks.values()):
-            counted = (
-                "; HIP counts from 0 what ROCR_VISIBLE_DEVICES leaves" if len(masks) > 1 else ""
-            )
-            raise UsageError(
-                f"torch sees no GPU with {given}{counted}: name GPUs of this machine, or set {variable}= to nothing "
-                "to train on the CPU"
-            )
         return []
     if ngpu > len(visible):
         raise UsageError(
             f"NGPU={ngpu} must be at most the number of visible GPUs, {len(visible)} ({given})"
         )
     used = visible[:ngpu]
+    # HIP prefers its own variable, so a command that sets it is right whatever selected these GPUs
+    variable = HIP if is_rocm else CUDA
+    if not allow_cross_numa:
+        what = f"NGPU={ngpu} with {given}"
+        require_whole_gpus(used, what, "give --job.allow_cross_numa", env)
     try:
         groups = numa.groups()
         group_of = {} if len(groups) == 1 else {x: numa.group_of(x, groups) for x in used}
@@ -90,7 +84,44 @@ def bind_processes(
                 f"NGPU={ngpu} must be at most {MAX_GPUS}, the GPUs of one machine that a run may take, "
                 "unless --job.allow_cross_numa is given"
             )
+    modes = {x: kfd.partition_modes(x)[0] for x in used}
+    if cut := [f"{x} ({mode})" for x, mode in modes.items() if mode in kfd.PARTITIONED]:
+        logger.warning(f"a process gets a partition, not a whole GPU, of {', '.join(cut)}")
     return [_bind_process(x, group_of[x], allowed_cpus) for x in used] if group_of else []
+
+
+def require_whole_gpus(used: list[str], what: str, escape: str, env: Mapping[str, str]) -> None:
+    """Raises UsageError if processes of a run would share a GPU, each on a partition of it.
+
+    A GPU that a former user left in mode DPX, QPX or CPX shows as 2, 4 or 8, so the usual indices 0 to 3 would train
+    on one GPU or two, slowly and unnoticed.
+
+    Args:
+        used: PCI addresses of the GPUs of the run, one for each process.
+        what: What chose them, for the error.
+        escape: What allows it, for the error.
+        env: Environment of the run.
+    """
+    if len(set(used)) == len(used):
+        return
+    address = next(x for x in used if used.count(x) > 1)
+    compute, memory = kfd.partition_modes(address)
+    modes = f" (mode {compute}{f', {memory}' if memory else ''})" if compute else ""
+    whole = "amd-smi set --gpu all --compute-partition SPX"
+    if memory not in ("", "NPS1"):
+        whole = f"amd-smi set --gpu all --memory-partition NPS1 and {whole}"
+    every = _unselected(env)
+    firsts = ",".join(str(every.index(x)) for x in dict.fromkeys(every))
+    raise UsageError(
+        f"{what} takes {len(used)} devices of {len(set(used))} GPU{'s' if len(set(used)) > 1 else ''}: "
+        f"{used.count(address)} are partitions of the GPU at {address}{modes}. Make the GPUs whole again with {whole}, "
+        f"choose one partition of each GPU with {HIP} (the first of each: {firsts}), or {escape} to train on partitions"
+    )
+
+
+def _unselected(env: Mapping[str, str]) -> list[str]:
+    """Addresses of all GPUs that HIP_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES can select."""
+    return list_gpus.addresses({x: value for x, value in env.items() if x not in (HIP, CUDA)})
 
 
 def _bind_process(address: str, group: Group, allowed_cpus: frozenset[int]) -> ProcessBinding:
@@ -112,8 +143,7 @@ def _proposal(
     argv: list[str],
 ) -> str:
     """The group of each GPU, and the commands that obey the rules, with GPUs numbered as in ``variable``."""
-    masks = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
-    every = list_gpus.addresses({name: value for name, value in env.items() if name not in masks})
+    every = _unselected(env)
     found, commands = [], []
     for group in groups:
         try:
@@ -126,8 +156,12 @@ def _proposal(
                 f"GPU {_ranges(own)} in group {group.name} "
                 f"(GPU {_ranges(numbers)}, NUMA node {format_ranges(group.nodes)})"
             )
+            # one partition of a GPU, if it has several
+            numbers = [i for i in numbers if every.index(every[i]) == i]
             numbers = numbers[: min(len(used), MAX_GPUS)]
-            words = [f"{variable}={','.join(map(str, numbers))}"]
+            # the numbers count what ROCR_VISIBLE_DEVICES leaves
+            words = [f"{ROCR}={env[ROCR]}"] if variable == HIP and ROCR in env else []
+            words += [f"{variable}={','.join(map(str, numbers))}"]
             words += [f"MASTER_PORT={env['MASTER_PORT']}"] if "MASTER_PORT" in env else []
             words += [f"NGPU={len(numbers)}", "bash train.sh", *map(shlex.quote, argv)]
             commands.append(" ".join(words))

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from flame.base.errors import UsageError
-from flame.machine import list_gpus, numa
+from flame.machine import numa
 from flame.machine.numa import TopologyError
+from flame.machine.placement import require_whole_gpus
+from flame.machine.visible import selecting_variable, visible_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def find_slots(
     Raises:
         UsageError: No group has ``ngpu`` visible GPUs, or the groups cannot be read.
     """
-    visible = list_gpus.addresses(env)
+    visible = visible_gpus(env, is_rocm=torch.version.hip is not None)
     if not visible:
         return [Slot("the CPU")]
     variable, names = _names(len(visible), env)
@@ -80,6 +82,10 @@ def find_slots(
         at_a_time = len(chunks) * runs_per_gpu
         threads = max(1, len(cpus) // (ngpu * at_a_time)) if parallel and at_a_time > 1 else None
         for chunk in chunks:
+            if not allow_cross_numa:
+                chosen = [visible[i] for i in chunk]
+                escape = "set job.allow_cross_numa in [base]"
+                require_whole_gpus(chosen, f"[run] ngpu = {ngpu}", escape, env)
             own = {variable: ",".join(names[i] for i in chunk)}
             if threads is not None and "OMP_NUM_THREADS" not in env:
                 own["OMP_NUM_THREADS"] = str(threads)
@@ -103,18 +109,10 @@ def find_slots(
 
 def _names(count: int, env: Mapping[str, str]) -> tuple[str, list[str]]:
     """The variable that selects GPUs, and the name of each of the ``count`` visible ones in it."""
-    variable = "CUDA_VISIBLE_DEVICES"
-    # HIP also reads CUDA's variable, if HIP_VISIBLE_DEVICES is not set
-    if torch.version.hip and (variable not in env or "HIP_VISIBLE_DEVICES" in env):
-        variable = "HIP_VISIBLE_DEVICES"
+    variable = selecting_variable(env, is_rocm=torch.version.hip is not None)
     if variable not in env:
         return variable, [str(i) for i in range(count)]
-    names = [name.strip() for name in env[variable].split(",")]
-    if len(names) != count:
-        raise UsageError(
-            f"{variable} must name GPUs of this machine, got {env[variable]!r}, of which torch sees {count}"
-        )
-    return variable, names
+    return variable, [name for name in env[variable].split(",") if name]
 
 
 def _groups(

@@ -86,15 +86,10 @@ def standins(tmp_path, monkeypatch):
 def build(tmp_path, monkeypatch):
     """Makes a machine of 8 AMD GPUs on two sockets, or another one, the one that is read."""
 
-    def build(nodes=((0, "0-47"), (1, "48-95")), gpu_nodes=(0, 0, 0, 0, 1, 1, 1, 1)):
-        def addresses(env):
-            visible = env.get("HIP_VISIBLE_DEVICES") or env.get("CUDA_VISIBLE_DEVICES")
-            every = range(len(gpu_nodes))
-            return [machine.address(int(i)) for i in (visible.split(",") if visible else every)]
-
-        root = machine.build(tmp_path / "machine", nodes=list(nodes), gpus=list(gpu_nodes))
+    def build(nodes=((0, "0-47"), (1, "48-95")), gpu_nodes=(0, 0, 0, 0, 1, 1, 1, 1), **kind):
+        root = machine.build(tmp_path / "machine", nodes=list(nodes), gpus=list(gpu_nodes), **kind)
         monkeypatch.setattr(numa, "ROOT", root)
-        monkeypatch.setattr(list_gpus, "addresses", addresses)
+        monkeypatch.setattr(list_gpus, "addresses", lambda env: machine.hip(root, env))
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
         monkeypatch.setattr(torch.version, "hip", "6.4")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -19,7 +19,7 @@ from sweep_standins import run_main, said, starts
 
 from flame.base.errors import UsageError
 from flame.base.folder_lock import lock_folder
-from flame.machine import list_gpus, placement
+from flame.machine import placement
 from flame.sweeps import report, runner
 from flame.sweeps.plan import read_sweep
 from flame.sweeps.slots import find_slots, require_own_variables
@@ -95,15 +95,29 @@ def test_one_group_needs_no_numa_nodes(build):
     assert [slot.env["HIP_VISIBLE_DEVICES"] for slot in slots] == ["0", "1"]
 
 
-def test_visible_gpus_keep_their_names(build, monkeypatch):
+def test_visible_gpus_keep_their_names(build):
     build()
     known = {"ngpu": 1, "parallel": True, "allow_cross_numa": False}
     # HIP reads CUDA's variable where its own is not set
-    slots = find_slots(**known, env={"CUDA_VISIBLE_DEVICES": "5, 2"})
+    slots = find_slots(**known, env={"CUDA_VISIBLE_DEVICES": "5,2"})
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "5"]
-    monkeypatch.setattr(list_gpus, "addresses", lambda env: [machine.address(5)])
-    with pytest.raises(UsageError, match="must name GPUs of this machine, got '5,9', of which"):
+    with pytest.raises(UsageError, match="HIP_VISIBLE_DEVICES names 2 GPUs, of which torch sees 1"):
         find_slots(**known, env={"HIP_VISIBLE_DEVICES": "5,9"})
+
+
+def test_partitions_of_a_gpu_are_slots_of_their_own(build):
+    build(mode=("CPX", "NPS1"))
+    known = {"parallel": True, "env": {}}
+    assert len(find_slots(ngpu=1, allow_cross_numa=False, **known)) == 64
+    with pytest.raises(
+        UsageError, match=r"\[run\] ngpu = 4 takes 4 devices of 1 GPU: .*cross_numa in \[base\]"
+    ):
+        find_slots(ngpu=4, allow_cross_numa=False, **known)
+    assert len(find_slots(ngpu=4, allow_cross_numa=True, **known)) == 16
+    # the first partition of each GPU of a group
+    first = {"HIP_VISIBLE_DEVICES": "0,8,16,24"}
+    (slot,) = find_slots(ngpu=4, parallel=True, allow_cross_numa=False, env=first)
+    assert slot.env["HIP_VISIBLE_DEVICES"] == "0,8,16,24"
 
 
 def test_variables_of_another_launch_are_refused(monkeypatch, capsys, write):
