@@ -30,7 +30,7 @@ from flame.sweeps.report import (
     report_folder,
 )
 from flame.sweeps.runner import Runner, command_line
-from flame.sweeps.slots import Slot, find_slots, require_own_variables
+from flame.sweeps.slots import Slot, find_slots, refuse_per_run_variables
 from flame.sweeps.state import State, read_state
 
 
@@ -42,7 +42,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """
     sweep = read_sweep(args.file)
     _require_out(sweep)
-    require_own_variables(os.environ)
+    refuse_per_run_variables(os.environ)
     config = sweep.runs[0].config
     try:
         slots = find_slots(

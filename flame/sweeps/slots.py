@@ -26,7 +26,7 @@ class Slot:
 
 
 # variables that a sweep sets for each run, or that would give two runs the same name
-_OWN_VARIABLES = (
+_PER_RUN_VARIABLES = (
     "NGPU",
     "NNODE",
     "NODE_RANK",
@@ -39,9 +39,9 @@ _OWN_VARIABLES = (
 )
 
 
-def require_own_variables(env: Mapping[str, str]) -> None:
-    """Raises UsageError if one of `_OWN_VARIABLES` is set."""
-    for name in _OWN_VARIABLES:
+def refuse_per_run_variables(env: Mapping[str, str]) -> None:
+    """Raises UsageError if one of `_PER_RUN_VARIABLES` is set."""
+    for name in _PER_RUN_VARIABLES:
         if name in env:
             raise UsageError(
                 f"{name}={env[name]} must be unset: a sweep runs on one machine, `ngpu` in [run] sets the GPUs of a "

@@ -22,7 +22,7 @@ from flame.base.folder_lock import lock_folder
 from flame.machine import placement
 from flame.sweeps import report, runner
 from flame.sweeps.plan import read_sweep
-from flame.sweeps.slots import find_slots, require_own_variables
+from flame.sweeps.slots import find_slots, refuse_per_run_variables
 from flame.sweeps.state import read_state
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_partitions_of_a_gpu_are_slots_of_their_own(build):
 
 
 def test_variables_of_another_launch_are_refused(monkeypatch, capsys, write):
-    require_own_variables({"HIP_VISIBLE_DEVICES": "0"})
+    refuse_per_run_variables({"HIP_VISIBLE_DEVICES": "0"})
     monkeypatch.setenv("MASTER_PORT", "29501")
     assert run_main(monkeypatch, write()) == 2
     assert "flame: error: MASTER_PORT=29501 must be unset: " in capsys.readouterr().err
