@@ -4,6 +4,7 @@
     python tests/offline_compilation.py sm_90 compilations      # how often kernels compile for shapes that differ
     python tests/offline_compilation.py sm_90 rows              # decoding with every number of query rows
     python tests/offline_compilation.py sm_90 launch            # the host's time for a launch, the driver's left out
+    python tests/offline_compilation.py gfx942 loops            # AMD: vector instructions of the inner loops
 
 A process of its own, since one that interprets kernels cannot compile them. Shared memory above a card's
 limit is no error of the compiler, so the limits stand here.
@@ -116,6 +117,28 @@ def compiled_launches(card: Card, call: Callable[[], None]) -> list[Launch]:
         call()
     launch_shapes.architecture.cache_clear()
     return launches
+
+
+def inner_loops(assembly: str) -> list[tuple[int, int]]:
+    """Vector and matrix instructions in each innermost loop with matrix instructions of AMD's assembly, in its order."""
+    lines = assembly.splitlines()
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for i, line in enumerate(lines):
+        if found := re.match(r"(\.LBB\d+_\d+):", line):
+            labels[found[1]] = i
+        found = re.match(r"\s+s_c?branch\w*\s+(\.LBB\d+_\d+)", line)
+        # a branch back
+        if found and found[1] in labels:
+            loops.append((labels[found[1]], i))
+    counts = []
+    for start, end in sorted(set(loops)):
+        body = [x for x in lines[start:end] if re.match(r"\s+v_", x)]
+        num_matrix = sum("v_mfma" in x for x in body)
+        is_inner = not any((a, b) != (start, end) and start <= a and b <= end for a, b in loops)
+        if num_matrix and is_inner:
+            counts.append((len(body) - num_matrix, num_matrix))
+    return counts
 
 
 class Resources(NamedTuple):
@@ -344,6 +367,15 @@ if __name__ == "__main__":
     elif sys.argv[2:] == ["launch"]:
         for name, time in launch_times(CARDS[sys.argv[1]], 64).items():
             sys.stdout.write(f"{name} {time:.1f} us\n")
+    elif sys.argv[2:] == ["loops"]:
+        for D in 64, 128:
+            call = partial(attention, D, D, torch.bfloat16)
+            for name, kernel, arguments, _ in compiled_launches(CARDS[sys.argv[1]], call)[:4]:
+                used = resources(kernel)
+                row = {"D": D, "kernel": name, "loops": inner_loops(kernel.asm["amdgcn"])}
+                row |= {key: arguments[key] for key in ("BT", "BS", "num_warps")}
+                row |= {"registers": used.registers, "spills": used.spills}
+                sys.stdout.write(json.dumps(row) + "\n")
     elif sys.argv[2:] == ["rows"]:
         for D in 64, 128, 256:
             for name, has_all in ("bfloat16", False), ("bfloat16", True), ("float32", False):

@@ -34,7 +34,13 @@ from fla.ops.attn.softpick.normalizers import (
     scores_and_sign,
     smallest_shift,
 )
-from fla.ops.attn.softpick.tiles import empty_rows, feature_tile, strides_bth, visible
+from fla.ops.attn.softpick.tiles import (
+    empty_rows,
+    feature_tile,
+    round_for_dot,
+    strides_bth,
+    visible,
+)
 
 # With at most this many query rows per key head, values without weight are not read. In a larger tile some row gives
 # weight to nearly every key, and loads that do not depend on the weights can be issued early.
@@ -96,6 +102,7 @@ def normalized_attn_decode_kernel(
     HAS_STATS: tl.constexpr,
     SKIPS_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
 ):
     """One program computes the partial outputs of BT query rows over one split of the keys of one key head."""
     sq_b, sq_t, sq_h = sq
@@ -167,7 +174,7 @@ def normalized_attn_decode_kernel(
             b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER
         )
         b_z = b_z * b_f + tl.sum(b_d, 1)
-        b_p = b_n.to(v.dtype.element_ty)
+        b_p = round_for_dot(b_n, v.dtype.element_ty, ROUNDS_BY_BITS)
         m_v = m_k
         if SKIPS_VALUES:
             m_v = m_v & (tl.max(tl.where(b_p == 0, 0, 1), 0) > 0)

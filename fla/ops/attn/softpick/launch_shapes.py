@@ -145,6 +145,8 @@ TABLE: dict[str, ShapeTable] = {
     "gfx942": _GFX942,
     "gfx950": _AMD,
 }
+# The architectures without an instruction that rounds float32 to bfloat16: `tiles.round_for_dot` computes it there.
+WITHOUT_BF16_CAST = {"gfx90a", "gfx942"}
 _ROW_OF_CAPABILITY: dict[int | str, str] = {
     80: "sm_80", 86: "sm_80", 87: "sm_80", 89: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100",
     120: "sm_80", 121: "sm_80",
@@ -215,6 +217,7 @@ def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]
     shape = select_launch_shape(row, kernel, kind, q.shape[-1], V)
     options = {name: x for name, x in shape._asdict().items() if x is not None}
     options["PRECISION"] = precision
+    options["ROUNDS_BY_BITS"] = q.dtype == torch.bfloat16 and row in WITHOUT_BF16_CAST
     if row.startswith("gfx"):
         # Triton's default, 32, repeats matrix instructions and takes more registers
         options["matrix_instr_nonkdim"] = 16

@@ -23,6 +23,7 @@ from fla.ops.attn.softpick.tiles import (
     load_rows,
     program_tile,
     query_tile_bounds,
+    round_for_dot,
     store_rows,
     stream_rows,
     visible,
@@ -62,6 +63,7 @@ def _accumulate_queries(
     NORMALIZER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
     first,
     end,
     skip_start,
@@ -76,6 +78,7 @@ def _accumulate_queries(
     # one loop over heads and tiles: nested ones keep twice the registers alive
     n = tl.cdiv(tl.maximum(end - skip_len - first, 0), BS)
     i_n = first
+    m_nan = tl.zeros([BS], tl.int1)
     for _ in tl.range(0, n * G, num_stages=1 if IS_MASKED else None):
         i_s = i_n
         if IS_MASKED:
@@ -90,6 +93,8 @@ def _accumulate_queries(
             tl.load(p_stats, mask=(o_s < T)[:, None], other=0.0) if IS_MASKED else tl.load(p_stats)
         )
         b_neg_lse2, b_delta = tl.split(b_stats)
+        if ROUNDS_BY_BITS:
+            m_nan = m_nan | (b_delta != b_delta)
         if IS_MASKED:
             b_neg_lse2 = tl.where(o_s < T, b_neg_lse2, -float("inf"))
         b_exp_neg_lse2 = tl.exp2(b_neg_lse2)
@@ -102,7 +107,8 @@ def _accumulate_queries(
         b_p, _ = numerator_and_denominator_terms(
             b_s, b_neg_lse2[None, :], b_exp_neg_lse2[None, :], NORMALIZER
         )
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_p = round_for_dot(b_p, b_do.dtype, ROUNDS_BY_BITS)
+        b_dv = tl.dot(b_p, b_do, b_dv, input_precision=PRECISION)
         if q.dtype.element_ty == tl.float16:
             # NOTE(numerics): as in dq, but q takes the factor 2**b_rescale, as far as q does not overflow
             b_headroom = 15.0 - tl.log2(tl.maximum(tl.max(tl.abs(b_q.to(tl.float32)), 1), 1.0))
@@ -112,7 +118,8 @@ def _accumulate_queries(
             b_neg_lse2 -= b_rescale
             b_q = (b_q * tl.exp2(b_rescale)[:, None]).to(b_q.dtype)
         b_ds = score_grad(b_s, b_r, b_neg_lse2[None, :], b_dp, b_delta[None, :], NORMALIZER)
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_ds = round_for_dot(b_ds, b_q.dtype, ROUNDS_BY_BITS)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         i_n += BS
         is_next = i_n >= end - skip_len
         i_n = tl.where(is_next, first, i_n)
@@ -120,6 +127,11 @@ def _accumulate_queries(
         q += tl.where(is_next, sq_h, 0)
         do += tl.where(is_next, sdo_h, 0)
         row_stats += tl.where(is_next, tl.cast(T_max, tl.int64) * 2, 0)
+    if ROUNDS_BY_BITS:
+        # `round_for_dot` may drop the NaN of p and ds; delta is NaN in their rows, see the dq kernel
+        b_nan = tl.where(tl.max(m_nan.to(tl.int32), 0) > 0, float("nan"), 0.0)
+        b_dk += b_nan
+        b_dv += b_nan
     return b_dk, b_dv
 
 
@@ -159,6 +171,7 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     IS_NEGATED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
 ):
     """One program computes dk and dv of BT keys of one key head, over the queries of all query heads that read it."""
     # with a larger tile the registers of the mask would spill
@@ -191,13 +204,13 @@ def parallel_normalized_attn_bwd_kernel_dkv(
     # the pipelined loop comes first: after the masked one, ptxas serialises its wgmma (warning C7515)
     b_dk, b_dv = _accumulate_queries(
         b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, row_stats, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_max,
-        o_k, scale * RCP_LN2, T, q_offset, G, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        o_k, scale * RCP_LN2, T, q_offset, G, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
         first=queries.first_full, end=queries.end_full, skip_start=0, skip_len=0,
         IS_MASKED=False, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     b_dk, b_dv = _accumulate_queries(
         b_k, b_v, b_dk, b_dv, q, do, q_desc, do_desc, row_stats, i_b, i_hq, bos, sq_t, sq_h, sdo_t, sdo_h, T_max,
-        o_k, scale * RCP_LN2, T, q_offset, G, W, K, V, MASKED_BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        o_k, scale * RCP_LN2, T, q_offset, G, W, K, V, MASKED_BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
         first=queries.first, end=queries.end, skip_start=queries.first_full, skip_len=queries.end_full - queries.first_full,
         IS_MASKED=True, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip

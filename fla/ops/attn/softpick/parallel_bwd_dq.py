@@ -26,6 +26,7 @@ from fla.ops.attn.softpick.tiles import (
     key_tile_bounds,
     load_rows,
     program_tile,
+    round_for_dot,
     store_rows,
     stream_rows,
     visible,
@@ -60,6 +61,7 @@ def _accumulate_dq(
     NORMALIZER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
     first,
     end,
     skip_start,
@@ -84,7 +86,8 @@ def _accumulate_dq(
         m_s = visible(o_q[:, None], (i_s + tl.arange(0, BS))[None, :], W, HAS_WINDOW)
         b_s, b_r = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
         b_ds = score_grad(b_s, b_r, b_neg_lse2[:, None], b_dp, b_delta[:, None], NORMALIZER)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        b_ds = round_for_dot(b_ds, b_k.dtype, ROUNDS_BY_BITS)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
     return b_dq
 
 
@@ -127,6 +130,7 @@ def parallel_normalized_attn_bwd_kernel_dq(
     HAS_WINDOW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
 ):
     """One program computes dq of BT queries of one query head, and the row_stats that dk and dv need."""
     sq_b, sq_t, sq_h = sq
@@ -156,6 +160,10 @@ def parallel_normalized_attn_bwd_kernel_dq(
         b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=o_t < T, other=0.0)
     b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
     b_neg_lse2 = -denominator_log(b_lse, NORMALIZER)
+    if ROUNDS_BY_BITS:
+        # `round_for_dot` may drop the NaN of ds. A row that has one from its operands has NaN in delta or lse: gather
+        # both in delta, which makes dq NaN below, and dk and dv in the dkv kernel.
+        b_delta = tl.where(b_neg_lse2 == b_neg_lse2, b_delta, float("nan"))
     p_stats = row_stats + (row + o_t) * 2
     tl.store(p_stats, b_neg_lse2, mask=o_t < T)
     tl.store(p_stats + 1, b_delta, mask=o_t < T)
@@ -170,15 +178,17 @@ def parallel_normalized_attn_bwd_kernel_dq(
     keys = key_tile_bounds(i_t, T, S, W, BT, BS, HAS_WINDOW)
     b_dq = _accumulate_dq(
         b_q, b_do, b_neg_lse2, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
-        scale * RCP_LN2, S, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        scale * RCP_LN2, S, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
         first=keys.first_full, end=keys.end_full, skip_start=0, skip_len=0,
         IS_MASKED=False, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     b_dq = _accumulate_dq(
         b_q, b_do, b_neg_lse2, b_delta, b_dq, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q,
-        scale * RCP_LN2, S, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        scale * RCP_LN2, S, W, K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
         first=keys.first, end=keys.end, skip_start=keys.first_full, skip_len=keys.end_full - keys.first_full,
         IS_MASKED=True, IS_NEGATED=IS_NEGATED,
     )  # fmt: skip
     b_dq = b_dq * (scale * tl.exp2(b_rescale))[:, None]
+    if ROUNDS_BY_BITS:
+        b_dq = tl.where((b_delta == b_delta)[:, None], b_dq, float("nan"))
     store_rows(dq, b_dq, i_t, sdq_t, o_t < T, K, BT, BK)

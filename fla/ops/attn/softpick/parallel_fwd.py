@@ -43,6 +43,7 @@ from fla.ops.attn.softpick.tiles import (
     key_tile_bounds,
     load_rows,
     program_tile,
+    round_for_dot,
     store_rows,
     stream_rows,
     streamed_descriptors,
@@ -79,6 +80,7 @@ def _accumulate_keys(
     NORMALIZER: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
     first,
     end,
     skip_start,
@@ -110,7 +112,8 @@ def _accumulate_keys(
             b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER
         )
         b_z += tl.sum(b_d, 1)
-        b_o = tl.dot(b_n.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+        b_p = round_for_dot(b_n, b_v.dtype, ROUNDS_BY_BITS)
+        b_o = tl.dot(b_p, b_v, b_o, input_precision=PRECISION)
     return b_m, b_z, b_o
 
 
@@ -170,6 +173,7 @@ def parallel_normalized_attn_fwd_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SINK: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUNDS_BY_BITS: tl.constexpr,
 ):
     """One program computes the outputs and base-2 lse of BT queries of one query head."""
     # NOTE(numerics): fp16 weights overflow above s = 11, so safe fp16 always shifts; safe fp32 and bf16 first
@@ -204,13 +208,13 @@ def parallel_normalized_attn_fwd_kernel(
     b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
     b_m, b_z, b_o = _accumulate_keys(
         b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, S, W,
-        K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
         first=keys.first_full, end=keys.end_full, skip_start=0, skip_len=0,
         IS_SHIFTED=IS_SHIFTED, IS_MASKED=False, IS_PIPELINED=True,
     )  # fmt: skip
     b_m, b_z, b_o = _accumulate_keys(
         b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, S, W,
-        K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+        K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
         first=keys.first, end=keys.end, skip_start=keys.first_full, skip_len=keys.end_full - keys.first_full,
         IS_SHIFTED=IS_SHIFTED, IS_MASKED=True, IS_PIPELINED=True,
     )  # fmt: skip
@@ -231,7 +235,7 @@ def parallel_normalized_attn_fwd_kernel(
             b_q = load_rows(q, i_t, sq_t, T, K, BT, BK, True)
             b_m, b_z, b_o = _accumulate_keys(
                 b_q, b_m, b_z, b_o, k, v, k_desc, v_desc, i_b, i_h, bos, sk_t, sv_t, o_q, scale, S, W,
-                K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION,
+                K, V, BS, BK, BV, NORMALIZER, HAS_WINDOW, PRECISION, ROUNDS_BY_BITS,
                 first=keys.first, end=keys.end, skip_start=keys.end, skip_len=0,
                 IS_SHIFTED=True, IS_MASKED=True, IS_PIPELINED=False,
             )  # fmt: skip

@@ -82,6 +82,23 @@ def store_rows(p, b_x, i_t, stride, m_t, D: tl.constexpr, BT: tl.constexpr, BD: 
 
 
 @triton.jit
+def round_for_dot(b_x, dtype: tl.constexpr, ROUNDS_BY_BITS: tl.constexpr):
+    """b_x, fp32, rounded to dtype; with ROUNDS_BY_BITS to bfloat16 by integer arithmetic.
+
+    Some NaN become inf or 0, so the caller must let NaN through by other means: forward and decoding by the
+    denominator, backward by delta.
+    """
+    if ROUNDS_BY_BITS:
+        # NOTE(numerics): to nearest, ties away from zero, so the error is at most half a unit, as with ties to even.
+        # inf remains inf, and beyond the largest finite value the carry gives inf. NaN below 0x7f808000 becomes inf,
+        # NaN from 0x7fff8000 on a zero: the carry leaves the exponent.
+        b_bits = b_x.to(tl.uint32, bitcast=True) + 0x8000
+        return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return b_x.to(dtype)
+
+
+@triton.jit
 def program_tile(
     tiles, T, S, NT, BT: tl.constexpr, IS_VARLEN: tl.constexpr, IS_LAST_FIRST: tl.constexpr
 ):
