@@ -40,12 +40,16 @@ class LostGPUError(Exception):
 
 
 class Report:
-    """Lines for the terminal and the file, and what went wrong; `seconds` is the time allowed for all."""
+    """Lines for the terminal and the file, and what went wrong.
 
-    def __init__(self, file: Path, seconds: float):
+    `seconds` is the time allowed for all, `deadlines` the share of it at which a section ends.
+    """
+
+    def __init__(self, file: Path, seconds: float, deadlines: dict[str, float]):
         self._file = file.open("w", encoding="utf-8")
         self._start = time.monotonic()
         self._seconds = seconds
+        self._deadlines = deadlines
         self._deadline = seconds
         self.failed = 0
         self.left_out = 0
@@ -58,7 +62,7 @@ class Report:
 
     def begin(self, section: str, title: str) -> None:
         """Starts the time of a section."""
-        self._deadline = DEADLINES[section] * self._seconds
+        self._deadline = self._deadlines[section] * self._seconds
         self.line(f"\n{title}")
 
     def elapsed(self) -> float:
@@ -88,6 +92,10 @@ class Report:
         if self.remaining() <= 0:
             self.skip(label, "out of time")
             return None
+        if sys.stdout.isatty():
+            # overwritten by the line to come; stays if the driver ends the process
+            sys.stdout.write(f"{label} ...\r")
+            sys.stdout.flush()
         try:
             return f()
         except torch.OutOfMemoryError:
@@ -213,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             "doctor needs --quick in Triton's interpreter (TRITON_INTERPRET=1), which takes hours otherwise"
         )
     try:
-        report = Report(args.out, args.seconds)
+        report = Report(args.out, args.seconds, {args.only: 1.0} if args.only else DEADLINES)
     except OSError as error:
         sys.exit(f"--out must be a file that can be written, got {args.out}: {error.strerror}")
     status = 0
