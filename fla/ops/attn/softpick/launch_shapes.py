@@ -21,7 +21,8 @@ class LaunchShape(NamedTuple):
 
     BT: rows of the tile that a program computes (queries in fwd and dq, keys in dkv). BS: rows of each tile that it
     streams. num_warps, num_stages, maxnreg (NVIDIA only): as in Triton. maxnreg, the most registers per thread, is
-    set where slightly fewer registers fit one more program on a multiprocessor.
+    set where slightly fewer registers fit one more program on a multiprocessor. waves_per_eu (AMD only): waves that
+    the compiler must let a SIMD hold at once, which bounds registers as maxnreg does; None leaves it the choice.
     """
 
     BT: int
@@ -31,6 +32,7 @@ class LaunchShape(NamedTuple):
     maxnreg: int | None = None
     # load streamed tiles through tensor descriptors (TMA), which need no registers for addresses
     HAS_DESCRIPTORS: bool = False
+    waves_per_eu: int | None = None
 
 
 class DecodeShape(NamedTuple):
