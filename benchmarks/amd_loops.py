@@ -11,6 +11,8 @@ from typing import NamedTuple
 # Debian's package llvm-22 names it with the version
 MCA_NAMES = "llvm-mca-22", "llvm-mca"
 MCA_ITERATIONS = 20
+# it takes less than one
+MCA_SECONDS = 60
 NUM_SIMDS = 4
 # of one SIMD, for each lane
 NUM_REGISTERS = 512
@@ -49,6 +51,7 @@ _MATRIX = re.compile(r"v_mfma_f32_(\d+)x(\d+)x(\d+)_?(?:b?f16)")
 # a quarter of the rate of the remaining vector instructions
 _QUARTER_RATE = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos|mul_lo|mul_hi|mad_u64|mad_i64)_")
 _LDS_BITS = re.compile(r"_[buif](\d+)")
+_SWAP = re.compile(r"^\s+v_permlane\d+_swap_b32\S*\s+(v\d+), (v\d+)$")
 _DIRECT_LOAD = re.compile(r"(?:buffer|global)_load_(?:lds_)?dword(x\d)?\b")
 
 
@@ -167,21 +170,31 @@ def mca_version() -> str:
     return "llvm-mca of LLVM " + re.search(r"LLVM version (\S+)", text)[1]
 
 
+def mca_input(body: list[str]) -> str:
+    """What llvm-mca is given of a loop: it follows no branch, and a barrier has nobody to wait for."""
+    kept = [x for x in body if not re.match(r"\s+s_(c?branch|barrier|endpgm)", x)]
+    # LLVM 22 counts a swap as two steps and can then wait forever for the second
+    return "".join(_SWAP.sub(r"\tv_mov_b32 \1, \2\n\tv_mov_b32 \2, \1", x) + "\n" for x in kept)
+
+
 def mca_clocks(body: list[str], card: str) -> float:
     """Clocks of one wave alone for one iteration, by llvm-mca's model of the card.
 
     Raises:
-        LoopError: llvm-mca is not installed, or refused the instructions.
+        LoopError: llvm-mca is not installed, refused the instructions or did not end.
     """
-    # llvm-mca follows no branch, and a barrier has nobody to wait for
-    kept = [x for x in body if not re.match(r"\s+s_(c?branch|barrier|endpgm)", x)]
-    result = subprocess.run(
-        [mca_path(), "-mtriple=amdgcn", f"-mcpu={card}", f"-iterations={MCA_ITERATIONS}"],
-        input="\n".join(kept) + "\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [mca_path(), "-mtriple=amdgcn", f"-mcpu={card}", f"-iterations={MCA_ITERATIONS}"]
+    try:
+        result = subprocess.run(
+            command,
+            input=mca_input(body),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=MCA_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise LoopError(f"llvm-mca did not end in {MCA_SECONDS} seconds") from None
     match = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
     if result.returncode != 0 or match is None:
         reason = (result.stderr.strip().splitlines() or ["no output"])[0]

@@ -154,6 +154,21 @@ def test_a_loop_that_is_not_over_tiles_is_refused():
         estimate((128, 64), 1)
 
 
+def test_what_llvm_mca_is_given():
+    text = amd_loops.mca_input(
+        ["\tv_permlane32_swap_b32_e32 v1, v2", *amd_loops.matrix_loop(ASSEMBLY)]
+    )
+    lines = text.splitlines()
+    assert lines[:3] == [
+        "\tv_mov_b32 v1, v2",
+        "\tv_mov_b32 v2, v1",
+        "\tbuffer_load_dwordx4 v[0:3], v4, s[8:11], 0 offen",
+    ]
+    # without the barrier and two branches
+    assert len(lines) == 2 + 14 - 3
+    assert not any("branch" in x or "barrier" in x for x in lines)
+
+
 def test_without_llvm_mca(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(amd_loops.LoopError, match="llvm-mca-22, llvm-mca is on PATH; .*llvm-22"):
