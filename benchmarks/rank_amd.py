@@ -253,7 +253,7 @@ def known_orders() -> list[KnownOrder]:
 
 
 def check(cards: list[str]) -> None:
-    """Prints each known order and its own, and where the two do not agree."""
+    """Prints the estimates for each known order, then where the two do not agree."""
     verdicts = []
     for known in known_orders():
         if known.case.card not in cards:
