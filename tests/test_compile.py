@@ -148,6 +148,20 @@ def test_every_launch_shape_is_compiled():
     assert set(launch_shapes.TABLE) == set(CARDS)
 
 
+def test_waves_are_asked_for_on_amd_alone(monkeypatch):
+    for card, shapes in launch_shapes.TABLE.items():
+        for shape in itertools.chain(*shapes.values()):
+            unknown = "maxnreg" if card.startswith("gfx") else "waves_per_eu"
+            assert getattr(shape, unknown, None) is None, (card, shape)
+    q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    # the forward of gfx950 leaves the waves to the compiler
+    for card, kernel, waves in ("gfx950", "dq", 2), ("gfx950", "fwd", None), ("sm_90", "dq", None):
+        monkeypatch.setattr(launch_shapes, "architecture", lambda _, card=card: card)
+        options = launch_shapes.launch_options(kernel, q, 128)
+        assert options.get("waves_per_eu") == waves
+        assert ("waves_per_eu" in options) == (waves is not None)
+
+
 def test_unknown_architecture_is_refused(monkeypatch):
     class Target:
         backend = "hip"

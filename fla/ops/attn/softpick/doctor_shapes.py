@@ -28,50 +28,44 @@ LENGTH = 4096
 LEAST_GAIN = 1.03
 
 
-def _shape(BT: int, BS: int, num_warps: int, num_stages: int, **more: Any) -> LaunchShape:
-    # a field that this version of LaunchShape lacks stays out
-    known = {name: x for name, x in more.items() if name in LaunchShape._fields}
-    return LaunchShape(BT, BS, num_warps, num_stages, **known)
-
-
 # The launch shapes tried besides the table's: entry of `launch_shapes.TABLE` -> (kernel, head dimension) -> shapes.
 # On AMD they are the best of a ranking by compiled code; none has been timed.
 _AMD: dict[tuple[str, int], tuple[KernelShape, ...]] = {
     ("fwd", 64): (
-        _shape(128, 64, 4, 1),
-        _shape(128, 64, 4, 1, waves_per_eu=2),
-        _shape(128, 64, 8, 1),
-        _shape(128, 32, 4, 1),
+        LaunchShape(128, 64, 4, 1),
+        LaunchShape(128, 64, 4, 1, waves_per_eu=2),
+        LaunchShape(128, 64, 8, 1),
+        LaunchShape(128, 32, 4, 1),
     ),
     ("fwd", 128): (
-        _shape(128, 64, 8, 1),
-        _shape(128, 64, 4, 1, waves_per_eu=2),
-        _shape(128, 32, 4, 1),
-        _shape(128, 64, 8, 1, waves_per_eu=2),
+        LaunchShape(128, 64, 8, 1),
+        LaunchShape(128, 64, 4, 1, waves_per_eu=2),
+        LaunchShape(128, 32, 4, 1),
+        LaunchShape(128, 64, 8, 1, waves_per_eu=2),
     ),
     ("dq", 64): (
-        _shape(64, 64, 4, 1),
-        _shape(128, 64, 4, 1),
-        _shape(128, 64, 8, 1),
-        _shape(64, 32, 4, 1),
+        LaunchShape(64, 64, 4, 1),
+        LaunchShape(128, 64, 4, 1),
+        LaunchShape(128, 64, 8, 1),
+        LaunchShape(64, 32, 4, 1),
     ),
     ("dq", 128): (
-        _shape(64, 32, 4, 1),
-        _shape(128, 64, 8, 1),
-        _shape(128, 32, 8, 1),
-        _shape(64, 16, 4, 1),
+        LaunchShape(64, 32, 4, 1),
+        LaunchShape(128, 64, 8, 1),
+        LaunchShape(128, 32, 8, 1),
+        LaunchShape(64, 16, 4, 1),
     ),
     ("dkv", 64): (
-        _shape(64, 32, 4, 1),
-        _shape(128, 32, 4, 1),
-        _shape(128, 32, 8, 1),
-        _shape(64, 64, 4, 1),
+        LaunchShape(64, 32, 4, 1),
+        LaunchShape(128, 32, 4, 1),
+        LaunchShape(128, 32, 8, 1),
+        LaunchShape(64, 64, 4, 1),
     ),
     ("dkv", 128): (
-        _shape(64, 32, 4, 1),
-        _shape(128, 32, 4, 1, waves_per_eu=1),
-        _shape(128, 32, 8, 1),
-        _shape(64, 16, 4, 1),
+        LaunchShape(64, 32, 4, 1),
+        LaunchShape(128, 32, 4, 1, waves_per_eu=1),
+        LaunchShape(128, 32, 8, 1),
+        LaunchShape(64, 16, 4, 1),
     ),
     ("decode", 64): (
         DecodeShape(4, 16, 64, 4, 1),
@@ -85,12 +79,20 @@ _AMD: dict[tuple[str, int], tuple[KernelShape, ...]] = {
     ),
 }
 _NVIDIA: dict[tuple[str, int], tuple[KernelShape, ...]] = {
-    ("fwd", 64): (_shape(128, 64, 8, 3), _shape(64, 64, 4, 3), _shape(128, 32, 4, 3)),
-    ("fwd", 128): (_shape(128, 64, 8, 3), _shape(64, 64, 4, 2), _shape(64, 32, 4, 3)),
-    ("dq", 64): (_shape(64, 64, 4, 3), _shape(128, 64, 8, 2), _shape(64, 32, 4, 3)),
-    ("dq", 128): (_shape(64, 64, 4, 2), _shape(128, 64, 8, 2), _shape(64, 32, 4, 3)),
-    ("dkv", 64): (_shape(64, 64, 4, 2), _shape(64, 32, 4, 3), _shape(128, 64, 8, 2)),
-    ("dkv", 128): (_shape(64, 64, 4, 2), _shape(64, 32, 4, 3), _shape(64, 32, 4, 2)),
+    ("fwd", 64): (
+        LaunchShape(128, 64, 8, 3),
+        LaunchShape(64, 64, 4, 3),
+        LaunchShape(128, 32, 4, 3),
+    ),
+    ("fwd", 128): (
+        LaunchShape(128, 64, 8, 3),
+        LaunchShape(64, 64, 4, 2),
+        LaunchShape(64, 32, 4, 3),
+    ),
+    ("dq", 64): (LaunchShape(64, 64, 4, 3), LaunchShape(128, 64, 8, 2), LaunchShape(64, 32, 4, 3)),
+    ("dq", 128): (LaunchShape(64, 64, 4, 2), LaunchShape(128, 64, 8, 2), LaunchShape(64, 32, 4, 3)),
+    ("dkv", 64): (LaunchShape(64, 64, 4, 2), LaunchShape(64, 32, 4, 3), LaunchShape(128, 64, 8, 2)),
+    ("dkv", 128): (LaunchShape(64, 64, 4, 2), LaunchShape(64, 32, 4, 3), LaunchShape(64, 32, 4, 2)),
     ("decode", 64): (
         DecodeShape(3, 16, 64, 4, 3),
         DecodeShape(4, 16, 32, 4, 3),
@@ -164,7 +166,7 @@ def launcher(kernel: str, T: int, D: int) -> Callable[[], tuple[torch.Tensor, ..
     )
 
 
-def time_shape(
+def timeLaunchShape(
     kernel: str,
     T: int,
     D: int,
@@ -202,7 +204,7 @@ def try_shapes(report: "Report", is_quick: bool) -> None:
         f"Launch shapes, bfloat16, softpick, T {T}: milliseconds of one kernel, over the time of the table's shape",
     )
     for (kernel, D), candidates in CANDIDATES[entry].items():
-        table = launch_shapes.select_launch_shape(entry, kernel, "16bit", D, D)
+        table = launch_shapes.select_launchLaunchShape(entry, kernel, "16bit", D, D)
         label = f"{kernel:7}{D:4}"
 
         def table_results(kernel: str = kernel, D: int = D):
@@ -220,7 +222,7 @@ def try_shapes(report: "Report", is_quick: bool) -> None:
             ms = report.attempt(
                 line,
                 lambda shape=shape, kernel=kernel, D=D, f=f, expected=expected: (
-                    time_shape(kernel, T, D, shape, f, expected, is_quick),
+                    timeLaunchShape(kernel, T, D, shape, f, expected, is_quick),
                 ),
             )
             if ms is None:

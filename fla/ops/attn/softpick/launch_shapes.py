@@ -21,7 +21,8 @@ class LaunchShape(NamedTuple):
 
     BT: rows of the tile that a program computes (queries in fwd and dq, keys in dkv). BS: rows of each tile that it
     streams. num_warps, num_stages, maxnreg (NVIDIA only): as in Triton. maxnreg, the most registers per thread, is
-    set where slightly fewer registers fit one more program on a multiprocessor.
+    set where slightly fewer registers fit one more program on a multiprocessor. waves_per_eu (AMD only): waves that
+    the compiler must let a SIMD hold at once, which bounds registers as maxnreg does; None leaves it the choice.
     """
 
     BT: int
@@ -31,6 +32,7 @@ class LaunchShape(NamedTuple):
     maxnreg: int | None = None
     # load streamed tiles through tensor descriptors (TMA), which need no registers for addresses
     HAS_DESCRIPTORS: bool = False
+    waves_per_eu: int | None = None
 
 
 class DecodeShape(NamedTuple):
@@ -54,12 +56,12 @@ KernelShape = LaunchShape | DecodeShape
 ShapeTable = dict[tuple[str, str], tuple[KernelShape, KernelShape, KernelShape, KernelShape]]
 
 
-def _shape_table(**rows: tuple[tuple[int | None, ...], ...]) -> ShapeTable:
+def _shape_table(**rows: tuple[tuple[int | bool | None, ...], ...]) -> ShapeTable:
     shapes = {}
     for name, row in rows.items():
         kernel, precision = name.split("_")
         kind = DecodeShape if kernel in ("decode", "chunk") else LaunchShape
-        # the tables below give the fields by position
+        # the tables below give the fields by position, or a whole LaunchShape, which is a tuple of them
         shapes[kernel, precision] = tuple(kind(*x) for x in row)  # pyright: ignore[reportArgumentType]  # entries of a row are plain tuples of int or None
     return shapes
 
@@ -67,7 +69,7 @@ def _shape_table(**rows: tuple[tuple[int | None, ...], ...]) -> ShapeTable:
 # How to read the tables below. A key is the kernel and the precision of its products: bfloat16 or float16, TF32, or
 # float32 in full. Decoding has two sets of shapes: "decode" for up to MAX_SKIPPING_ROWS query rows, "chunk" for more.
 # The four columns are head dimensions up to 64, up to 128, up to 256, and no multiple of 16. An entry of fwd, dq
-# or dkv is (BT, BS, num_warps, num_stages[, maxnreg[, HAS_DESCRIPTORS]]), one of decode or chunk is
+# or dkv is (BT, BS, num_warps, num_stages[, maxnreg[, HAS_DESCRIPTORS]]) or a LaunchShape, one of decode or chunk is
 # (programs, BT, BS, num_warps, num_stages[, maxnreg]).
 
 # Without a bound on registers, ptxas spills a few to fit one more program; with one it does not.
@@ -130,12 +132,40 @@ _CDNA_2_AND_3 = _AMD | _shape_table(
 )
 _GFX90A = _CDNA_2_AND_3 | _shape_table(
     fwd_16bit=((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+    # at 64, 128 x 32 is estimated 1.27 times as fast, and spills with Triton 3.7.1 and 3.9
     dkv_16bit=((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
 )
-# the only AMD card of the table with TF32
-_GFX942 = _CDNA_2_AND_3 | {
+# The rows with waves_per_eu were ranked without a card: the factors are estimates, of docs/softpick/AMD.md section 7.
+_GFX942 = _CDNA_2_AND_3 | _shape_table(
+    fwd_16bit=(
+        # Triton 3.6 takes 274 registers without a bound, 215 with it
+        LaunchShape(128, 64, 4, 1, waves_per_eu=2),
+        (128, 64, 8, 1), (64, 32, 4, 1), (64, 32, 4, 1),
+    ),
+    dkv_16bit=(
+        # a warp's 32 keys share each read of queries: 1.14 times as fast as 64 x 32; with 32 queries float16 spills
+        LaunchShape(128, 16, 4, 1, waves_per_eu=2),
+        (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1),
+    ),
+) | {
+    # the only AMD card of the table with TF32
     (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv", "decode", "chunk")
-}
+}  # fmt: skip
+_GFX950 = _AMD | _shape_table(
+    dq_16bit=(
+        (64, 64, 4, 1),
+        # more work between two barriers: 1.59 times as fast as 64 x 32
+        LaunchShape(128, 64, 8, 1, waves_per_eu=2),
+        (64, 16, 4, 1), (64, 16, 4, 1),
+    ),
+    dkv_16bit=(
+        # as on gfx942: 1.54 times as fast as 64 x 32
+        LaunchShape(128, 32, 4, 1, waves_per_eu=2),
+        # two waves, where Triton 3.6 leaves 64 x 32 one: 2.1 times as fast with it, 1.06 with 3.8
+        LaunchShape(128, 32, 8, 1, waves_per_eu=2),
+        (64, 16, 4, 1), (64, 16, 4, 1),
+    ),
+)  # fmt: skip
 
 TABLE: dict[str, ShapeTable] = {
     "sm_80": _SM_80,
@@ -143,7 +173,7 @@ TABLE: dict[str, ShapeTable] = {
     "sm_100": _NVIDIA,
     "gfx90a": _GFX90A,
     "gfx942": _GFX942,
-    "gfx950": _AMD,
+    "gfx950": _GFX950,
 }
 # The architectures without an instruction that rounds float32 to bfloat16: `tiles.round_for_dot` computes it there.
 WITHOUT_BF16_CAST = {"gfx90a", "gfx942"}
