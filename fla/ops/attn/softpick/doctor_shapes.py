@@ -166,7 +166,7 @@ def launcher(kernel: str, T: int, D: int) -> Callable[[], tuple[torch.Tensor, ..
     )
 
 
-def timeLaunchShape(
+def time_shape(
     kernel: str,
     T: int,
     D: int,
@@ -222,7 +222,7 @@ def try_shapes(report: "Report", is_quick: bool) -> None:
             ms = report.attempt(
                 line,
                 lambda shape=shape, kernel=kernel, D=D, f=f, expected=expected: (
-                    timeLaunchShape(kernel, T, D, shape, f, expected, is_quick),
+                    time_shape(kernel, T, D, shape, f, expected, is_quick),
                 ),
             )
             if ms is None:
