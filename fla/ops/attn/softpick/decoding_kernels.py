@@ -171,7 +171,7 @@ def normalized_attn_decode_kernel(
         b_f = tl.exp2(b_m - b_m_new)
         b_m = b_m_new
         b_n, b_d = numerator_and_denominator_terms(
-            b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER
+            b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER, ROUNDS_BY_BITS
         )
         b_z = b_z * b_f + tl.sum(b_d, 1)
         b_p = round_for_dot(b_n, v.dtype.element_ty, ROUNDS_BY_BITS)

@@ -204,7 +204,7 @@ def try_shapes(report: "Report", is_quick: bool) -> None:
         f"Launch shapes, bfloat16, softpick, T {T}: milliseconds of one kernel, over the time of the table's shape",
     )
     for (kernel, D), candidates in CANDIDATES[entry].items():
-        table = launch_shapes.select_launchLaunchShape(entry, kernel, "16bit", D, D)
+        table = launch_shapes.select_launch_shape(entry, kernel, "16bit", D, D)
         label = f"{kernel:7}{D:4}"
 
         def table_results(kernel: str = kernel, D: int = D):

@@ -105,7 +105,7 @@ def _accumulate_queries(
         m_s = visible((o_s + q_offset)[None, :], o_k[:, None], W, HAS_WINDOW)
         b_s, b_r = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
         b_p, _ = numerator_and_denominator_terms(
-            b_s, b_neg_lse2[None, :], b_exp_neg_lse2[None, :], NORMALIZER
+            b_s, b_neg_lse2[None, :], b_exp_neg_lse2[None, :], NORMALIZER, ROUNDS_BY_BITS
         )
         b_p = round_for_dot(b_p, b_do.dtype, ROUNDS_BY_BITS)
         b_dv = tl.dot(b_p, b_do, b_dv, input_precision=PRECISION)

@@ -109,7 +109,7 @@ def _accumulate_keys(
             b_o = b_o * b_f[:, None]
             b_m = b_m_new
         b_n, b_d = numerator_and_denominator_terms(
-            b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER
+            b_s, -b_m[:, None], tl.exp2(-b_m)[:, None], NORMALIZER, ROUNDS_BY_BITS
         )
         b_z += tl.sum(b_d, 1)
         b_p = round_for_dot(b_n, b_v.dtype, ROUNDS_BY_BITS)
