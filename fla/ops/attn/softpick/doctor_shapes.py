@@ -29,7 +29,7 @@ LEAST_GAIN = 1.03
 
 
 # The launch shapes tried besides the table's: entry of `launch_shapes.TABLE` -> (kernel, head dimension) -> shapes.
-# On AMD they are the best of a ranking by compiled code; none has been timed.
+# One list serves all AMD cards; none of it has been timed. benchmarks/rank_amd.py ranks shapes for one card.
 _AMD: dict[tuple[str, int], tuple[KernelShape, ...]] = {
     ("fwd", 64): (
         LaunchShape(128, 64, 4, 1),
