@@ -129,12 +129,14 @@ def compiled(case: Case, candidate: Candidate):
         if case.kernel == "fwd":
             parallel_fwd.parallel_normalized_attn_fwd(q, q, q, None, safe=True, **common)
             return
-        other = {"dq": "dkv", "dkv": "dq"}[case.kernel]
-        with mock.patch.object(
-            parallel_bwd, f"parallel_normalized_attn_bwd_kernel_{other}", NoKernel()
-        ):
+        others = {
+            f"parallel_normalized_attn_bwd_kernel_{name}": NoKernel()
+            for name in ("delta", "dq", "dkv")
+            if name != case.kernel
+        }
+        with mock.patch.multiple(parallel_bwd, **others):
             parallel_bwd.parallel_normalized_attn_bwd(
-                q, q, q, o=q, lse=lse, do=q, dlse=None, **common
+                q, q, q, None, o=q, lse=lse, do=q, dlse=None, **common
             )
 
     shapes = list(launch_shapes.TABLE[case.card][case.kernel, "16bit"])

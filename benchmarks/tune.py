@@ -59,14 +59,16 @@ def launcher(kernel: str, normalizer: str, B: int, T: int, H: int, D: int):
     if kernel == "fwd":
         return forward
     o, lse = forward()
-    other = "dkv" if kernel == "dq" else "dq"
+    others = {
+        f"parallel_normalized_attn_bwd_kernel_{name}": Nothing()
+        for name in ("delta", "dq", "dkv")
+        if name != kernel
+    }
 
     def backward():
-        with mock.patch.object(
-            parallel_bwd, f"parallel_normalized_attn_bwd_kernel_{other}", Nothing()
-        ):
+        with mock.patch.multiple(parallel_bwd, **others):
             parallel_bwd.parallel_normalized_attn_bwd(
-                q, k, v, o=o, lse=lse, do=do, dlse=None, **common
+                q, k, v, None, o=o, lse=lse, do=do, dlse=None, **common
             )
 
     return backward

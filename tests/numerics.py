@@ -228,6 +228,12 @@ def by_formula(
     ds = plus * dp - minus * delta
     plus_size = (amplified * plus * dp_size) ** 2
     minus_size = (amplified * minus * delta_size) ** 2
+    # where a softpick divides by less than 1, its terms cancel in float32, and only what is left is rounded
+    is_small = (log_z < -0.01) & (f.base != 0)
+    delta_small = ((amplified * p_size * dp_size) ** 2).sum(-1, keepdim=True).sqrt()
+    delta_size = torch.where(is_small, inside * delta_small, delta_size)
+    plus_size = torch.where(is_small, inside**2 * plus_size + ds**2, plus_size)
+    minus_size = torch.where(is_small, (amplified * minus * delta_size) ** 2, minus_size)
     values = {
         "o": o.reshape(B, HQ, T, -1),
         "dq": (ds @ k).reshape(B, HQ, T, K),

@@ -217,6 +217,7 @@ def products_needed(name: str, arguments: dict[str, Any], dtype: torch.dtype) ->
     features, streamed = {
         "decode": (K + V, BS),
         "fwd": (K + V, (2 if dtype == torch.float16 else 3) * BS),
+        "delta": (K + V, BS),
         "dq": (2 * K + V, 2 * BS),
         "dkv": (2 * K + 2 * V, BS + min(BS, 32)),
     }[name.removesuffix("_kernel").rsplit("_", 1)[-1]]
@@ -242,7 +243,9 @@ def attention(
     args |= {"cu_seqlens": None} | kwargs
     sink_bias = args.pop("sink_bias", None)
     o, lse = parallel_fwd.parallel_normalized_attn_fwd(q, k, v, sink_bias, safe=True, **args)
-    parallel_bwd.parallel_normalized_attn_bwd(q, k, v, o=o, lse=lse, do=o, dlse=None, **args)
+    parallel_bwd.parallel_normalized_attn_bwd(
+        q, k, v, sink_bias, o=o, lse=lse, do=o, dlse=None, **args
+    )
     lengths = torch.empty(B, dtype=torch.int32)
     table = None if args.pop("cu_seqlens") is None else torch.empty(B, 1, dtype=torch.int32)
     starts = None if table is None else lengths
@@ -370,7 +373,7 @@ if __name__ == "__main__":
     elif sys.argv[2:] == ["loops"]:
         for D in 64, 128:
             call = partial(attention, D, D, torch.bfloat16)
-            for name, kernel, arguments, _ in compiled_launches(CARDS[sys.argv[1]], call)[:4]:
+            for name, kernel, arguments, _ in compiled_launches(CARDS[sys.argv[1]], call)[:5]:
                 used = resources(kernel)
                 row = {"D": D, "kernel": name, "loops": inner_loops(kernel.asm["amdgcn"])}
                 row |= {key: arguments[key] for key in ("BT", "BS", "num_warps")}

@@ -59,7 +59,7 @@ def is_resident(card, row, shape):
 @pytest.mark.parametrize("card", CARDS)
 def test_kernels_fit(card, capsys):
     rows = compiled(card)
-    assert len(rows) == 5 * len(CASES)
+    assert len(rows) == 6 * len(CASES)
     with capsys.disabled():
         sys.stdout.write(
             f"\n{card}: K, V: head dimensions; tile: BT x BS; w: warps; st: stages; registers: per thread;\n"
@@ -135,12 +135,12 @@ def test_decoding_compiles_for_every_number_of_rows(card, capsys):
 def test_sizes_do_not_recompile():
     # with pointers at 64, with descriptors at 128
     rows = compiled("sm_90", "compilations")
-    assert [len(row) for row in rows] == [5, 5]
+    assert [len(row) for row in rows] == [6, 6]
     assert all(count == 1 for row in rows for count in row.values()), rows
 
 
 def test_every_launch_shape_is_compiled():
-    kernels = "fwd", "dq", "dkv", "decode", "chunk"
+    kernels = "fwd", "delta", "dq", "dkv", "decode", "chunk"
     for shapes in launch_shapes.TABLE.values():
         kinds = {kind for _, kind in shapes}
         assert {(kernel, kind) for kernel in kernels for kind in kinds} == set(shapes)

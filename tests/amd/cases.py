@@ -120,7 +120,9 @@ def _pairwise() -> dict[str, dict[str, Callable[[], list[str]]]]:
 # the cases of the default run, of which every kernel is part
 BRIEF = {
     card: {
-        "attention": partial(check_attention, card, "bfloat16", 16, "softpick", "grouped heads"),
+        "softpick attention": partial(
+            check_attention, card, "bfloat16", 16, "softpick", "grouped heads"
+        ),
         "decode": partial(check_decoding, card, "bfloat16", 16, "softpick", "grouped heads"),
     }
     for card in CARDS

@@ -158,7 +158,15 @@ def sizes_of_terms(
     summed = 1 + inside * D**0.5
     dp_square = do**2 @ v.mT**2 * summed**2
     delta_square = (do**2 * (o**2 + o_square)).sum(-1, keepdim=True) * summed**2
-    ds_square = (plus**2 * dp_square + minus**2 * delta_square) * scale**2
+    plus_square = plus**2 * dp_square
+    # where softpick divides by less than 1, its terms cancel in float32, and only what is left is rounded
+    is_small = (lse < -0.01) & is_softpick
+    e = torch.where(visible, (s - lse).exp(), 0.0)
+    ds = e * (has_weight * (do @ v.mT) - s.sign() * (do * o).sum(-1, keepdim=True))
+    plus_square = torch.where(is_small, inside**2 * plus_square + ds**2, plus_square)
+    delta_small = inside**2 * (weights**2 * dp_square).sum(-1, keepdim=True)
+    delta_square = torch.where(is_small, delta_small, delta_square)
+    ds_square = (plus_square + minus**2 * delta_square) * scale**2
     # delta is one number for all keys of a row, so its rounding adds up along a row of dq
     dq_square = ds_square @ k**2 + (minus @ k * scale) ** 2 * delta_square
     squares = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -129,15 +130,15 @@ def launching(kernel: str, D: int, shape: KernelShape) -> Iterator[None]:
 
 
 @contextmanager
-def without(kernel: str) -> Iterator[None]:
-    """Backward launches the other of its two kernels alone."""
-    name = f"parallel_normalized_attn_bwd_kernel_{kernel}"
-    before = getattr(parallel_bwd, name)
-    setattr(parallel_bwd, name, _Nothing())
-    try:
+def backward_alone(kernel: str) -> Iterator[None]:
+    """Backward launches this one of its kernels."""
+    others: dict[str, Any] = {
+        f"parallel_normalized_attn_bwd_kernel_{name}": _Nothing()
+        for name in ("delta", "dq", "dkv")
+        if name != kernel
+    }
+    with mock.patch.multiple(parallel_bwd, **others):
         yield
-    finally:
-        setattr(parallel_bwd, name, before)
 
 
 def launcher(kernel: str, T: int, D: int) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -162,7 +163,7 @@ def launcher(kernel: str, T: int, D: int) -> Callable[[], tuple[torch.Tensor, ..
         return forward
     o, lse = forward()
     return lambda: parallel_bwd.parallel_normalized_attn_bwd(
-        q, k, v, o=o, lse=lse, do=do, dlse=None, **common
+        q, k, v, None, o=o, lse=lse, do=do, dlse=None, **common
     )
 
 
@@ -191,7 +192,7 @@ def time_shape(
                 raise RuntimeError(f"wrong with this shape, relative error {error:.1e}: not timed")
         if kernel not in ("dq", "dkv"):
             return median_ms(f, is_quick)
-        with without("dkv" if kernel == "dq" else "dq"):
+        with backward_alone(kernel):
             return median_ms(f, is_quick)
 
 

@@ -17,9 +17,9 @@ from fla.ops.attn.softpick.tiles import feature_tile
 
 
 class LaunchShape(NamedTuple):
-    """Launch shape of a forward, dq or dkv kernel.
+    """Launch shape of a forward, delta, dq or dkv kernel.
 
-    BT: rows of the tile that a program computes (queries in fwd and dq, keys in dkv). BS: rows of each tile that it
+    BT: rows of the tile that a program computes (keys in dkv, else queries). BS: rows of each tile that it
     streams. num_warps, num_stages, maxnreg (NVIDIA only): as in Triton. maxnreg, the most registers per thread, is
     set where slightly fewer registers fit one more program on a multiprocessor. waves_per_eu (AMD only): waves that
     the compiler must let a SIMD hold at once, which bounds registers as maxnreg does; None leaves it the choice.
@@ -68,7 +68,7 @@ def _shape_table(**rows: tuple[tuple[int | bool | None, ...], ...]) -> ShapeTabl
 
 # How to read the tables below. A key is the kernel and the precision of its products: bfloat16 or float16, TF32, or
 # float32 in full. Decoding has two sets of shapes: "decode" for up to MAX_SKIPPING_ROWS query rows, "chunk" for more.
-# The four columns are head dimensions up to 64, up to 128, up to 256, and no multiple of 16. An entry of fwd, dq
+# The four columns are head dimensions up to 64, up to 128, up to 256, and no multiple of 16. An entry of fwd, delta, dq
 # or dkv is (BT, BS, num_warps, num_stages[, maxnreg[, HAS_DESCRIPTORS]]) or a LaunchShape, one of decode or chunk is
 # (programs, BT, BS, num_warps, num_stages[, maxnreg]).
 
@@ -78,12 +78,15 @@ _NVIDIA = _shape_table(
     fwd_16bit=((128, 64, 8, 3), (128, 64, 8, 3), (64, 16, 4, 2), (32, 32, 8, 1)),
     dq_16bit=((64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
     dkv_16bit=((64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 1), (32, 32, 8, 1)),
+    delta_16bit=((64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     fwd_tf32=((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     dq_tf32=((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     dkv_tf32=((64, 16, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    delta_tf32=((32, 32, 2, 1), (16, 16, 1, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     fwd_ieee=((64, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dq_ieee=((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     dkv_ieee=((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    delta_ieee=((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     decode_16bit=((3, 16, 64, 4, 3, 168), (2, 16, 32, 4, 3), (2, 16, 32, 4, 2), (2, 16, 32, 4, 1)),
     decode_tf32=((2, 16, 32, 4, 2), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
     decode_ieee=((2, 16, 16, 4, 1), (2, 16, 16, 4, 1), (1, 16, 16, 8, 1), (1, 16, 16, 8, 1)),
@@ -97,9 +100,11 @@ _AMD = _shape_table(
     fwd_16bit=((128, 64, 4, 1), (128, 64, 8, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     dq_16bit=((64, 64, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     dkv_16bit=((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
+    delta_16bit=((64, 32, 4, 1), (64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     fwd_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dq_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     dkv_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
+    delta_ieee=((64, 32, 4, 1), (64, 16, 4, 1), (32, 16, 2, 1), (32, 16, 2, 1)),
     # three at 64: Triton 3.9 takes 133 registers with every option on, 3.6 and 3.8 at most 128, which four would fit
     decode_16bit=((3, 16, 64, 4, 1), (3, 16, 64, 4, 1), (3, 16, 32, 4, 1), (3, 16, 32, 4, 1)),
     decode_ieee=((4, 16, 32, 4, 1), (2, 16, 32, 4, 1), (2, 16, 16, 4, 1), (2, 16, 16, 4, 1)),
@@ -155,7 +160,7 @@ _GFX942 = _CDNA_2_AND_3 | _shape_table(
     ),
 ) | {
     # the only AMD card of the table with TF32
-    (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "dq", "dkv", "decode", "chunk")
+    (kernel, "tf32"): _AMD[kernel, "ieee"] for kernel in ("fwd", "delta", "dq", "dkv", "decode", "chunk")
 }  # fmt: skip
 _GFX950 = _AMD | _shape_table(
     dq_16bit=(
@@ -230,7 +235,7 @@ def select_launch_shape(row: str, kernel: str, precision: str, K: int, V: int) -
 
     Args:
         row: Architecture, a key of `TABLE`.
-        kernel: "fwd", "dq", "dkv", "decode" or "chunk".
+        kernel: "fwd", "delta", "dq", "dkv", "decode" or "chunk".
         precision: "16bit", or the precision of float32, "tf32" or "ieee".
         K: Head dimension of queries and keys.
         V: Head dimension of values.

@@ -27,6 +27,9 @@ KERNEL_NORMALIZERS = (
 # log2(e) = 1 / ln(2): scores are multiplied by it, so that exp becomes exp2.
 RCP_LN2 = tl.constexpr(1.4426950408889634)
 
+# Those that divide a gradient by less than 1, at the smallest by EPS: README.md, section 3.
+WITH_SMALL_DENOMINATORS = ("softpick", "relu_softpick", "abs_softpick")
+
 # The magnitude of a normal float32 times this is at least 1.
 HUGE = tl.constexpr(2.0**126)
 
@@ -137,6 +140,15 @@ def denominator_log(b_lse, NORMALIZER: tl.constexpr):
         return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
     else:
         return b_lse
+
+
+@triton.jit
+def has_small_denominator(b_lse, NORMALIZER: tl.constexpr):
+    """True where the gradient would divide a rounding of the output by less than 1; b_lse is the base-2 lse."""
+    if NORMALIZER == "softpick" or NORMALIZER == "relu_softpick" or NORMALIZER == "abs_softpick":
+        return b_lse < 0.0
+    else:
+        return tl.full(b_lse.shape, False, tl.int1)
 
 
 @triton.jit

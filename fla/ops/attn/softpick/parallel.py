@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
             do = do.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
         dq, dk, dv, row_stats = _bwd(
-            q, k, v, cu_seqlens, o, lse, do, dlse,
+            q, k, v, sink_bias, cu_seqlens, o, lse, do, dlse,
             ctx.scale, ctx.window_size, ctx.head_first, ctx.normalizer,
         )  # fmt: skip
         dsink = None
@@ -104,7 +104,9 @@ def _fwd_fake(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, sa
     return o, q.new_empty((B, HQ, T), dtype=torch.float32)
 
 
-def _bwd_fake(q, k, v, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer):
+def _bwd_fake(
+    q, k, v, sink_bias, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer
+):
     return *(torch.empty_like(x) for x in (q, k, v)), lse.new_empty((*lse.shape, 2))
 
 

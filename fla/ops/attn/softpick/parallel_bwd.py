@@ -1,4 +1,4 @@
-"""Launcher of the backward kernels: dq and delta, then dk and dv.
+"""Launcher of the backward kernels: delta of rows with a small denominator, dq with the other deltas, then dk and dv.
 
 Two passes over the scores and no atomics, so gradients are bitwise reproducible.
 """
@@ -9,6 +9,9 @@ Two passes over the scores and no atomics, so gradients are bitwise reproducible
 import torch
 
 from fla.ops.attn.softpick.launch_shapes import launch_options
+from fla.ops.attn.softpick.naive import EPS
+from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
+from fla.ops.attn.softpick.parallel_bwd_delta import parallel_normalized_attn_bwd_kernel_delta
 from fla.ops.attn.softpick.parallel_bwd_dkv import parallel_normalized_attn_bwd_kernel_dkv
 from fla.ops.attn.softpick.parallel_bwd_dq import parallel_normalized_attn_bwd_kernel_dq
 from fla.ops.attn.softpick.tiles import feature_tile, streamed_descriptors, strides_bth, tiles_of
@@ -18,6 +21,7 @@ def parallel_normalized_attn_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sink_bias: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
@@ -34,6 +38,7 @@ def parallel_normalized_attn_bwd(
         q: As given to forward, like ``k``, ``v`` and the arguments from ``scale`` on.
         k: Keys.
         v: Values.
+        sink_bias: ``[HQ]`` float32, contiguous, or None.
         cu_seqlens: Boundaries of packed sequences, or None.
         o: Output of forward.
         lse: Base-2 log of the denominator ``[B, HQ, T]``, float32, from forward.
@@ -72,6 +77,28 @@ def parallel_normalized_attn_bwd(
         "HAS_WINDOW": window_size is not None,
     }
     with torch.cuda.device_of(q):
+        if normalizer in WITH_SMALL_DENOMINATORS:
+            # few tiles have such a row, and the programs of the others end at once
+            options = launch_options("delta", q, V)
+            del options["HAS_DESCRIPTORS"], options["ROUNDS_BY_BITS"]
+            NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
+            parallel_normalized_attn_bwd_kernel_delta[(NT * B * HQ,)](
+                q,
+                k,
+                v,
+                sink_bias,
+                do,
+                lse,
+                row_stats,
+                scale,
+                tiles=tiles,
+                NT=NT,
+                HQ=HQ,
+                EPS=EPS,
+                HAS_SINK=sink_bias is not None,
+                **{name: x for name, x in common.items() if name != "IS_NEGATED"},
+                **options,
+            )
         options = launch_options("dq", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
         k_desc, v_desc = streamed_descriptors(options, head_first, k, v)

@@ -1,6 +1,7 @@
 """Backward kernel for dq: streams the keys past a tile of queries. Its launcher is in `parallel_bwd.py`.
 
-It also computes delta, and stores it with the base-2 lse in row_stats for the dkv kernel.
+It also computes delta, or reads it from row_stats where the delta kernel has put it, and stores it with the base-2 lse
+in row_stats for the dkv kernel.
 
 Legend: as in `parallel_fwd.py`, and
     do dq dk dv        gradients, named like the tensors
@@ -19,6 +20,7 @@ from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
     denominator_log,
     fp16_rescale_exponent,
+    has_small_denominator,
     score_grad,
     scores_and_sign,
 )
@@ -155,16 +157,19 @@ def parallel_normalized_attn_bwd_kernel_dq(
     b_o = load_rows(o, i_t, so_t, T, V, BT, BV, True)
     b_do = load_rows(do, i_t, sdo_t, T, V, BT, BV, True)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
+    p_stats = row_stats + (row + o_t) * 2
+    # written by the delta kernel
+    m_small = has_small_denominator(b_lse, NORMALIZER)
+    b_delta = tl.where(m_small, tl.load(p_stats + 1, mask=m_small, other=0.0), b_delta)
     if HAS_DLSE:
         # delta and dlse / ln(2) have the same factor in ds, d'(s) / Z, with opposite signs
         b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=o_t < T, other=0.0)
-    b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
     b_neg_lse2 = -denominator_log(b_lse, NORMALIZER)
     if ROUNDS_BY_BITS:
         # `round_for_dot` may drop the NaN of ds. A row that has one from its operands has NaN in delta or lse: gather
         # both in delta, which makes dq NaN below, and dk and dv in the dkv kernel.
         b_delta = tl.where(b_neg_lse2 == b_neg_lse2, b_delta, float("nan"))
-    p_stats = row_stats + (row + o_t) * 2
     tl.store(p_stats, b_neg_lse2, mask=o_t < T)
     tl.store(p_stats + 1, b_delta, mask=o_t < T)
 
