@@ -4,12 +4,13 @@ bfloat16, causal, random normal inputs, medians of `triton.testing.do_bench` in 
 operator at one shape: milliseconds with the spread between the 20th and the 80th percentile, TFLOP/s, peak
 memory of one forward and backward on top of the inputs, and the speed against cuDNN's softmax. TFLOP/s count
 the products below the diagonal only, 4 B HQ T T D / 2 forward and 2.5 times that backward. An operator whose
-outputs or gradients disagree with float64 is not timed, and the exit code is 1. The rows so far are kept after Ctrl-C or
-an error.
+outputs or gradients disagree with float64 is not timed, and the exit code is 1. FlashAttention-4 is timed if the package
+flash-attn-4 is installed. The rows so far are kept after Ctrl-C or an error.
 """
 
 import argparse
 import csv
+import importlib.metadata
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ NUM_HEADS = {64: 32, 128: 16}
 # largest relative L2 error of an output or a gradient in bfloat16
 MAX_ERROR = 1e-2
 REFERENCE = "softmax, cuDNN"
+FA4, FA4_DETERMINISTIC = "softmax, FA4", "softmax, FA4 det"
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -97,6 +99,26 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return o.transpose(1, 2)
 
 
+def flash_attention_4_version() -> str | None:
+    """The version of flash-attn-4, or None if it is not installed."""
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def flash_attention_4(*, deterministic: bool) -> Attention:
+    """FlashAttention-4, the package flash-attn-4; deterministic: its gradients agree bitwise between runs, as ours do."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # no requirement
+
+        o, _ = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
+        return o
+
+    return attention
+
+
 def unsafe_softpick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return parallel_softpick_attn(q, k, v, safe=False)
 
@@ -106,6 +128,8 @@ OPERATORS: dict[str, tuple[Attention, Attention]] = {
     "softpick, safe=False": (unsafe_softpick, naive_softpick_attn),
     "softmax, same kernel": (parallel_softmax_attn, naive_softmax_attn),
     REFERENCE: (sdpa(SDPBackend.CUDNN_ATTENTION), naive_softmax_attn),
+    FA4: (flash_attention_4(deterministic=False), naive_softmax_attn),
+    FA4_DETERMINISTIC: (flash_attention_4(deterministic=True), naive_softmax_attn),
     "softmax, FA2": (sdpa(SDPBackend.FLASH_ATTENTION), naive_softmax_attn),
     "softmax, FlexAttention": (flex, naive_softmax_attn),
     "softmax, FLA": (parallel_attn, naive_softmax_attn),
@@ -203,8 +227,8 @@ def bench(
         try:
             print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
             passed.append(name)
-        except RuntimeError as error:
-            # a backend that this build of torch or this card does not have, or a wrong result
+        except (RuntimeError, ImportError) as error:
+            # a backend that this build of torch or this card does not have, a package that is missing, a wrong result
             print(f"{name}: {str(error).splitlines()[0]}", flush=True)
     for T in lengths:
         B = tokens // T
@@ -279,9 +303,11 @@ def describe() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
     ).stdout.strip()
     clock = torch.cuda.get_device_properties(0).clock_rate // 1000
+    version = flash_attention_4_version()
+    peer = f"flash-attn-4 {version}, " if version else ""
     return (
         f"{torch.cuda.get_device_name()}, at most {clock} MHz, torch {torch.__version__}, "
-        f"triton {triton.__version__}, commit {commit or 'unknown'}"
+        f"triton {triton.__version__}, {peer}commit {commit or 'unknown'}"
     )
 
 
@@ -293,7 +319,9 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(10, 15)])
     parser.add_argument("--tokens", type=int, default=2**14, help="B times T")
-    parser.add_argument("--operators", nargs="+", default=list(OPERATORS), choices=OPERATORS)
+    missing = () if flash_attention_4_version() else (FA4, FA4_DETERMINISTIC)
+    default = [name for name in OPERATORS if name not in missing]
+    parser.add_argument("--operators", nargs="+", default=default, choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="PNG file for time and memory against T")
     args = parser.parse_args()
