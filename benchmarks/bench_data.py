@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from flame.base.log import init_logger
 from flame.config.parse import parse_args
 from flame.config.sections import DataSource
-from flame.data import load_tokenizer, open_data
 from flame.data.prepare import prepare
+from flame.data.run_data import open_data
+from flame.data.tokenizer import load_tokenizer
 
 
 def write_text(folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """Ranks launch shapes on an AMD card that is not there: python benchmarks/rank_amd.py --card gfx942 --kernel dkv --head-dim 128
 
 Compiles one kernel offline at every candidate shape, takes the inner loop over tiles without a mask, and prints its
-costs for 64 x 64 scores, best first. `--check` compares its order with shapes that were tuned on hardware. Needs
-llvm-mca, which models all three cards (Debian's package llvm-22); `amd_loops.py` counts.
+costs for 64 x 64 scores, best first. `--check` compares its order with shapes that were tuned on hardware, `--top`
+prints rows of `doctor_shapes.RANKED`. Needs llvm-mca, which models all three cards (Debian's package llvm-22);
+`amd_loops.py` counts.
 """
 
 import argparse
@@ -183,8 +184,8 @@ def ranked(case: Case, candidates: list[Candidate]) -> Iterator[Ranked]:
 
 
 def order(found: list[Ranked]) -> list[Ranked]:
-    """Best first; shapes that spill or fit no compute unit last."""
-    return sorted(found, key=lambda x: (not x.fits, x.cost.estimate))
+    """Best first, of equal estimates the least time of mca; shapes that spill or fit no compute unit last."""
+    return sorted(found, key=lambda x: (not x.fits, x.cost.estimate, x.cost.serial))
 
 
 def print_table(found: list[Ranked], marked: Candidate, mark: str) -> None:
@@ -204,6 +205,15 @@ def print_table(found: list[Ranked], marked: Candidate, mark: str) -> None:
             f"{x.resources.registers:9} {x.resources.spills:6} {x.resources.shared:6}  {x.candidate}{note}"
         )
     sys.stdout.flush()
+
+
+def top_row(case: Case, found: list[Ranked], count: int) -> str:
+    """A row of `doctor_shapes.RANKED`: the best shapes that fit, each of another tile or number of warps."""
+    best = {}
+    for shape in (x.candidate.shape for x in found if x.fits):
+        best.setdefault(shape[:3], (*shape[:4], shape.waves_per_eu or 0))
+    shapes = ", ".join(map(str, list(best.values())[:count]))
+    return f'    ("{case.card}", "{case.kernel}", {case.D}): ({shapes}),'
 
 
 def _shapes(*rows: tuple[int, ...]) -> list[Candidate]:
@@ -320,14 +330,24 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="compare with shapes tuned on hardware"
     )
+    parser.add_argument(
+        "--top",
+        type=int,
+        choices=range(2, 10),
+        help="print that many shapes of each kernel as rows of doctor_shapes.RANKED instead",
+    )
     args = parser.parse_args()
+    if args.top and (args.kpack != [1] or args.nonkdim != [16]):
+        sys.exit("rank_amd.py: the launch shapes of --top carry neither --kpack nor --nonkdim")
     try:
         version = mca_version()
     except LoopError as error:
         sys.exit(f"rank_amd.py: {error}")
     if args.kpack != [1] and "gfx950" in args.card:
         sys.exit("rank_amd.py: Triton ignores --kpack on gfx950")
-    print(f"Triton {triton.__version__}, {version}\n{LEGEND}")
+    print(f"# Triton {triton.__version__}, {version}")
+    if not args.top:
+        print(LEGEND)
     if args.check:
         check(args.card)
         return
@@ -335,6 +355,9 @@ def main() -> None:
         case = Case(card, kernel, D, args.dtype, args.normalizer)
         now = Candidate(table_shape(case))
         found = order(list(ranked(case, [now, *candidates_of(args)])))
+        if args.top:
+            print(top_row(case, found, args.top), flush=True)
+            continue
         print(f"\n{card} {kernel}, D {D}, {args.dtype}, {args.normalizer}")
         print_table(found, now, "the table's")
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import flame.models  # noqa: F401, makes softpick an attn_implementation
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 
 DOCUMENTS = [f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(400)]
 

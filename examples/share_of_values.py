@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flame.models  # teaches transformers the model
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 from flame.models.key_ranges import count_reads
 
 ROOT = Path(__file__).parent.parent

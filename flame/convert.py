@@ -27,9 +27,8 @@ from flame.checkpoints.step_folder import (
     is_complete,
 )
 from flame.config.sections import DEFAULT_BOS
-from flame.data import load_tokenizer
 from flame.data.bos import MODES
-from flame.data.tokenizer import BYTE, TOKENIZER_KEY, tokenizer_sha256
+from flame.data.tokenizer import BYTE, TOKENIZER_KEY, load_tokenizer, tokenizer_sha256
 from flame.models import SoftpickTransformerConfig, read_config
 from flame.run.export import export_model
 from flame.run.fingerprint import NOT_SHAPE, RUN_FILE, bos_of, model_of, read_run, run_of_checkpoint

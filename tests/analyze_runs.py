@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flame import analyze
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 from flame.models import SoftpickTransformerForCausalLM
 
 LENGTHS = [16, 48]

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from flame.config.sections import JobConfig, Training, Validation
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")
 BOS, EOS = BYTE.bos_token_id, BYTE.eos_token_id

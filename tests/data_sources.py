@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flame.config.parse import parse_args
-from flame.data import load_tokenizer, open_data
+from flame.data.run_data import open_data
+from flame.data.tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")
 EOS = BYTE.eos_token_id

@@ -3,6 +3,7 @@
     python tests/offline_compilation.py gfx942                  # every launch shape's resources
     python tests/offline_compilation.py sm_90 compilations      # how often kernels compile for shapes that differ
     python tests/offline_compilation.py sm_90 rows              # decoding with every number of query rows
+    python tests/offline_compilation.py gfx942 candidates       # the launch shapes that the doctor tries
     python tests/offline_compilation.py sm_90 launch            # the host's time for a launch, the driver's left out
     python tests/offline_compilation.py gfx942 loops            # AMD: vector instructions of the inner loops
 
@@ -10,13 +11,14 @@ A process of its own, since one that interprets kernels cannot compile them. Sha
 limit is no error of the compiler, so the limits stand here.
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +37,13 @@ if __name__ == "__main__":
 
     upstream_packages.skip()
 
-from fla.ops.attn.softpick import decoding_kernels, launch_shapes, parallel_bwd, parallel_fwd
+from fla.ops.attn.softpick import (
+    decoding_kernels,
+    doctor_shapes,
+    launch_shapes,
+    parallel_bwd,
+    parallel_fwd,
+)
 from fla.ops.attn.softpick.decoding import MAX_ROWS
 
 
@@ -321,6 +329,21 @@ def launch_times(card: Card, K: int) -> dict[str, float]:
     return times
 
 
+def candidates(card_name: str) -> Iterator[dict[str, Any]]:
+    """The resources of each kernel at the launch shapes that the doctor tries besides the table's."""
+    shapes = doctor_shapes.CANDIDATES[card_name]
+    for D, i in itertools.product((64, 128), range(3)):
+
+        def select(row: str, kernel: str, *args, D=D, i=i):
+            return shapes[kernel, D][i]
+
+        with mock.patch.object(launch_shapes, "select_launch_shape", select):
+            call = partial(attention, D, D, torch.bfloat16)
+            for name, kernel, arguments, _ in compiled_launches(CARDS[card_name], call)[:4]:
+                row = {key: arguments.get(key) for key in ("BT", "BS", "num_warps", "waves_per_eu")}
+                yield {"D": D, "kernel": name, **row, **resources(kernel)._asdict()}
+
+
 # packed sequences, a window and a sink: every branch of the kernels
 EVERYTHING = {
     "cu_seqlens": torch.tensor([0, 256], dtype=torch.int32),
@@ -367,6 +390,9 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["compilations"]:
         for D in 64, 128:
             sys.stdout.write(json.dumps(compilations(CARDS[sys.argv[1]], D)) + "\n")
+    elif sys.argv[2:] == ["candidates"]:
+        for row in candidates(sys.argv[1]):
+            sys.stdout.write(json.dumps(row) + "\n")
     elif sys.argv[2:] == ["launch"]:
         for name, time in launch_times(CARDS[sys.argv[1]], 64).items():
             sys.stdout.write(f"{name} {time:.1f} us\n")

@@ -13,11 +13,13 @@ from test_varlen import model_of
 from tokenizers import pre_tokenizers, processors
 
 from flame.config.sections import DataSource, Training
-from flame.data import TokenSource, open_data, prepare
+from flame.data import prepare
 from flame.data.batches import to_batch
 from flame.data.bos import MODES
 from flame.data.loader import _rows
 from flame.data.prepared import read_prepared
+from flame.data.run_data import open_data
+from flame.data.source import TokenSource
 from flame.data.tokens import Encoder
 
 T = 16

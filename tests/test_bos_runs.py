@@ -16,9 +16,9 @@ from flame.analysis.flags import check, parser
 from flame.base.log import logger
 from flame.config.parse import parse_args
 from flame.config.sections import JobConfig
-from flame.data import open_data
 from flame.data.bos import MODES, affixes, for_inference, save_for_inference
 from flame.data.prepared import tokenizer_fingerprint
+from flame.data.run_data import open_data
 from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
 from flame.generate import encode, load, write
 from flame.models import SoftpickTransformerForCausalLM, read_config

@@ -12,7 +12,7 @@ import pytest
 import torch
 from offline_compilation import CARDS, CASES
 
-from fla.ops.attn.softpick import launch_shapes
+from fla.ops.attn.softpick import doctor_shapes, launch_shapes
 from fla.ops.attn.softpick.decoding import MAX_ROWS
 from fla.ops.attn.softpick.decoding_kernels import MAX_SKIPPING_ROWS
 
@@ -129,6 +129,18 @@ def test_decoding_compiles_for_every_number_of_rows(card, capsys):
         kind = "16bit" if x["dtype"] == "bfloat16" else "ieee"
         shape = launch_shapes.select_launch_shape(card, kernel, kind, x["D"], x["D"])
         assert is_resident(card, x, shape), x
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("card", [card for card in CARDS if card.startswith("gfx")])
+def test_shapes_that_the_doctor_tries_fit(card):
+    rows = compiled(card, "candidates")
+    assert len(rows) == 2 * 3 * 4
+    for row in rows:
+        assert row["shared"] <= CARDS[card].shared, row
+    shapes = itertools.chain(*doctor_shapes.CANDIDATES[card].values())
+    asked = {getattr(shape, "waves_per_eu", None) for shape in shapes}
+    assert {row["waves_per_eu"] for row in rows} == asked
 
 
 @pytest.mark.compile

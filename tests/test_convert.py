@@ -19,8 +19,7 @@ from flame.checkpoints import huggingface
 from flame.checkpoints.huggingface import hf_to_dcp
 from flame.checkpoints.step_folder import is_complete, read_contents
 from flame.config.sections import JobConfig, Training
-from flame.data import load_tokenizer
-from flame.data.tokenizer import TOKENIZER_KEY, tokenizer_sha256
+from flame.data.tokenizer import TOKENIZER_KEY, load_tokenizer, tokenizer_sha256
 from flame.data.train_tokenizer import train_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
 from flame.run.export import export_model

@@ -8,10 +8,8 @@ import pyarrow as pa
 import pytest
 from document_files import compressed, save_to_disk, write
 
-from flame.data import (
-    load_documents,
-)
 from flame.data.files import read_file
+from flame.data.text import load_documents
 
 
 class TestLoadDocuments:

@@ -7,9 +7,7 @@ import pyarrow as pa
 import pytest
 from document_files import compressed, go_offline, write
 
-from flame.data import (
-    load_documents,
-)
+from flame.data.text import load_documents
 
 
 @pytest.fixture

@@ -11,18 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from word_tokenizer import word_tokenizer
 
-from flame.data import (
-    IGNORE_INDEX,
-    TokenLoader,
-    TokenSource,
-    load_documents,
-    load_tokenizer,
-    mixing,
-    split_tokens,
-    tokenize,
-    validation_batches,
-)
+from flame.data import mixing
 from flame.data import tokens as tokens_module
+from flame.data.batches import IGNORE_INDEX
+from flame.data.loader import TokenLoader, validation_batches
+from flame.data.source import TokenSource
+from flame.data.text import load_documents
+from flame.data.tokenizer import load_tokenizer
+from flame.data.tokens import split_tokens, tokenize
 
 BYTE = load_tokenizer("byte")
 EOS = 257

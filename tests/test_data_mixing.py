@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flame.config.parse import parse_args
-from flame.data import IGNORE_INDEX, open_data
-from flame.data.batches import Rows, to_batch
+from flame.data.batches import IGNORE_INDEX, Rows, to_batch
 from flame.data.mixing import Mixture
+from flame.data.run_data import open_data
 
 
 class TestPackedRows:

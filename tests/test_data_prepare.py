@@ -18,10 +18,11 @@ from word_tokenizer import word_tokenizer
 from flame.base.errors import UsageError
 from flame.config.parse import parse_args
 from flame.config.sections import DataSource
-from flame.data import load_tokenizer, open_data, prepare, tokenize
+from flame.data import prepare
 from flame.data.prepared import read_prepared, verify
-from flame.data.tokenizer import tokenizer_sha256
-from flame.data.tokens import Encoder
+from flame.data.run_data import open_data
+from flame.data.tokenizer import load_tokenizer, tokenizer_sha256
+from flame.data.tokens import Encoder, tokenize
 
 ROOT = Path(__file__).parent.parent
 BYTE = load_tokenizer("byte")

@@ -11,8 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from data_sources import EOS, MAP, STREAM, T, data_of, loaders_of, rows_of, write_sources
 
-from flame.data import IGNORE_INDEX, token_stream
+from flame.data import token_stream
 from flame.data import workers as workers_module
+from flame.data.batches import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")

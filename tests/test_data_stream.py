@@ -10,7 +10,8 @@ import torch
 from data_sources import BYTE, EOS, MAP, STREAM, T, data_of, loaders_of, rows_of, write_sources
 
 from flame.config.parse import parse_args
-from flame.data import IGNORE_INDEX, open_data
+from flame.data.batches import IGNORE_INDEX
+from flame.data.run_data import open_data
 
 
 @pytest.fixture(scope="module")

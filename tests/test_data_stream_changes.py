@@ -7,7 +7,8 @@ import pytest
 from data_sources import BYTE, EOS, rows_of
 
 from flame.config.sections import JobConfig, Training, Validation
-from flame.data import open_data, token_stream
+from flame.data import token_stream
+from flame.data.run_data import open_data
 
 
 class TestChangedStream:

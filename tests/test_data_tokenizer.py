@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from word_tokenizer import word_tokenizer
 
-from flame.data import (
-    load_tokenizer,
-)
+from flame.data.tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")
 BOS, EOS, PAD = 256, 257, 258

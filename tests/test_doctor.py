@@ -1,5 +1,7 @@
 """The program that examines a machine: `python -m fla.ops.attn.softpick.doctor`."""
 
+import itertools
+
 import pytest
 import torch
 from numerics import Inputs, by_formula
@@ -143,6 +145,17 @@ def test_every_kernel_has_shapes_to_try(entry):
             table = launch_shapes.select_launch_shape(entry, kernel, "16bit", D, D)
             others = set(doctor_shapes.CANDIDATES[entry][kernel, D]) - {table}
             assert len(others) >= 2, (kernel, D)
+
+
+def test_shapes_for_amd_are_the_three_best_ranked():
+    cards = [card for card in launch_shapes.TABLE if card.startswith("gfx")]
+    cases = set(itertools.product(cards, ("fwd", "dq", "dkv"), (64, 128)))
+    assert set(doctor_shapes.RANKED) == cases
+    for (card, kernel, D), rows in doctor_shapes.RANKED.items():
+        assert len({row[:3] for row in rows}) == 3, (card, kernel, D)
+        shapes = doctor_shapes.CANDIDATES[card][kernel, D]
+        given = [(*x[:4], x.waves_per_eu or 0) for x in shapes]
+        assert given == list(rows)
 
 
 def test_verdict_names_a_faster_shape():

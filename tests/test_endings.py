@@ -62,7 +62,19 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("program", ["train", "analyze", "convert", "generate", "lm_eval", "sweep"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "train",
+        "analyze",
+        "convert",
+        "generate",
+        "lm_eval",
+        "sweep",
+        "data.prepare",
+        "data.train_tokenizer",
+    ],
+)
 def test_an_interrupt_while_python_starts_shows_no_traceback(program):
     # as the launcher starts a process
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -77,6 +89,12 @@ def test_an_interrupt_while_python_starts_shows_no_traceback(program):
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert (process.returncode, output) == (-signal.SIGINT, b"")
+
+
+def test_the_package_of_two_programs_imports_nothing_slow():
+    # it is imported before they take Ctrl-C
+    code = "import sys, flame.data; print({'numpy', 'torch', 'transformers'} & set(sys.modules))"
+    assert python(code).communicate(timeout=60)[0] == "set()\n"
 
 
 def test_processes_of_the_launcher_start_with_sigint_blocked():

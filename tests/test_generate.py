@@ -11,7 +11,7 @@ from small_model import write_model
 from flame import generate
 from flame.base.errors import UsageError
 from flame.config.parse import parse_args
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, key_ranges, read_config
 from flame.run.generate import load, write
 

@@ -12,7 +12,7 @@ import torch
 from small_model import write_model
 
 from flame import lm_eval
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from flame.analysis import passkey
 from flame.analysis.passkey import passkey_accuracy, passkey_loss
 from flame.base.errors import UsageError
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 from flame.models import SoftpickTransformerForCausalLM, read_config
 
 DEPTHS = (0, 0.25, 0.5, 1)

@@ -9,8 +9,9 @@ from flame.base.errors import UsageError
 from flame.base.paths import expand, split_list
 from flame.config.parse import parse_args
 from flame.convert import _parser as convert_parser
-from flame.data import load_documents, load_tokenizer
 from flame.data.prepare import _parser as prepare_parser
+from flame.data.text import load_documents
+from flame.data.tokenizer import load_tokenizer
 from flame.data.train_tokenizer import _parser as tokenizer_parser
 from flame.sweep import _parser as sweep_parser
 from flame.sweeps.plan import read_sweep

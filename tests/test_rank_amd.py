@@ -1,4 +1,4 @@
-"""benchmarks/amd_loops.py: which loop of the assembly is measured, and what its instructions cost."""
+"""benchmarks/amd_loops.py: which loop of the assembly is measured, and what its instructions cost; rank_amd.py: its rows."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import amd_loops
+import rank_amd
 
 # an outer loop; in it one without matrix instructions, then the loop over tiles, then one more
 ASSEMBLY = """
@@ -173,3 +174,25 @@ def test_without_llvm_mca(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(amd_loops.LoopError, match="llvm-mca-22, llvm-mca is on PATH; .*llvm-22"):
         amd_loops.mca_clocks(["\ts_nop 0"], "gfx942")
+
+
+def test_rows_for_the_doctor():
+    def found(shape, estimate, scratch=0, waves=2, mca=1):
+        cost = amd_loops.ShapeCost(0, 0, 0, mca, estimate, waves, 1)
+        taken = rank_amd.Resources(100, scratch // 4, scratch, 0, 0)
+        return rank_amd.Ranked(rank_amd._shapes(shape)[0], taken, cost)
+
+    rows = [
+        found((128, 64, 4, 0, 1), 10, scratch=4),
+        found((256, 64, 4, 0, 1), 11, waves=0),
+        found((64, 64, 4, 2, 1), 12),
+        # the same tile and warps
+        found((64, 64, 4, 0, 1), 13),
+        found((64, 64, 8, 0, 1), 14),
+        # mca takes longer
+        found((64, 16, 4, 1, 2), 14, mca=2),
+    ]
+    row = rank_amd.top_row(
+        rank_amd.Case("gfx942", "dq", 64), rank_amd.order(list(reversed(rows))), 2
+    )
+    assert row == '    ("gfx942", "dq", 64): ((64, 64, 4, 1, 2), (64, 64, 8, 1, 0)),'

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from flame.base.errors import UsageError
-from flame.data import load_documents, load_tokenizer, tokenize
 from flame.data import train_tokenizer as command
+from flame.data.text import load_documents
+from flame.data.tokenizer import load_tokenizer
+from flame.data.tokens import tokenize
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = load_documents("python-docs")

@@ -16,8 +16,8 @@ from flame.analysis.lengths import training_length
 from flame.base.errors import UsageError
 from flame.checkpoints.huggingface import dcp_to_hf
 from flame.checkpoints.step_folder import describe_failure, is_complete
-from flame.data import load_tokenizer
 from flame.data.bos import for_inference
+from flame.data.tokenizer import load_tokenizer
 from flame.models import SoftpickTransformerConfig, normalizer_of, read_config
 from flame.models.attention import IMPLEMENTATIONS
 from flame.models.loading import READING_ERRORS, load_model, unreadable

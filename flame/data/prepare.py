@@ -1,5 +1,11 @@
 """``python -m flame.data.prepare``: text to a folder of token files that training maps into memory."""
 
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
+
+if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
+
 import argparse
 import hashlib
 import json
@@ -307,4 +313,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

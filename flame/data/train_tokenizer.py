@@ -1,5 +1,11 @@
 """``python -m flame.data.train_tokenizer``: a byte-level BPE tokenizer from text."""
 
+from flame.base.stop_signals import end_at_interrupt, raise_at_interrupt
+
+if __name__ == "__main__":
+    # before the other imports, which take seconds
+    end_at_interrupt()
+
 import argparse
 import os
 import shutil
@@ -134,4 +140,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     main()

@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flame.base.errors import UsageError
 from flame.config.sections import JobConfig
-from flame.data import RunData, load_tokenizer, open_data
+from flame.data.run_data import RunData, open_data
+from flame.data.tokenizer import load_tokenizer
 from flame.models import SoftpickTransformerConfig, read_config, require_device
 from flame.models.linear_loss import linear_loss
 from flame.run.check_layout import check_layout

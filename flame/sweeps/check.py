@@ -20,8 +20,8 @@ from flame.base.errors import UsageError
 from flame.base.folder_lock import wait_until_free
 from flame.checkpoints.checkpointer import check_start
 from flame.config.sections import JobConfig
-from flame.data import open_data
 from flame.data.bos import for_inference
+from flame.data.run_data import open_data
 from flame.models import SoftpickTransformerConfig, SoftpickTransformerForCausalLM, read_config
 from flame.run.fingerprint import CONFIG_FILE, RUN_FILE, fingerprint, require_same_run, set_bos
 from flame.run.inputs import read_model, read_tokenizer, set_precision

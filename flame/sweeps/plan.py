@@ -329,14 +329,16 @@ def _check_base(sweep: Sweep, config: JobConfig) -> None:
 
 def _analyze(file: Path, content: dict[str, Any]) -> Analyze:
     table = _Table(file, "[analyze]", content)
-    positive = "integers of at least 1"
     found = Analyze(
         data=table.take("data", "a text file, a folder or a folder of token files", _is_text),
         held_out=table.take("held_out", "true or false", _is_switch, False),
-        lengths=table.numbers("lengths", positive, _is_integer(1), ()),
+        # a sequence of one token attends to itself alone
+        lengths=table.numbers("lengths", "integers of at least 2", _is_integer(2), ()),
         samples=table.take("samples", "an integer of at least 1", _is_integer(1), None),
         bits=table.numbers("bits", f"some of {BITS}", lambda x: x in BITS, ()),
-        passkey_lengths=table.numbers("passkey_lengths", positive, _is_integer(1), ()),
+        passkey_lengths=table.numbers(
+            "passkey_lengths", "integers of at least 1", _is_integer(1), ()
+        ),
         interventions=table.take("interventions", "true or false", _is_switch, False),
     )
     table.end()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from flame.base.tensors import local_tensor
-from flame.data import IGNORE_INDEX
+from flame.data.batches import IGNORE_INDEX
 from flame.measure.while_training import Observer, observe
 from flame.models import normalizer_of
 from flame.titan.mesh import Layout

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flame.base.tensors import full_tensor
-from flame.data import StreamLoader
+from flame.data.stream import StreamLoader
 from flame.training.stop_request import StopRequest
 
 Microbatch = tuple[dict[str, torch.Tensor], torch.Tensor]

@@ -17,7 +17,9 @@ from flame.base.tensors import local_tensor
 from flame.checkpoints.checkpointer import Checkpointer
 from flame.checkpoints.step_folder import newest_checkpoint
 from flame.config.sections import JobConfig
-from flame.data import IGNORE_INDEX, StreamLoader, TokenLoader
+from flame.data.batches import IGNORE_INDEX
+from flame.data.loader import TokenLoader
+from flame.data.stream import StreamLoader
 from flame.models.linear_loss import linear_loss
 from flame.run.export import export_model
 from flame.run.inputs import RunInputs

@@ -17,8 +17,8 @@ from flame.analysis.records import Recorder, read_records
 from flame.analysis.samples import read_samples
 from flame.base.errors import UsageError
 from flame.config.sections import DataSource
-from flame.data import load_tokenizer
 from flame.data.prepare import prepare
+from flame.data.tokenizer import load_tokenizer
 from flame.models import read_config
 
 

@@ -16,7 +16,7 @@ from flame.analysis.report import answers, html, markdown, tables
 from flame.analysis.report.maps import heat_map, level
 from flame.analysis.report.svg import Axis, Line, line_chart
 from flame.config.sections import JobConfig, Training
-from flame.data import load_tokenizer
+from flame.data.tokenizer import load_tokenizer
 from flame.models import read_config
 from flame.run.fingerprint import fingerprint
 

@@ -9,7 +9,7 @@ import torch
 
 from flame.analysis import flags
 from flame.base.errors import UsageError
-from flame.data import open_data
+from flame.data.run_data import open_data
 from flame.run.inputs import read_model, read_tokenizer
 from flame.sweeps import check
 from flame.sweeps.cost import estimate, require_disk

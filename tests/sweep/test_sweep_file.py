@@ -105,6 +105,11 @@ def test_runs_of_a_file(write, tmp_path):
             "[base]: checkpoint.enable_checkpoint must be true, its default, in a sweep, got false",
         ),
         ("model.config = ", "model.tokenizer_path = ", "[base]: model.config must name the JSON"),
+        (
+            "[analyze]",
+            "[analyze]\nlengths = [1]",
+            "[analyze]: lengths must be a list, without repetition, of integers of at least 2, got [1]",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(write, old, new, words):
@@ -130,7 +135,6 @@ def test_a_mistake_in_the_file_is_one_line(write, old, new, words):
             "[analyze]\nlengths = [32, 1024]",
             "must be at most max_position_embeddings 512",
         ),
-        ("[analyze]", "[analyze]\nlengths = [1]", "[analyze]: --lengths must be at least 2, got 1"),
     ],
 )
 def test_a_mistake_in_an_arm_is_one_line(write, tmp_path, old, new, words):

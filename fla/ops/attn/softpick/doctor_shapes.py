@@ -1,4 +1,8 @@
-"""Tries launch shapes other than those of the table, for `doctor.py`: bfloat16, softpick, one kernel at a time."""
+"""Tries launch shapes other than those of the table, for `doctor.py`: bfloat16, softpick, one kernel at a time.
+
+On AMD the other shapes of forward, dq and dkv are the three best ranked without a card (`RANKED`). Those of decoding
+and of NVIDIA cards are chosen by hand.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,46 +32,32 @@ LENGTH = 4096
 # a shape counts as faster from this ratio on; repeated medians differ by less
 LEAST_GAIN = 1.03
 
-
-# The launch shapes tried besides the table's: entry of `launch_shapes.TABLE` -> (kernel, head dimension) -> shapes.
-# One list serves all AMD cards; none of it has been timed. benchmarks/rank_amd.py ranks shapes for one card.
-_AMD: dict[tuple[str, int], tuple[KernelShape, ...]] = {
-    ("fwd", 64): (
-        LaunchShape(128, 64, 4, 1),
-        LaunchShape(128, 64, 4, 1, waves_per_eu=2),
-        LaunchShape(128, 64, 8, 1),
-        LaunchShape(128, 32, 4, 1),
-    ),
-    ("fwd", 128): (
-        LaunchShape(128, 64, 8, 1),
-        LaunchShape(128, 64, 4, 1, waves_per_eu=2),
-        LaunchShape(128, 32, 4, 1),
-        LaunchShape(128, 64, 8, 1, waves_per_eu=2),
-    ),
-    ("dq", 64): (
-        LaunchShape(64, 64, 4, 1),
-        LaunchShape(128, 64, 4, 1),
-        LaunchShape(128, 64, 8, 1),
-        LaunchShape(64, 32, 4, 1),
-    ),
-    ("dq", 128): (
-        LaunchShape(64, 32, 4, 1),
-        LaunchShape(128, 64, 8, 1),
-        LaunchShape(128, 32, 8, 1),
-        LaunchShape(64, 16, 4, 1),
-    ),
-    ("dkv", 64): (
-        LaunchShape(64, 32, 4, 1),
-        LaunchShape(128, 32, 4, 1),
-        LaunchShape(128, 32, 8, 1),
-        LaunchShape(64, 64, 4, 1),
-    ),
-    ("dkv", 128): (
-        LaunchShape(64, 32, 4, 1),
-        LaunchShape(128, 32, 4, 1, waves_per_eu=1),
-        LaunchShape(128, 32, 8, 1),
-        LaunchShape(64, 16, 4, 1),
-    ),
+# The launch shapes that `benchmarks/rank_amd.py --top 3` estimates to be the fastest that fit, with Triton 3.9.0 and LLVM
+# 22.1.8; none was timed. A tile with its warps comes once, with its best waves_per_eu.
+# (card, kernel, head dimension) -> (BT, BS, num_warps, num_stages, waves_per_eu or 0)
+RANKED: dict[tuple[str, str, int], tuple[tuple[int, int, int, int, int], ...]] = {
+    ("gfx90a", "fwd", 64): ((128, 64, 4, 1, 0), (128, 32, 4, 1, 0), (64, 64, 4, 1, 2)),
+    ("gfx90a", "fwd", 128): ((64, 64, 4, 1, 2), (128, 64, 8, 1, 2), (128, 32, 4, 1, 0)),
+    ("gfx90a", "dq", 64): ((128, 64, 4, 1, 1), (128, 32, 4, 1, 1), (64, 64, 4, 1, 1)),
+    ("gfx90a", "dq", 128): ((128, 32, 4, 1, 0), (128, 64, 8, 1, 0), (128, 32, 8, 1, 0)),
+    ("gfx90a", "dkv", 64): ((128, 64, 8, 1, 0), (128, 16, 4, 1, 1), (64, 64, 4, 1, 1)),
+    ("gfx90a", "dkv", 128): ((128, 32, 8, 1, 2), (64, 16, 4, 1, 0), (64, 32, 4, 1, 0)),
+    ("gfx942", "fwd", 64): ((128, 64, 4, 1, 0), (64, 64, 4, 1, 0), (128, 32, 4, 1, 2)),
+    ("gfx942", "fwd", 128): ((128, 32, 4, 1, 1), (128, 64, 8, 1, 0), (64, 64, 4, 1, 0)),
+    ("gfx942", "dq", 64): ((128, 32, 4, 1, 1), (64, 64, 4, 1, 2), (128, 64, 8, 1, 2)),
+    ("gfx942", "dq", 128): ((128, 64, 8, 1, 2), (128, 16, 4, 1, 1), (128, 32, 8, 1, 2)),
+    ("gfx942", "dkv", 64): ((64, 64, 4, 1, 1), (128, 32, 4, 1, 1), (128, 64, 8, 1, 0)),
+    ("gfx942", "dkv", 128): ((128, 32, 8, 1, 2), (128, 64, 4, 1, 1), (128, 16, 8, 1, 2)),
+    ("gfx950", "fwd", 64): ((128, 64, 8, 1, 0), (128, 64, 4, 1, 2), (64, 64, 4, 1, 0)),
+    ("gfx950", "fwd", 128): ((128, 64, 8, 1, 2), (128, 32, 4, 1, 2), (64, 64, 4, 1, 0)),
+    ("gfx950", "dq", 64): ((128, 64, 4, 1, 0), (128, 64, 8, 1, 2), (64, 64, 4, 1, 0)),
+    ("gfx950", "dq", 128): ((128, 64, 8, 1, 2), (128, 32, 4, 1, 2), (64, 64, 4, 1, 2)),
+    ("gfx950", "dkv", 64): ((128, 32, 4, 1, 1), (64, 64, 4, 1, 2), (128, 64, 8, 1, 2)),
+    ("gfx950", "dkv", 128): ((128, 32, 8, 1, 2), (64, 32, 4, 1, 0), (128, 64, 4, 1, 0)),
+}  # fmt: skip
+# (kernel, head dimension) -> neighbours of the table's shape, chosen by hand: the ranking knows neither NVIDIA's cards
+# nor decoding, which waits for memory.
+_AMD_DECODING: dict[tuple[str, int], tuple[KernelShape, ...]] = {
     ("decode", 64): (
         DecodeShape(4, 16, 64, 4, 1),
         DecodeShape(3, 16, 32, 4, 1),
@@ -105,7 +95,21 @@ _NVIDIA: dict[tuple[str, int], tuple[KernelShape, ...]] = {
         DecodeShape(3, 16, 32, 4, 2),
     ),
 }
-CANDIDATES = {name: _AMD if name.startswith("gfx") else _NVIDIA for name in launch_shapes.TABLE}
+
+
+def _candidates(entry: str) -> dict[tuple[str, int], tuple[KernelShape, ...]]:
+    if entry.startswith("sm"):
+        return _NVIDIA
+    ranked = {
+        (kernel, D): tuple(LaunchShape(*x[:4], waves_per_eu=x[4] or None) for x in rows)
+        for (card, kernel, D), rows in RANKED.items()
+        if card == entry
+    }
+    return ranked | _AMD_DECODING
+
+
+# The shapes tried besides the table's: entry of `launch_shapes.TABLE` -> (kernel, head dimension) -> shapes
+CANDIDATES = {entry: _candidates(entry) for entry in launch_shapes.TABLE}
 
 
 class _Nothing:
