@@ -164,6 +164,7 @@ API: dict[str, Any] = {
     "named_arrive": lambda number, threads: memory.named(number, threads, False),
     "named_sync": lambda number, threads: memory.named(number, threads, True),
     "pass_turn": memory.pass_turn,
+    "program_index": lambda: current.worker.program.index,
     "tma_add": memory.tma_add,
     "tma_load": memory.tma_load,
     "tma_store": memory.tma_store,

@@ -29,6 +29,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     mbarrier,
     named_arrive,
     named_sync,
+    program_index,
     tma_load,
     tma_store,
     tma_store_wait,
@@ -54,12 +55,13 @@ def producer(
     q_s, k_s, v_s, _ = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, done = barriers
     _, n_units, _, _, _, G, _, _, _, W = work
+    i_program = program_index()
     n = 0
     w = 0
     n_tails = 0
     # one loop for both rounds, as the warp has few registers
     for i_round in range(2 if HAS_CHECK else 1):
-        i_first = gl.program_id(0)
+        i_first = i_program
         if HAS_CHECK:
             if i_round == 1:
                 mbarrier.wait(done.index(0), 0)
@@ -243,6 +245,17 @@ def attend(
 
 
 @gluon.jit
+def store_masked_rows(p, stride, x_s, m_t, D: gl.constexpr, BD: gl.constexpr):
+    """Copies the rows of x_s [64, BD] in shared memory, where m_t [64] is True, to p without TMA."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, BD, gl.SliceLayout(0, LAYOUT))
+    m_t = gl.convert_layout(m_t, gl.SliceLayout(1, LAYOUT))
+    p += rows[:, None] * stride + columns[None, :]
+    gl.store(p, x_s.load(LAYOUT), mask=m_t[:, None] & (columns < D)[None, :])
+
+
+@gluon.jit
 def compute_units(
     o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale, n, w, n_tails,
     C: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr,
@@ -256,13 +269,13 @@ def compute_units(
     the flagged units again, and stores the rows with a lse of NaN.
     """
     _, n_units, _, _, HQ, _, _, T_max, _, _ = work
+    i_program = program_index()
     so_b, so_t, so_h = so
     o_s = memory[3].index(C)
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     rows = gl.arange(0, 64, gl.SliceLayout(1, O_L))
-    columns = gl.arange(0, BD, gl.SliceLayout(0, O_L))
     any_failed = 0
-    for i in range(gl.program_id(0), n_units, gl.num_programs(0)):
+    for i in range(i_program, n_units, gl.num_programs(0)):
         is_due = True
         if IS_REDO:
             is_due = is_flagged(flags, i, NUM_WG)
@@ -299,17 +312,15 @@ def compute_units(
             gl.store(p_lse, b_lse, mask=m_t)
             # n <= d, so where the denominator is 0 the numerators are too
             b_o = b_o * (1.0 / gl.where(b_z == 0, 1.0, b_z))[:, None]
-            b_o = b_o.to(o_s.dtype)
+            tma_store_wait(0)
+            o_s.reshape([64, BD]).store(b_o.to(o_s.dtype))
             if is_whole:
-                tma_store_wait(0)
-                o_s.reshape([64, BD]).store(b_o)
                 fence_async_shared()
                 tma_store(o_desc, [i_b, bos + i_t + C * 64, i_hq, 0], o_s)
             else:
                 i_o = tl.cast(i_b, tl.int64) * so_b + tl.cast(i_hq, tl.int64) * so_h
                 i_o += tl.cast(bos + i_t + C * 64, tl.int64) * so_t
-                p_o = o + i_o + (rows[:, None] * so_t + columns[None, :])
-                gl.store(p_o, b_o, mask=m_t[:, None] & (columns < D)[None, :])
+                store_masked_rows(o + i_o, so_t, o_s.reshape([64, BD]), m_t, D, BD)
     return n, w, n_tails, any_failed
 
 
@@ -336,12 +347,12 @@ def consumer(
     )  # fmt: skip
     if HAS_CHECK:
         done = barriers[8].index(0)
-        i_program = work[1] + gl.program_id(0)
-        gl.store(flags + i_program * NUM_WG + C, any_failed)
+        i_flag = work[1] + program_index()
+        gl.store(flags + i_flag * NUM_WG + C, any_failed)
         group_barrier()
         mbarrier.arrive(done, count=1)
         mbarrier.wait(done, 0)
-        if is_flagged(flags, i_program, NUM_WG):
+        if is_flagged(flags, i_flag, NUM_WG):
             compute_units(
                 o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale, n, w, n_tails,
                 C, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
