@@ -33,7 +33,9 @@ PLAIN = {"cu_seqlens": None, "window_size": None, "sink_bias": None, "head_first
 BOUNDS = torch.tensor([0, 0, 1, 64, 130, 131, 330, 400], dtype=torch.int32)
 
 
-def launch(inputs, *, normalizer, safe=True, shape=None, scale=None, seed=0, faults=None, **options):
+def launch(
+    inputs, *, normalizer, safe=True, shape=None, scale=None, seed=0, faults=None, **options
+):
     """o and the natural lse; three programs, so that each has several units."""
     module = forward
     if not IS_HOPPER:

@@ -31,9 +31,7 @@ from fla.ops.attn.softpick.tiles import empty_rows, strides_bth, tiles_of
 L2_BYTES = 2**25
 
 
-@gluon.jit(
-    do_not_specialize=["n_units", "NT", "BH", "HQ", "G", "GROUP", "T_max", "S_max", "W"]
-)
+@gluon.jit(do_not_specialize=["n_units", "NT", "BH", "HQ", "G", "GROUP", "T_max", "S_max", "W"])
 def hopper_normalized_attn_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, o, so, lse, sink_bias, flags, scale,
     tiles, n_units, NT, BH, HQ, G, GROUP, T_max, S_max, W,

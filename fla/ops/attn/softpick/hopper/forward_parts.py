@@ -44,9 +44,7 @@ def query_unit(i, work, BM: gl.constexpr, IS_VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def unit_tiles(
-    i_t, T, S, W, BM: gl.constexpr, BN: gl.constexpr, HAS_WINDOW: gl.constexpr
-):
+def unit_tiles(i_t, T, S, W, BM: gl.constexpr, BN: gl.constexpr, HAS_WINDOW: gl.constexpr):
     """First and one past the last tile that some query of the unit sees."""
     keys = key_tile_bounds(i_t, T, S, W, BM, BN, HAS_WINDOW)
     return keys.first // BN, (keys.end + BN - 1) // BN

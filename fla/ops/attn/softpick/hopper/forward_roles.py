@@ -62,14 +62,14 @@ def producer(
     # one loop for both rounds, as the warp has few registers
     for i_round in range(2 if HAS_CHECK else 1):
         i_first = i_program
-        if HAS_CHECK:
+        if HAS_CHECK:  # noqa: SIM102
             if i_round == 1:
                 mbarrier.wait(done.index(0), 0)
                 if not is_flagged(flags, n_units + i_first, NUM_WG):
                     i_first = n_units
         for i in range(i_first, n_units, gl.num_programs(0)):
             is_due = True
-            if HAS_CHECK:
+            if HAS_CHECK:  # noqa: SIM102
                 if i_round == 1:
                     is_due = is_flagged(flags, i, NUM_WG)
             if is_due:
@@ -181,7 +181,7 @@ def attend(
     b_r = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
     if PINGPONG:
         named_arrive(10 - C, 256)
-    if IS_VARLEN and C == NUM_WG - 1:
+    if IS_VARLEN and C == NUM_WG - 1:  # noqa: SIM102  # decided at compile time, the next one is not
         if end * BN > S:
             v = v_s.index(n % VST).reshape([BN, BD])
             clear_tail(v, S - (end - 1) * BN, barriers, v_full.index(n % VST), n_tails, BN, BD)
