@@ -1,6 +1,7 @@
 """The forward kernel for Hopper against float64: on an sm_90 GPU compiled, elsewhere in the simulator."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from numerics import (
     poisoned_memory,
 )
 
-from fla.ops.attn.softpick import naive_normalized_attn
+from fla.ops.attn.softpick import kernel_choice, naive_normalized_attn
 from fla.ops.attn.softpick.hopper import forward
 from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, select_forward_shape
 
@@ -56,6 +57,7 @@ def check(inputs, *, normalizer, safe=True, shape=None, seed=0, faults=None, **o
     options = PLAIN | options
     eager = naive_normalized_attn(*inputs[:3], normalizer=normalizer, safe=safe, **options)
     gold = by_formula(inputs, normalizer, **options)
+    assert isinstance(eager, torch.Tensor)
     assert_no_worse_than_eager("o", o, eager, gold.values["o"], gold.sizes["o"])
     torch.testing.assert_close(lse.double(), gold.log_z, rtol=1e-6, atol=1e-5)
     assert o.is_contiguous()
@@ -121,7 +123,8 @@ def test_head_first():
 def test_strided_inputs():
     inputs = drawn(100, 64, HQ=2)
     wide = torch.cat([*inputs[:3]], dim=2)
-    views = Inputs(*wide.split(2, dim=2), inputs.do)
+    q, k, v = wide.split(2, dim=2)
+    views = Inputs(q, k, v, inputs.do)
     assert not views.q.is_contiguous()
     o, _ = launch(views, normalizer="softpick")
     torch.testing.assert_close(o, launch(inputs, normalizer="softpick")[0], rtol=0, atol=0)
@@ -156,7 +159,7 @@ def test_range_with_everything():
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_nan_stays_in_its_sequence(name):
-    inputs, options = drawn(400, 64), {"cu_seqlens": BOUNDS.to(DEVICE)}
+    inputs, options = drawn(400, 64), dict[str, Any](cu_seqlens=BOUNDS.to(DEVICE))
     clean = launch(inputs, normalizer="softpick", **options)
     getattr(inputs, name)[0, 131] = float("nan")
     spoiled = launch(inputs, normalizer="softpick", **options)
@@ -189,6 +192,16 @@ def test_unaligned_rows_are_refused():
     wide = torch.zeros(1, 10, 1, 68, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(NotImplementedError, match="multiples of 16 bytes"):
         launch(inputs._replace(k=wide[..., :64]), normalizer="softpick")
+
+
+def test_operators_choose_no_kernel_that_never_ran(monkeypatch, capsys):
+    kernel_choice.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert not any("Gluon" in line for line in printed[:-1])
+    assert printed[-1].endswith("not enabled: fwd")
+    monkeypatch.setattr(kernel_choice, "ENABLED_ON_HOPPER", frozenset({"fwd"}))
+    served = {x[:4] for x in kernel_choice.choices() if x[4] == "Gluon"}
+    assert served == {("sm_90", "fwd", "bfloat16, float16", f"up to {D}") for D in (64, 128)}
 
 
 FAULTS = {

@@ -10,7 +10,7 @@ README.md has the roles, the barriers and why nothing waits for ever. Legend: `f
 
 # Triton's annotations refuse what its compiler accepts: an int for a constexpr, a loop over gl.static_range.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import triton.language as tl
 
@@ -220,7 +220,7 @@ def attend(
             b_n, b_d, b_m, b_f = tile_terms(
                 b_r, b_m, o_q, i_k, scale, W, NORMALIZER, HAS_WINDOW, PHASE != 1, IS_SHIFTED, S_L
             )
-            # before new weights: with those of two tiles live, ptxas would run one product at a time (C7512)
+            # before new weights: the product reads the last ones from the registers that these take
             b_o = warpgroup_mma_wait(0, [b_o])
             mbarrier.arrive(v_empty.index(last), count=1)
             if IS_SHIFTED:

@@ -52,15 +52,29 @@ def select_forward_shape(D: int, S: int) -> ForwardShape:
     return next(shape for longest, shape in rows if longest >= S)
 
 
-def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool) -> str | None:
-    """Why the Hopper kernels do not take these inputs, or None if they do."""
-    if architecture(q.device.index) != "sm_90":
-        return f"a GPU of architecture sm_90, got {architecture(q.device.index)}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"float16 or bfloat16, got {q.dtype}"
-    K, V = q.shape[-1], v.shape[-1]
+def refusal_of_kind(row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
+    """What the Hopper kernels would need, or None if they take this.
+
+    Args:
+        row: Architecture, a key of `launch_shapes.TABLE`.
+        dtype: Of queries, keys and values.
+        K: Head dimension of queries and keys.
+        V: Head dimension of values.
+    """
+    if row != "sm_90":
+        return f"a GPU of architecture sm_90, got {row}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 or bfloat16, got {dtype}"
     if K != V or K % 16 or not 0 < K <= MAX_HEAD_DIM:
         return f"K = V, a multiple of 16 up to {MAX_HEAD_DIM}, got K = {K} and V = {V}"
+    return None
+
+
+def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool) -> str | None:
+    """What the Hopper kernels would need, or None if they take these inputs."""
+    row = architecture(q.device.index)
+    if reason := refusal_of_kind(row, q.dtype, q.shape[-1], v.shape[-1]):
+        return reason
     for name, x in ("q", q), ("k", k), ("v", v):
         if x.numel() == 0:
             return f"{name} with at least one element"
