@@ -1,6 +1,7 @@
 """The forward kernel for Hopper against float64: on an sm_90 GPU compiled, elsewhere in the simulator."""
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from numerics import (
     draw,
     each_normalizer,
     poisoned_memory,
+    with_slow,
 )
 
-from fla.ops.attn.softpick import kernel_choice, naive_normalized_attn
+from fla.ops.attn.softpick import NORMALIZERS, kernel_choice, naive_normalized_attn
 from fla.ops.attn.softpick.hopper import forward
 from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, select_forward_shape
 
@@ -137,11 +139,13 @@ def overflowing(T, D, **sizes) -> Inputs:
     return inputs
 
 
-@each_shape
-@each_normalizer
-def test_rows_that_leave_the_range(normalizer, D, shape):
-    if normalizer not in ("softpick", "softmax") and shape is not select_forward_shape(64, 2048):
-        pytest.skip("of the others one configuration")
+@pytest.mark.parametrize(
+    ("normalizer", "name"),
+    [(x, name) for x in ("softpick", "softmax") for name in SHAPES]
+    + [(x, "64-3x64") for x in NORMALIZERS if x not in ("softpick", "softmax")],
+)
+def test_rows_that_leave_the_range(normalizer, name):
+    D, shape = SHAPES[name]
     inputs = overflowing(260, D, HQ=2)
     o, lse = check(inputs, normalizer=normalizer, shape=shape)
     unsafe, unsafe_lse = launch(inputs, normalizer=normalizer, safe=False, shape=shape)
@@ -155,6 +159,33 @@ def test_range_with_everything():
     sink_bias = torch.tensor([0.5, 120.0], device=DEVICE)
     options = {"cu_seqlens": BOUNDS.to(DEVICE), "window_size": 100, "sink_bias": sink_bias}
     check(overflowing(400, 64, HQ=2, H=1), normalizer="softpick", **options)
+
+
+@pytest.mark.parametrize("seed", with_slow(range(60), range(6)))
+def test_random_cases(seed):
+    pick = random.Random(seed).choice
+    D, shape = pick(list(SHAPES.values()))
+    H, G, head_first, is_packed = (
+        pick((1, 2)),
+        pick((1, 3)),
+        pick((False, True)),
+        pick((False, True)),
+    )
+    T = 400 if is_packed else pick((1, 64, 100, 127, 192, 257))
+    sizes: dict[str, Any] = {"HQ": H * G, "H": H, "head_first": head_first}
+    if not is_packed:
+        sizes |= {"B": pick((1, 2)), "S": T + pick((0, 0, 1, 64, 150))}
+    sink_bias = torch.linspace(-3, 3, H * G, device=DEVICE) if pick((False, True)) else None
+    options = {"cu_seqlens": BOUNDS.to(DEVICE) if is_packed else None, "sink_bias": sink_bias}
+    options |= {"window_size": pick((None, None, 1, 50, 64, 200)), "head_first": head_first}
+    dtype = pick((torch.float16, torch.bfloat16, torch.bfloat16))
+    inputs = drawn(T, pick((D, D, D - 16)), dtype=dtype, **sizes)
+    if is_large := pick((False, True)):
+        # float16 could not hold larger queries
+        rows = inputs.q if head_first else inputs.q.transpose(1, 2)
+        rows[:, :, T // 2 :: 7] *= 60 if dtype == torch.bfloat16 else 8
+    safe = is_large or pick((False, True))
+    check(inputs, normalizer=pick(list(NORMALIZERS)), safe=safe, shape=shape, seed=seed, **options)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
