@@ -25,6 +25,7 @@ setup(
     packages=[
         "fla.ops.attn",
         "fla.ops.attn.softpick",
+        "fla.ops.attn.softpick.hopper",
         *find_packages(include=["flame", "flame.*"]),
     ],
     install_requires=[

@@ -80,6 +80,8 @@ _COMPUTING = (
     "test_attention_stats",
     "test_compile",
     "test_data",
+    "test_gluon",
+    "test_hopper",
     "test_miniature_text",
     "test_rooms",
 )

@@ -1,0 +1,147 @@
+"""Gluon as the Hopper kernels use it: the one module that knows how Triton 3.6 to 3.9 differ.
+
+Kernels take every name below from here, and write no PTX themselves. So `tests/gluon_simulator.py` can run their
+Python with its own versions of these names. What differs between the versions of Triton:
+
+    TMA copies         3.6 has `async_copy_global_to_shared` and `async_copy_shared_to_global`, 3.9 has `async_load`
+                       and `async_store`, 3.7 and 3.8 have both
+    TMA additions      `async_atomic_add` from 3.8 on; the compiler of 3.6 has them under no name of Gluon
+    group barrier      `thread_barrier` in 3.6, `barrier` later
+"""
+
+# Triton's annotations refuse what its compiler accepts: an int for a constexpr, arguments of builtins.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = [
+    "TensorDescriptor",
+    "allocate_barriers",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "group_barrier",
+    "mbarrier",
+    "named_arrive",
+    "named_sync",
+    "pass_turn",
+    "program_index",
+    "tma_add",
+    "tma_load",
+    "tma_store",
+    "tma_store_wait",
+    "wait_turn",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+if hasattr(tma, "async_load"):
+    # (descriptor, coordinates, barrier, shared memory), (descriptor, coordinates, shared memory)
+    tma_load, tma_store = tma.async_load, tma.async_store
+else:
+    tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
+# (number of copies and additions of this warp that may still read shared memory)
+tma_store_wait = tma.store_wait
+
+# makes all threads of a partition wait for each other
+group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+if hasattr(tma, "async_atomic_add"):
+    tma_add = tma.async_atomic_add
+else:
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """Adds src, float32 in shared memory, to a block in global memory."""
+        at = _semantic._convert_to_ir_values(coord, require_i64=False)
+        kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, at, src.handle)
+
+
+@gluon.jit
+def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N mbarriers that COUNT arrivals complete. Other threads may use them after `fence_async_shared`."""
+    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def program_index():
+    """The number of the program, read again at each call: ptxas keeps that of gl.program_id in local memory."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def named_sync(BARRIER: gl.constexpr, THREADS: gl.constexpr):
+    """Waits at a hardware barrier until THREADS threads, these included, have come to it. Triton uses the low numbers."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.b32 $0, 0;", "=r,n,n", [BARRIER, THREADS], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def named_arrive(BARRIER: gl.constexpr, THREADS: gl.constexpr):
+    """Comes to a hardware barrier without waiting."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.b32 $0, 0;", "=r,n,n", [BARRIER, THREADS], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def wait_turn(p, turn):
+    """Waits until the counter at p, int32 in global memory, has reached turn, then sees what came before that.
+
+    Traps after 2**22 looks, since a counter that no program raises would keep the GPU busy for ever.
+    """
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 value, looks;
+        mov.u32 looks, 0;
+        look: ld.acquire.gpu.global.u32 value, [$1];
+        setp.ge.u32 p, value, $2;
+        @p bra done;
+        add.u32 looks, looks, 1;
+        setp.lt.u32 p, looks, 4194304;
+        @p bra look;
+        trap;
+        done: fence.proxy.async;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r", [p, turn], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pass_turn(p):
+    """Adds 1 to the counter at p once all TMA stores and additions of this warp are in global memory. For one warp."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 lane;
+        cp.async.bulk.wait_group 0;
+        fence.proxy.async;
+        bar.warp.sync 0xffffffff;
+        mov.u32 lane, %laneid;
+        setp.eq.u32 p, lane, 0;
+        fence.acq_rel.gpu;
+        @p red.release.gpu.global.add.u32 [$1], 1;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l", [p], gl.int32, False, 1,
+    )  # fmt: skip
