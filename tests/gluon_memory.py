@@ -252,6 +252,17 @@ def pass_turn(p):
     switch()
 
 
+def trap_without_progress(progress):
+    # a deadlock is found by the machine
+    switch(lambda: int(progress.data) == -1, lambda: f"progress, now {int(progress.data)}")
+
+
+def zero_rows(tile, first):
+    x = tile.data.clone()
+    x[:, first:] = 0
+    tile.store(x)
+
+
 class Pointer:
     """A tensor in global memory and an offset, or a tensor of offsets, in elements."""
 

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -29,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 __all__ = [
     "TensorDescriptor",
     "allocate_barriers",
+    "copysign",
     "fence_async_shared",
     "gl",
     "gluon",
@@ -37,13 +39,17 @@ __all__ = [
     "named_arrive",
     "named_sync",
     "pass_turn",
+    "report_progress",
     "tma_add",
     "tma_load",
     "tma_store",
     "tma_store_wait",
+    "trap_without_progress",
     "wait_turn",
     "warpgroup_mma",
+    "warpgroup_mma_init",
     "warpgroup_mma_wait",
+    "zero_rows",
 ]
 
 if hasattr(tma, "async_load"):
@@ -138,3 +144,56 @@ def pass_turn(p):
         }""",
         "=r,l", [p], gl.int32, False, 1,
     )  # fmt: skip
+
+
+@gluon.jit
+def copysign(b_x, b_sign):
+    """b_x, which is not negative, with the sign bit of b_sign; one instruction."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;", "=r,r,r", [b_x, b_sign], gl.float32, True, 1
+    )
+
+
+@gluon.jit
+def report_progress(progress, value):
+    """Stores value in progress, int32 [1] in shared memory, for `trap_without_progress`."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    progress.store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def trap_without_progress(progress):
+    """Watches progress, int32 [1] in shared memory that starts at 0, until it is -1. For one warp.
+
+    Traps when it stays the same for 2**21 looks, more than a second. So no wait of the program is without an end: not
+    at its mbarriers either, whose own loop has no bound.
+    """
+    last = 0
+    looks = 0
+    while last >= 0:
+        value = gl.max(progress.load(gl.BlockedLayout([1], [32], [1], [0])), 0)
+        looks = gl.where(value == last, looks + 1, 0)
+        last = value
+        # sleeps about a microsecond
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ge.u32 p, $1, 2097152; @p trap; nanosleep.u32 500; mov.b32 $0, 0; }",
+            "=r,r", [looks], gl.int32, False, 1,
+        )  # fmt: skip
+        # or the compiler would look once
+        fence_async_shared()
+
+
+@gluon.jit
+def zero_rows(tile, first):
+    """Zeroes the rows from first on of a tile [1, ROWS, 1, D] in shared memory, 16-bit, swizzled by 128 bytes. For one warp."""
+    ROWS: gl.constexpr = tile.shape[1]
+    D: gl.constexpr = tile.shape[3]
+    # the swizzle permutes the 128 bytes of a row, so a row of 64 columns is a row of 32 words
+    words = tile._reinterpret(
+        gl.int32, [D // 64 * ROWS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    )
+    for row in range(first, ROWS):
+        for part in gl.static_range(D // 64):
+            words.index(part * ROWS + row).store(
+                gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+            )
