@@ -164,8 +164,11 @@ API: dict[str, Any] = {
     "mbarrier": types.SimpleNamespace(wait=memory.wait, arrive=memory.arrive, expect=memory.expect),
     "named_arrive": lambda number, threads: memory.named(number, threads, False),
     "named_sync": lambda number, threads: memory.named(number, threads, True),
+    "opaque": lambda x: x,
     "pass_turn": memory.pass_turn,
-    "report_progress": lambda progress, value: progress.store(torch.tensor([value], dtype=torch.int32)),
+    "report_progress": lambda progress, value: progress.store(
+        torch.tensor([value], dtype=torch.int32)
+    ),
     "tma_add": memory.tma_add,
     "tma_load": memory.tma_load,
     "tma_store": memory.tma_store,

@@ -28,6 +28,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     gluon,
     mbarrier,
     named_sync,
+    opaque,
     report_progress,
     tma_store,
     tma_store_wait,
@@ -95,8 +96,9 @@ def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.const
     """[64, 64] of a tile of dq: 64 of its columns where it has 64 queries, else the C-th 64 queries; as a running product."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_dq = gl.zeros([64, 64], gl.float32, layout)
+    zero = opaque(0)
     for c in gl.static_range(2):
-        k = k_s.index(c).reshape([64, D])
+        k = k_s.index(zero + c).reshape([64, D])
         if HALVES == 1:
             k = k.slice(C * 64, 64, 1)
             ds = ds_s.index(i * 2 + c)
@@ -127,7 +129,7 @@ def _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C: gl.constexpr):
 
 @gluon.jit
 def _tile_of_queries(
-    k, v, b_dk, b_dv, k_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+    b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
     n, distance, scale, W, HAS_LAST: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
@@ -146,6 +148,9 @@ def _tile_of_queries(
     q_stage = n % Q_STAGES
     do_stage = n % DO_STAGES
     rows = rows_s.index(q_stage)
+    zero = opaque(0)
+    k = k_s.index(zero + C).reshape([64, D])
+    v = v_s.index(zero + C).reshape([64, D])
     if HAS_LAST:
         b_dq = _dq_product(ds_s, k_s, (n - 1) & 1, C, D, HALVES)
     mbarrier.wait(q_full.index(q_stage), (n // Q_STAGES) & 1)
@@ -229,8 +234,6 @@ def _consumer(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = BQ // 64
     base2_scale = scale * RCP_LN2
-    k = k_s.index(C).reshape([64, D])
-    v = v_s.index(C).reshape([64, D])
     n = 0
     w = 0
     for i in range(gl.program_id(0), n_units, gl.num_programs(0)):
@@ -245,7 +248,7 @@ def _consumer(
         b_dv = gl.zeros([64, D], gl.float32, layout)
         mbarrier.wait(keys_full.index(0), w & 1)
         b_dk, b_dv = _tile_of_queries(
-            k, v, b_dk, b_dv, k_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+            b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
             n, distance, base2_scale, W, False,
             C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
         )  # fmt: skip
@@ -255,7 +258,7 @@ def _consumer(
             if distance < first_distance:
                 distance += count * BQ
             b_dk, b_dv = _tile_of_queries(
-                k, v, b_dk, b_dv, k_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+                b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
                 n, distance, base2_scale, W, True,
                 C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
             )  # fmt: skip

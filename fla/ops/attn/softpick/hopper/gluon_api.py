@@ -6,6 +6,7 @@ Python with its own versions of these names. What differs between the versions o
     TMA copies         3.6 has `async_copy_global_to_shared` and `async_copy_shared_to_global`, 3.9 has `async_load`
                        and `async_store`, 3.7 and 3.8 have both
     TMA additions      `async_atomic_add` from 3.8 on; the compiler of 3.6 has them under no name of Gluon
+    reinterpretation   `_reinterpret` of shared memory before 3.9, `reinterpret` since
     group barrier      `thread_barrier` in 3.6, `barrier` later
 """
 
@@ -38,6 +39,7 @@ __all__ = [
     "mbarrier",
     "named_arrive",
     "named_sync",
+    "opaque",
     "pass_turn",
     "report_progress",
     "tma_add",
@@ -74,6 +76,12 @@ else:
         at = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, at, src.handle)
+
+
+# (shared memory, dtype, shape, layout)
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or (
+    gl.shared_memory_descriptor._reinterpret
+)
 
 
 @gluon.jit
@@ -155,6 +163,15 @@ def copysign(b_x, b_sign):
 
 
 @gluon.jit
+def opaque(x):
+    """x, int32, of which the compiler knows nothing, not even that it is the same in each iteration of a loop.
+
+    An index into shared memory that is opaque keeps the addresses of a loop's products out of registers before it.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
 def report_progress(progress, value):
     """Stores value in progress, int32 [1] in shared memory, for `trap_without_progress`."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -189,9 +206,7 @@ def zero_rows(tile, first):
     ROWS: gl.constexpr = tile.shape[1]
     D: gl.constexpr = tile.shape[3]
     # the swizzle permutes the 128 bytes of a row, so a row of 64 columns is a row of 32 words
-    words = tile._reinterpret(
-        gl.int32, [D // 64 * ROWS, 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )
+    words = reinterpret(tile, gl.int32, [D // 64 * ROWS, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for row in range(first, ROWS):
         for part in gl.static_range(D // 64):
             words.index(part * ROWS + row).store(
