@@ -257,6 +257,10 @@ def trap_without_progress(progress):
     switch(lambda: int(progress.data) == -1, lambda: f"progress, now {int(progress.data)}")
 
 
+def store_scalar(word, x):
+    word.store(torch.tensor([int(x)], dtype=torch.int32))
+
+
 def zero_rows(tile, first):
     x = tile.data.clone()
     x[:, first:] = 0

@@ -161,14 +161,13 @@ API: dict[str, Any] = {
     "gl": _LANGUAGE,
     "gluon": None,
     "group_barrier": _nothing,
+    "load_scalar": lambda word: int(word.load()),
     "mbarrier": types.SimpleNamespace(wait=memory.wait, arrive=memory.arrive, expect=memory.expect),
     "named_arrive": lambda number, threads: memory.named(number, threads, False),
     "named_sync": lambda number, threads: memory.named(number, threads, True),
     "opaque": lambda x: x,
     "pass_turn": memory.pass_turn,
-    "report_progress": lambda progress, value: progress.store(
-        torch.tensor([value], dtype=torch.int32)
-    ),
+    "store_scalar": memory.store_scalar,
     "tma_add": memory.tma_add,
     "tma_load": memory.tma_load,
     "tma_store": memory.tma_store,
@@ -176,7 +175,6 @@ API: dict[str, Any] = {
     "trap_without_progress": memory.trap_without_progress,
     "wait_turn": memory.wait_turn,
     "warpgroup_mma": memory.warpgroup_mma,
-    "warpgroup_mma_init": lambda x: x,
     "warpgroup_mma_wait": memory.warpgroup_mma_wait,
     "zero_rows": memory.zero_rows,
 }

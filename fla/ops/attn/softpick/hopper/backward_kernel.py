@@ -19,22 +19,34 @@ Legend: as in `backward_streams.py`, `backward_terms.py` and `parallel_bwd_dkv.p
 
 import triton.language as tl
 
-from fla.ops.attn.softpick.hopper.backward_streams import BT, loader, unit, writer
+from fla.ops.attn.softpick.hopper.backward_streams import (
+    BATCH,
+    DISTANCE,
+    HEAD,
+    NUM_KEYS,
+    NUM_STEPS,
+    NUM_TILES,
+    ROW,
+    UNIT_WORDS,
+    loader,
+    word,
+    writer,
+)
 from fla.ops.attn.softpick.hopper.backward_terms import grad_from_exponential, signed_exponential
 from fla.ops.attn.softpick.hopper.gluon_api import (
     allocate_barriers,
     fence_async_shared,
     gl,
     gluon,
+    load_scalar,
     mbarrier,
     named_sync,
     opaque,
-    report_progress,
+    store_scalar,
     tma_store,
     tma_store_wait,
     trap_without_progress,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from fla.ops.attn.softpick.normalizers import (
@@ -202,30 +214,30 @@ def _tile_of_queries(
 
 
 @gluon.jit
-def _store_keys(block_s, desc, p, b_x, i_b, i_h, bos, i_t, S, stride_t, stride_h, F: gl.constexpr, D: gl.constexpr, IS_VARLEN: gl.constexpr):  # fmt: skip
-    """Stores the [64, D] gradients of the keys from i_t on, by way of block_s."""
+def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride_h, C: gl.constexpr, F: gl.constexpr, D: gl.constexpr, IS_VARLEN: gl.constexpr):  # fmt: skip
+    """Stores the gradients of the C-th 64 keys of a unit, [64, D], by way of block_s; row is the unit's first one."""
     block_s.reshape([64, D]).store(b_x)
     # for the store from it, or the next load into it
     fence_async_shared()
     if IS_VARLEN:
         # rows past the end belong to the next sequence
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        o_t = gl.arange(0, 64, gl.SliceLayout(1, layout))
+        o_t = C * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
         o_d = gl.arange(0, D, gl.SliceLayout(0, layout))
-        p += tl.cast(bos + i_t, tl.int64) * stride_t + i_h * stride_h
-        m = (i_t + o_t < S)[:, None] & (o_d < F)[None, :]
+        p += tl.cast(row, tl.int64) * stride_t + i_h * stride_h
+        m = (o_t < num_keys)[:, None] & (o_d < F)[None, :]
         x = block_s.reshape([64, D]).load(layout)
         gl.store(p + o_t[:, None] * stride_t + o_d[None, :], x, mask=m)
     else:
-        tma_store(desc, [i_b, i_t, i_h, 0], block_s)
+        tma_store(desc, [i_b, row + C * 64, i_h, 0], block_s)
 
 
 @gluon.jit
 def _consumer(
-    dk_desc, dv_desc, dk, dv, units,
-    q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s,
+    dk_desc, dv_desc, dk, dv,
+    q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
     keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
-    scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T_max, S_max, W,
+    scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
     C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
@@ -236,27 +248,23 @@ def _consumer(
     base2_scale = scale * RCP_LN2
     n = 0
     w = 0
-    for i in range(gl.program_id(0), n_units, gl.num_programs(0)):
-        i_bh, bos, i_t, T, S, before, first, count = unit(
-            i, units, NT, BH, FIRST, HEADS_AT_A_TIME, T_max, S_max, W, BQ, IS_VARLEN, HAS_WINDOW
-        )
-        i_t += C * 64
-        # from the first key to the first query of a tile: of the first tile, and of the one at hand
-        first_distance = first * BQ + S - T - i_t
-        distance = first_distance + (count - 1) * BQ
+    for _ in range(gl.program_id(0), n_units, gl.num_programs(0)):
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
         mbarrier.wait(keys_full.index(0), w & 1)
+        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+        distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
+        first_distance = distance - (num_tiles - 1) * BQ
         b_dk, b_dv = _tile_of_queries(
             b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
             n, distance, base2_scale, W, False,
             C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
         )  # fmt: skip
-        for _ in range(1, count * G):
+        for _ in range(1, load_scalar(word(unit_s, w, NUM_STEPS))):
             n += 1
             distance -= BQ
             if distance < first_distance:
-                distance += count * BQ
+                distance += num_tiles * BQ
             b_dk, b_dv = _tile_of_queries(
                 b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
                 n, distance, base2_scale, W, True,
@@ -268,16 +276,18 @@ def _consumer(
         _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C)
         b_dk = warpgroup_mma_wait(0, [b_dk])
         mbarrier.arrive(q_empty.index(n % Q_STAGES), count=1)
-        n += 1
-        w += 1
         # both consumers are done with keys and values: the gradients take their memory
         named_sync(DS_BARRIER, 256)
-        i_b = i_bh // H
-        i_h = i_bh % H
-        _store_keys(k_s.index(C), dk_desc, dk, (b_dk * scale).to(q_s.dtype), i_b, i_h, bos, i_t, S, sdk_t, sdk_h, K, D, IS_VARLEN)  # fmt: skip
-        _store_keys(v_s.index(C), dv_desc, dv, b_dv.to(q_s.dtype), i_b, i_h, bos, i_t, S, sdv_t, sdv_h, V, D, IS_VARLEN)  # fmt: skip
+        i_b = load_scalar(word(unit_s, w, BATCH))
+        i_h = load_scalar(word(unit_s, w, HEAD))
+        row = load_scalar(word(unit_s, w, ROW))
+        num_keys = load_scalar(word(unit_s, w, NUM_KEYS))
+        _store_keys(k_s.index(C), dk_desc, dk, (b_dk * scale).to(q_s.dtype), i_b, i_h, row, num_keys, sdk_t, sdk_h, C, K, D, IS_VARLEN)  # fmt: skip
+        _store_keys(v_s.index(C), dv_desc, dv, b_dv.to(q_s.dtype), i_b, i_h, row, num_keys, sdv_t, sdv_h, C, V, D, IS_VARLEN)  # fmt: skip
         tma_store_wait(0)
         mbarrier.arrive(keys_empty.index(0), count=1)
+        n += 1
+        w += 1  # noqa: SIM113
 
 
 @gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
@@ -288,6 +298,7 @@ def normalized_attn_bwd_kernel_hopper(
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
 ):  # fmt: skip
+    """Takes every num_programs-th unit; two consumers, a loader, a writer and a watchdog."""
     HALVES: gl.constexpr = BQ // 64
     dtype: gl.constexpr = q_desc.dtype
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
@@ -298,6 +309,7 @@ def normalized_attn_bwd_kernel_hopper(
     # of two tiles: one consumer may be a tile ahead of the other's products
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 16, 256], dq_desc.layout)
+    unit_s = gl.allocate_shared_memory(gl.int32, [2 * UNIT_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
     progress = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # the last barrier of *_full is for tiles of which the loader zeroes a part
     keys_full = allocate_barriers(2, 1)
@@ -308,26 +320,25 @@ def normalized_attn_bwd_kernel_hopper(
     do_empty = allocate_barriers(DO_STAGES, 2)
     dq_full = allocate_barriers(2, 1)
     dq_empty = allocate_barriers(2, 1)
-    report_progress(progress, 0)
+    store_scalar(progress, 0)
     fence_async_shared()
     gl.warp_specialize([
         (_consumer, (
-            dk_desc, dv_desc, dk, dv, units, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s,
+            dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
             keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W,
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
             0, K, V, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
         (_consumer, (
-            dk_desc, dv_desc, dk, dv, units, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s,
+            dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
             keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W,
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
             1, K, V, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
         (loader, (
-            q_desc, do_desc, k_desc, v_desc, rows_desc, units, q_s, do_s, k_s, v_s, rows_s,
+            q_desc, do_desc, k_desc, v_desc, rows_desc, units, q_s, do_s, k_s, v_s, rows_s, unit_s,
             keys_full, keys_empty, q_full, q_empty, do_full, do_empty,
             n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
             D, BQ, Q_STAGES, DO_STAGES, IS_VARLEN, HAS_WINDOW)),
         (writer, (
-            dq_desc, turns, units, dq_s, dq_full, dq_empty, progress,
-            n_units, NT, BH, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ, BQ, IS_VARLEN, HAS_WINDOW)),
+            dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, n_units, W, NQ, BQ, HAS_WINDOW)),
         (trap_without_progress, (progress,)),
     ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip

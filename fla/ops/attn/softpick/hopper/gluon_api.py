@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -36,12 +35,13 @@ __all__ = [
     "gl",
     "gluon",
     "group_barrier",
+    "load_scalar",
     "mbarrier",
     "named_arrive",
     "named_sync",
     "opaque",
     "pass_turn",
-    "report_progress",
+    "store_scalar",
     "tma_add",
     "tma_load",
     "tma_store",
@@ -49,7 +49,6 @@ __all__ = [
     "trap_without_progress",
     "wait_turn",
     "warpgroup_mma",
-    "warpgroup_mma_init",
     "warpgroup_mma_wait",
     "zero_rows",
 ]
@@ -172,10 +171,16 @@ def opaque(x):
 
 
 @gluon.jit
-def report_progress(progress, value):
-    """Stores value in progress, int32 [1] in shared memory, for `trap_without_progress`."""
+def store_scalar(word, x):
+    """Stores x, int32, in word, int32 [1] in shared memory."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    progress.store(gl.full([1], value, gl.int32, layout))
+    word.store(gl.full([1], x, gl.int32, layout))
+
+
+@gluon.jit
+def load_scalar(word):
+    """The int32 in word, int32 [1] in shared memory."""
+    return gl.max(word.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
@@ -188,7 +193,7 @@ def trap_without_progress(progress):
     last = 0
     looks = 0
     while last >= 0:
-        value = gl.max(progress.load(gl.BlockedLayout([1], [32], [1], [0])), 0)
+        value = load_scalar(progress)
         looks = gl.where(value == last, looks + 1, 0)
         last = value
         # sleeps about a microsecond
