@@ -169,6 +169,7 @@ def tma_add(descriptor, at, source):
 
 
 def tma_store_wait(pendings):
+    switch()
     stores = current.worker.stores
     while len(stores) > pendings:
         descriptor, at, source, snapshot, adds = stores.pop(0)
@@ -178,7 +179,6 @@ def tma_store_wait(pendings):
             )
         view, block = descriptor.clip(at)
         descriptor.view[view] = snapshot[block] + (descriptor.view[view] if adds else 0)
-    switch()
 
 
 class Token:
@@ -201,6 +201,7 @@ def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False, precision=None):
 
 
 def warpgroup_mma_wait(num_outstanding=0, deps=()):
+    switch()
     products = current.worker.products
     while len(products) > num_outstanding:
         token, a, b, acc, snapshots = products.pop(0)
@@ -211,7 +212,6 @@ def warpgroup_mma_wait(num_outstanding=0, deps=()):
                 )
         value = acc.value if isinstance(acc, Token) else acc
         token.value = snapshots[0].float() @ snapshots[1].float() + value
-    switch()
     values = []
     for x in deps:
         if isinstance(x, Token) and x.value is None:

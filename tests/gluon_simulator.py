@@ -167,6 +167,7 @@ API: dict[str, Any] = {
     "named_sync": lambda number, threads: memory.named(number, threads, True),
     "opaque": lambda x: x,
     "pass_turn": memory.pass_turn,
+    "program_index": lambda: current.worker.program.index,
     "store_scalar": memory.store_scalar,
     "tma_add": memory.tma_add,
     "tma_load": memory.tma_load,

@@ -12,6 +12,7 @@ import torch
 from fla.ops.attn.softpick.hopper.backward_kernel import normalized_attn_bwd_kernel_hopper
 from fla.ops.attn.softpick.hopper.backward_passes import dq_kernel, row_numbers_kernel
 from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
+from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim
 from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.tiles import feature_tile, packed_sequences, strides_bth
 
@@ -81,7 +82,7 @@ def hopper_normalized_attn_bwd(
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V, G = q.shape[-1], v.shape[-1], HQ // H
-    D = max(64, feature_tile(max(K, V)))
+    D = padded_head_dim(max(K, V))
     BQ = 64 if D == 128 else 128
     # tiles of keys that lie before the window of every query
     FIRST = 0 if window_size is None else max(S - T - window_size + 1, 0) // BT
@@ -139,10 +140,10 @@ def hopper_normalized_attn_bwd(
         _, sdk_t, sdk_h = strides_bth(dk, head_first)
         _, sdv_t, sdv_h = strides_bth(dv, head_first)
         normalized_attn_bwd_kernel_hopper[(min(num_processors(q.device.index), n_units),)](
-            *(_descriptor(x, head_first, D) for x in (rescaled_q, do, k, v)),
+            *(block_descriptor(x, head_first, 64, D) for x in (rescaled_q, do, k, v)),
             _row_descriptor(row_numbers, [4, BQ]),
             _row_descriptor(accumulator, [1, 16, 256]),
-            *(_descriptor(x, head_first, D) for x in (dk, dv)),
+            *(block_descriptor(x, head_first, 64, D) for x in (dk, dv)),
             dk if cu_seqlens is not None else None,
             dv if cu_seqlens is not None else None,
             turns,
@@ -209,14 +210,6 @@ def _has_descriptor(x: torch.Tensor, head_first: bool) -> bool:
         and last == 1
         and all(s > 0 and s * x.element_size() % 16 == 0 for s in outer)
     )
-
-
-def _descriptor(x: torch.Tensor, head_first: bool, D: int) -> TensorDescriptor:
-    """Of 64 rows of one head; columns past the end of a row read as 0."""
-    order = (0, 2, 1, 3) if head_first else (0, 1, 2, 3)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    shape = [x.shape[i] for i in order]
-    return TensorDescriptor(x, shape, _strides(x, head_first), [1, 64, 1, D], layout)
 
 
 def _row_descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:

@@ -42,6 +42,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     mbarrier,
     named_sync,
     opaque,
+    program_index,
     store_scalar,
     tma_store,
     tma_store_wait,
@@ -57,7 +58,7 @@ from fla.ops.attn.softpick.normalizers import (
 from fla.ops.attn.softpick.tiles import visible
 
 # hardware barrier at which the two consumers meet; Triton uses the low numbers
-DS_BARRIER = gl.constexpr(8)
+DS_BARRIER = gl.constexpr(9)
 
 
 @gluon.jit
@@ -248,7 +249,7 @@ def _consumer(
     base2_scale = scale * RCP_LN2
     n = 0
     w = 0
-    for _ in range(gl.program_id(0), n_units, gl.num_programs(0)):
+    for _ in range(program_index(), n_units, gl.num_programs(0)):
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
         mbarrier.wait(keys_full.index(0), w & 1)

@@ -18,6 +18,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     load_scalar,
     mbarrier,
     pass_turn,
+    program_index,
     store_scalar,
     tma_add,
     tma_load,
@@ -90,7 +91,7 @@ def loader(
     w = 0
     cut_keys = 0
     cut_queries = 0
-    for i in range(gl.program_id(0), n_units, gl.num_programs(0)):
+    for i in range(program_index(), n_units, gl.num_programs(0)):
         group = i // (HEADS_AT_A_TIME * NT) * HEADS_AT_A_TIME
         heads = gl.minimum(HEADS_AT_A_TIME, BH - group)
         i_tile = (i - group * NT) // heads
@@ -190,7 +191,7 @@ def writer(
     """
     n = 0
     w = 0
-    for _ in range(gl.program_id(0), n_units, gl.num_programs(0)):
+    for _ in range(program_index(), n_units, gl.num_programs(0)):
         # the consumers have seen the unit
         mbarrier.wait(dq_full.index(0), n & 1)
         num_tiles = load_scalar(word(unit_s, w, NUM_TILES))

@@ -1,0 +1,108 @@
+"""Compiles the Hopper kernels for sm_90 without a GPU, with the installed Triton.
+
+    python tests/offline_hopper.py forward       # one JSON object per configuration and case
+
+A process of its own, since one that interprets kernels cannot compile them.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from offline_compilation import CARDS, EVERYTHING, compiled_launches, resources
+from triton.backends.nvidia.compiler import get_ptxas
+
+from fla.ops.attn.softpick.hopper import forward
+from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, ForwardShape
+from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
+
+BF16, FP16 = torch.bfloat16, torch.float16
+# name -> dtype, safe, normalizer, further arguments
+FORWARD_CASES: dict[str, tuple[torch.dtype, bool, str, dict[str, Any]]] = {
+    "safe": (BF16, True, "softpick", {}),
+    "unsafe": (BF16, False, "softpick", {}),
+    "float16": (FP16, True, "softpick", {}),
+    "everything": (BF16, True, "softpick", EVERYTHING),
+}
+# the other normalisers at one configuration
+NORMALIZER_CASES: dict[str, tuple[torch.dtype, bool, str, dict[str, Any]]] = {
+    name: (BF16, True, name, {}) for name in KERNEL_NORMALIZERS if name != "softpick"
+}
+# what ptxas says of a loop whose products it runs one at a time, and of a spill
+_COMPLAINT = re.compile(r"C75\d\d|serializ|warning", re.I)
+
+
+def ptxas_log(ptx: str) -> str:
+    """What ptxas says of this kernel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def foreign_barriers(ptx: str) -> list[int]:
+    """Numbers of the hardware barriers that Triton itself uses; the kernels' own are from 9 on, with 256 threads."""
+    found = re.findall(
+        r"\bbar(?:rier)?(?:\.cta)?\.(?:sync|arrive)(?:\.aligned)?\s+(\d+)(?:,\s*(\d+))?", ptx
+    )
+    return sorted({int(number) for number, threads in found if threads != "256"})
+
+
+def forward_call(D: int, shape: ForwardShape, case: tuple) -> None:
+    dtype, safe, normalizer, arguments = case
+    q = torch.empty(1, 256, 4, D, dtype=dtype)
+    options = {"sink_bias": None, "cu_seqlens": None, "window_size": None} | arguments
+    forward.hopper_normalized_attn_fwd(
+        q,
+        q,
+        q,
+        scale=1.0,
+        head_first=False,
+        safe=safe,
+        normalizer=normalizer,
+        shape=shape,
+        **options,
+    )
+
+
+def forward_rows():
+    for D, shapes in FORWARD_SHAPES.items():
+        for _, shape in shapes:
+            is_first = D == 128 and shape is shapes[0][1]
+            for name, case in (FORWARD_CASES | (NORMALIZER_CASES if is_first else {})).items():
+                with mock.patch.object(forward, "num_processors", return_value=132):
+                    call = partial(forward_call, D, shape, case)
+                    (launch,) = compiled_launches(CARDS["sm_90"], call)
+                ptx = launch.kernel.asm["ptx"]
+                log = ptxas_log(ptx)
+                used = resources(launch.kernel)
+                yield {
+                    "triton": triton.__version__,
+                    "D": D,
+                    "shape": shape._asdict(),
+                    "case": name,
+                    "launch_registers": used.registers,
+                    "spills": used.spills,
+                    "shared": used.shared,
+                    "ptxas": [x for x in log.splitlines() if _COMPLAINT.search(x)],
+                    "is_examined": "registers" in log,
+                    "barriers": foreign_barriers(ptx),
+                }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["forward"]:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} forward")
+    for row in forward_rows():
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,242 @@
+"""The forward kernel for Hopper against float64: on an sm_90 GPU compiled, elsewhere in the simulator."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from gluon_simulator import Fault, simulate
+from numerics import (
+    HAS_GPU,
+    Inputs,
+    assert_no_worse_than_eager,
+    by_formula,
+    draw,
+    each_normalizer,
+    poisoned_memory,
+)
+
+from fla.ops.attn.softpick import kernel_choice, naive_normalized_attn
+from fla.ops.attn.softpick.hopper import forward
+from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, select_forward_shape
+
+IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = "cuda" if IS_HOPPER else "cpu"
+SHAPES = {
+    f"{D}-{shape.NUM_WG}x{shape.BN}{'-turns' if shape.PINGPONG else ''}": (D, shape)
+    for D, rows in FORWARD_SHAPES.items()
+    for _, shape in rows
+}
+each_shape = pytest.mark.parametrize(("D", "shape"), SHAPES.values(), ids=SHAPES)
+# names of `numerics.by_formula`, with what the launcher takes besides
+PLAIN = {"cu_seqlens": None, "window_size": None, "sink_bias": None, "head_first": False}
+# units of up to 192 queries start and end inside of them, and some are empty or shorter than a tile
+BOUNDS = torch.tensor([0, 0, 1, 64, 130, 131, 330, 400], dtype=torch.int32)
+
+
+def launch(
+    inputs, *, normalizer, safe=True, shape=None, scale=None, seed=0, faults=None, **options
+):
+    """o and the natural lse; three programs, so that each has several units."""
+    module = forward
+    if not IS_HOPPER:
+        module = simulate(forward, seed, faults, num_processors=lambda device: 3)
+    options = PLAIN | options
+    scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
+    with poisoned_memory():
+        o, lse = module.hopper_normalized_attn_fwd(
+            *inputs[:3], scale=scale, safe=safe, normalizer=normalizer, shape=shape, **options
+        )
+    return o, lse * 0.6931471805599453
+
+
+def check(inputs, *, normalizer, safe=True, shape=None, seed=0, faults=None, **options):
+    """Holds o to the reference by the rule of `numerics.py`, and lse to float32's precision."""
+    how = {"normalizer": normalizer, "safe": safe, "shape": shape, "seed": seed, "faults": faults}
+    o, lse = launch(inputs, **how, **options)
+    options = PLAIN | options
+    eager = naive_normalized_attn(*inputs[:3], normalizer=normalizer, safe=safe, **options)
+    gold = by_formula(inputs, normalizer, **options)
+    assert isinstance(eager, torch.Tensor)
+    assert_no_worse_than_eager("o", o, eager, gold.values["o"], gold.sizes["o"])
+    torch.testing.assert_close(lse.double(), gold.log_z, rtol=1e-6, atol=1e-5)
+    assert o.is_contiguous()
+    return o, lse
+
+
+def drawn(T, D, *, dtype=torch.bfloat16, **sizes) -> Inputs:
+    return draw(T, D, dtype=dtype, device=DEVICE, **sizes)
+
+
+@each_shape
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 129, 193, 330])
+def test_lengths(D, shape, T):
+    check(drawn(T, D, HQ=2), normalizer="softpick", shape=shape, seed=T)
+
+
+@each_normalizer
+def test_normalizers(normalizer):
+    check(drawn(130, 64, HQ=2, B=2), normalizer=normalizer)
+
+
+@each_normalizer
+def test_everything_at_once(normalizer):
+    sink_bias = torch.tensor([0.5, -1.0, 2.0, -40.0], device=DEVICE)
+    options = {"cu_seqlens": BOUNDS.to(DEVICE), "window_size": 100, "sink_bias": sink_bias}
+    check(drawn(400, 64, HQ=4, H=2), normalizer=normalizer, **options)
+
+
+@each_shape
+@pytest.mark.parametrize("window_size", [None, 70])
+def test_packed_sequences(D, shape, window_size):
+    options = {"cu_seqlens": BOUNDS.to(DEVICE), "window_size": window_size}
+    check(drawn(400, D, HQ=2, H=1), normalizer="softpick", shape=shape, **options)
+
+
+@pytest.mark.parametrize("window_size", [1, 33, 64, 129, 1000])
+@pytest.mark.parametrize("S", [330, 501])
+def test_windows_and_more_keys(window_size, S):
+    check(drawn(330, 64, S=S), normalizer="softmax", window_size=window_size)
+
+
+@pytest.mark.parametrize("T", [1, 70, 200])
+def test_queries_are_the_last(T):
+    check(drawn(T, 128, HQ=2, H=1, S=201), normalizer="softpick")
+
+
+@pytest.mark.parametrize("D", [16, 48, 80, 96, 112])
+def test_head_dimensions(D):
+    check(drawn(70, D, HQ=2), normalizer="softpick")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@each_normalizer
+def test_float16(normalizer, safe):
+    check(drawn(130, 64, dtype=torch.float16), normalizer=normalizer, safe=safe)
+
+
+def test_head_first():
+    inputs = drawn(130, 64, B=2, HQ=2, H=1, head_first=True)
+    check(inputs, normalizer="softpick", head_first=True)
+
+
+def test_strided_inputs():
+    inputs = drawn(100, 64, HQ=2)
+    wide = torch.cat([*inputs[:3]], dim=2)
+    q, k, v = wide.split(2, dim=2)
+    views = Inputs(q, k, v, inputs.do)
+    assert not views.q.is_contiguous()
+    o, _ = launch(views, normalizer="softpick")
+    torch.testing.assert_close(o, launch(inputs, normalizer="softpick")[0], rtol=0, atol=0)
+
+
+def overflowing(T, D, **sizes) -> Inputs:
+    """Some queries of the second half have scores of several hundreds."""
+    inputs = drawn(T, D, **sizes)
+    inputs.q[:, T // 2 :: 7] *= 60
+    return inputs
+
+
+@each_shape
+@each_normalizer
+def test_rows_that_leave_the_range(normalizer, D, shape):
+    if normalizer not in ("softpick", "softmax") and shape is not select_forward_shape(64, 2048):
+        pytest.skip("of the others one configuration")
+    inputs = overflowing(260, D, HQ=2)
+    o, lse = check(inputs, normalizer=normalizer, shape=shape)
+    unsafe, unsafe_lse = launch(inputs, normalizer=normalizer, safe=False, shape=shape)
+    is_valid = unsafe_lse.isfinite()
+    assert 0.5 < is_valid.double().mean() < 1.0
+    assert torch.equal(lse[is_valid], unsafe_lse[is_valid])
+    assert torch.equal(o.transpose(1, 2)[is_valid], unsafe.transpose(1, 2)[is_valid])
+
+
+def test_range_with_everything():
+    sink_bias = torch.tensor([0.5, 120.0], device=DEVICE)
+    options = {"cu_seqlens": BOUNDS.to(DEVICE), "window_size": 100, "sink_bias": sink_bias}
+    check(overflowing(400, 64, HQ=2, H=1), normalizer="softpick", **options)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_stays_in_its_sequence(name):
+    inputs, options = drawn(400, 64), dict[str, Any](cu_seqlens=BOUNDS.to(DEVICE))
+    clean = launch(inputs, normalizer="softpick", **options)
+    getattr(inputs, name)[0, 131] = float("nan")
+    spoiled = launch(inputs, normalizer="softpick", **options)
+    others = torch.ones(400, dtype=torch.bool, device=DEVICE)
+    others[131:330] = False
+    for x, y, dim in zip(clean, spoiled, (1, 2), strict=True):
+        index = others.nonzero().flatten()
+        assert torch.equal(x.index_select(dim, index), y.index_select(dim, index))
+    assert spoiled[0][0, 131].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, "float16 or bfloat16"),
+        ({"V": 32}, "K = V"),
+        ({"D": 144}, "up to 128"),
+        ({"D": 40}, "a multiple of 16"),
+    ],
+)
+def test_refusals(change, message):
+    sizes = {"D": 64} | change
+    inputs = draw(10, sizes.pop("D"), **({"dtype": torch.bfloat16} | sizes), device=DEVICE)
+    with pytest.raises(NotImplementedError, match=message):
+        launch(inputs, normalizer="softpick")
+
+
+def test_unaligned_rows_are_refused():
+    inputs = drawn(10, 64)
+    wide = torch.zeros(1, 10, 1, 68, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="multiples of 16 bytes"):
+        launch(inputs._replace(k=wide[..., :64]), normalizer="softpick")
+
+
+def test_operators_choose_no_kernel_that_never_ran(monkeypatch, capsys):
+    kernel_choice.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert not any("Gluon" in line for line in printed[:-1])
+    assert printed[-1].endswith("not enabled: fwd")
+    monkeypatch.setattr(kernel_choice, "ENABLED_ON_HOPPER", frozenset({"fwd"}))
+    served = {x[:4] for x in kernel_choice.choices() if x[4] == "Gluon"}
+    assert served == {("sm_90", "fwd", "bfloat16, float16", f"up to {D}") for D in (64, 128)}
+
+
+FAULTS = {
+    "keys released before the product": (
+        "            b_r = warpgroup_mma_wait(1, [b_r])\n            mbarrier.arrive(k_empty.index(n % KST), count=1)\n",
+        "            mbarrier.arrive(k_empty.index(n % KST), count=1)\n            b_r = warpgroup_mma_wait(1, [b_r])\n",
+    ),
+    "values not waited for": ("            mbarrier.wait(v_full.index(last), ((n - 1) // VST) & 1)\n", ""),
+    "queries released early": (
+        "    q = q_s.index(C).reshape([64, BD])\n    mbarrier.wait(q_full.index(C), w & 1)\n",
+        "    q = q_s.index(C).reshape([64, BD])\n    mbarrier.wait(q_full.index(C), w & 1)\n    mbarrier.arrive(q_empty.index(C), count=1)\n",
+    ),
+    "output stored without a fence": ("                fence_async_shared()\n                tma_store(", "                tma_store("),
+    "output overwritten": ("            tma_store_wait(0)\n", ""),
+    "mask of the diagonal": ("PHASE != 1, IS_SHIFTED, S_L", "False, IS_SHIFTED, S_L"),
+    "first tile without a mask": ("W, NORMALIZER, HAS_WINDOW, True, IS_SHIFTED, S_L", "W, NORMALIZER, HAS_WINDOW, False, IS_SHIFTED, S_L"),
+    "rows of another sequence": ("is_whole = i_t + C * 64 + 64 <= T", "is_whole = True"),
+    "values of another sequence": ("is_tail = i_k + BN > S", "is_tail = False"),
+    "rescale": ("                b_z = b_z * b_f\n", ""),
+    "too few turns": ("        if PINGPONG:\n            named_sync(9 + C, 256)\n            named_arrive(10 - C, 256)\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(IS_HOPPER, reason="faults may hang a GPU")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name):
+    old, new = FAULTS[name]
+    inputs = overflowing(400, 64, HQ=2)
+    shape = select_forward_shape(64, 1024 if name == "too few turns" else 2048)
+    # keys must be what the loading warp waits for
+    shape = shape._replace(BN=64, KST=1, VST=4)
+    for seed, window_size in itertools.product(range(3), (None, 100)):
+        options = {"cu_seqlens": BOUNDS, "window_size": window_size, "seed": seed}
+        try:
+            check(inputs, normalizer="softpick", shape=shape, faults={old: new}, **options)
+        except (Fault, AssertionError):
+            return
+    pytest.fail("not found")
