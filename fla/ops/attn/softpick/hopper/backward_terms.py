@@ -19,9 +19,10 @@ def signed_exponential(b_s, b_r, b_neg_lse2, NORMALIZER: tl.constexpr):
         b_e *= tl.clamp(tl.abs(b_r) * HUGE, 0.0, 1.0)
         return copysign(b_e, b_r)
     elif NORMALIZER == "relu_softpick":
-        return tl.where(b_r <= 0, 0.0, b_e)
+        # factors, since a select would be put off and keep both of its operands in registers; e is finite where they are 0
+        return b_e * tl.clamp(b_r * HUGE, 0.0, 1.0)
     elif NORMALIZER == "rectified":
-        return tl.where(b_r < 0, 0.0, b_e)
+        return b_e * (1.0 - tl.clamp(-b_r * HUGE, 0.0, 1.0))
     else:
         tl.static_assert(
             NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one", "unknown normalizer"
