@@ -252,6 +252,21 @@ def pass_turn(p):
     switch()
 
 
+def trap_without_progress(progress):
+    # a deadlock is found by the machine
+    switch(lambda: int(progress.data) == -1, lambda: f"progress, now {int(progress.data)}")
+
+
+def store_scalar(word, x):
+    word.store(torch.tensor([int(x)], dtype=torch.int32))
+
+
+def zero_rows(tile, first):
+    x = tile.data.clone()
+    x[:, first:] = 0
+    tile.store(x)
+
+
 class Pointer:
     """A tensor in global memory and an offset, or a tensor of offsets, in elements."""
 

@@ -149,29 +149,35 @@ _LANGUAGE: Any = types.SimpleNamespace(
     store=lambda p, x, mask=None, **_: p.store(x, mask), allocate_shared_memory=_allocate_shared_memory,
     warp_specialize=_warp_specialize,
     NVMMADistributedLayout=_nothing, NVMMASharedLayout=_nothing, DotOperandLayout=_nothing, SliceLayout=_nothing,
-    BlockedLayout=_nothing,
+    BlockedLayout=_nothing, SwizzledSharedLayout=_nothing,
     float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int32=torch.int32, int64=torch.int64,
 )  # fmt: skip
 # of gluon_api.py
 API: dict[str, Any] = {
     "TensorDescriptor": memory.Descriptor,
     "allocate_barriers": _allocate_barriers,
+    "copysign": torch.copysign,
     "fence_async_shared": memory.fence,
     "gl": _LANGUAGE,
     "gluon": None,
     "group_barrier": _nothing,
+    "load_scalar": lambda word: int(word.load()),
     "mbarrier": types.SimpleNamespace(wait=memory.wait, arrive=memory.arrive, expect=memory.expect),
     "named_arrive": lambda number, threads: memory.named(number, threads, False),
     "named_sync": lambda number, threads: memory.named(number, threads, True),
+    "opaque": lambda x: x,
     "pass_turn": memory.pass_turn,
     "program_index": lambda: current.worker.program.index,
+    "store_scalar": memory.store_scalar,
     "tma_add": memory.tma_add,
     "tma_load": memory.tma_load,
     "tma_store": memory.tma_store,
     "tma_store_wait": memory.tma_store_wait,
+    "trap_without_progress": memory.trap_without_progress,
     "wait_turn": memory.wait_turn,
     "warpgroup_mma": memory.warpgroup_mma,
     "warpgroup_mma_wait": memory.warpgroup_mma_wait,
+    "zero_rows": memory.zero_rows,
 }
 _PACKAGE = gluon_api.__package__ or ""
 

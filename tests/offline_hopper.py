@@ -1,6 +1,7 @@
 """Compiles the Hopper kernels for sm_90 without a GPU, with the installed Triton.
 
     python tests/offline_hopper.py forward       # one JSON object per configuration and case
+    python tests/offline_hopper.py backward
 
 A process of its own, since one that interprets kernels cannot compile them.
 """
@@ -20,7 +21,7 @@ import triton
 from offline_compilation import CARDS, EVERYTHING, compiled_launches, resources
 from triton.backends.nvidia.compiler import get_ptxas
 
-from fla.ops.attn.softpick.hopper import forward
+from fla.ops.attn.softpick.hopper import backward, forward
 from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, ForwardShape
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 
@@ -75,6 +76,21 @@ def forward_call(D: int, shape: ForwardShape, case: tuple) -> None:
     )
 
 
+def report(launch) -> dict[str, Any]:
+    """What a compiled kernel takes, and what ptxas says of it."""
+    ptx = launch.kernel.asm["ptx"]
+    log = ptxas_log(ptx)
+    used = resources(launch.kernel)
+    return {
+        "launch_registers": used.registers,
+        "spills": used.spills,
+        "shared": used.shared,
+        "ptxas": [x for x in log.splitlines() if _COMPLAINT.search(x)],
+        "is_examined": "registers" in log,
+        "barriers": foreign_barriers(ptx),
+    }
+
+
 def forward_rows():
     for D, shapes in FORWARD_SHAPES.items():
         for _, shape in shapes:
@@ -83,26 +99,58 @@ def forward_rows():
                 with mock.patch.object(forward, "num_processors", return_value=132):
                     call = partial(forward_call, D, shape, case)
                     (launch,) = compiled_launches(CARDS["sm_90"], call)
-                ptx = launch.kernel.asm["ptx"]
-                log = ptxas_log(ptx)
-                used = resources(launch.kernel)
-                yield {
-                    "triton": triton.__version__,
-                    "D": D,
-                    "shape": shape._asdict(),
-                    "case": name,
-                    "launch_registers": used.registers,
-                    "spills": used.spills,
-                    "shared": used.shared,
-                    "ptxas": [x for x in log.splitlines() if _COMPLAINT.search(x)],
-                    "is_examined": "registers" in log,
-                    "barriers": foreign_barriers(ptx),
-                }
+                row = {"triton": triton.__version__, "D": D, "shape": shape._asdict(), "case": name}
+                yield row | report(launch)
+
+
+# name -> dtype, normalizer, further arguments
+BACKWARD_CASES: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
+    "dense": (BF16, "softpick", {}),
+    "float16": (FP16, "softpick", {}),
+    "window": (BF16, "softpick", {"window_size": 100}),
+    "packed": (BF16, "softpick", {"cu_seqlens": EVERYTHING["cu_seqlens"]}),
+    "everything": (
+        FP16,
+        "softpick",
+        {"cu_seqlens": EVERYTHING["cu_seqlens"], "window_size": 100, "scale": -1.0},
+    ),
+    **{name: (BF16, name, {}) for name in KERNEL_NORMALIZERS if name != "softpick"},
+}
+
+
+def backward_call(D: int, case: tuple) -> None:
+    dtype, normalizer, arguments = case
+    q = torch.empty(1, 256, 4, D, dtype=dtype)
+    lse = torch.empty(1, 4, 256)
+    options = {"cu_seqlens": None, "window_size": None, "scale": 1.0} | arguments
+    backward.hopper_normalized_attn_bwd(
+        q,
+        q,
+        q,
+        o=q,
+        lse=lse,
+        do=q,
+        dlse=lse,
+        head_first=False,
+        normalizer=normalizer,
+        **options,
+    )
+
+
+def backward_rows():
+    for D in 64, 128:
+        for name, case in BACKWARD_CASES.items():
+            with mock.patch.object(backward, "num_processors", return_value=132):
+                launches = compiled_launches(CARDS["sm_90"], partial(backward_call, D, case))
+            for launch in launches:
+                row = {"triton": triton.__version__, "D": D, "kernel": launch.name, "case": name}
+                yield row | report(launch)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["forward"]:
-        sys.exit(f"usage: {Path(sys.argv[0]).name} forward")
-    for row in forward_rows():
+    rows = {"forward": forward_rows, "backward": backward_rows}
+    if len(sys.argv) != 2 or sys.argv[1] not in rows:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} forward|backward")
+    for row in rows[sys.argv[1]]():
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()

@@ -229,6 +229,7 @@ class PackedSequences:
         self._starts = torch.tensor(bounds[:-1])
         self._lengths = torch.tensor(bounds).diff()
         self._tiles: dict[tuple[int, bool], torch.Tensor] = {}
+        self._numbered: dict[tuple[int, int], torch.Tensor] = {}
 
     def tiles(self, BT: int, is_last_first: bool) -> torch.Tensor:
         """``[NT, 3]`` int32, see the legend, most work first: with ``is_last_first`` late tiles have most, else early ones."""
@@ -244,6 +245,20 @@ class PackedSequences:
             tiles = torch.stack([self._starts[sequences], lengths, i_t], 1)[order]
             self._tiles[key] = tiles.to(self._device, torch.int32)
         return self._tiles[key]
+
+    def numbered_tiles(self, BT: int, BQ: int) -> torch.Tensor:
+        """``[NT, 4]`` int32: `tiles`, early ones first, and the number of tiles of BQ rows of all sequences before."""
+        key = BT, BQ
+        if key not in self._numbered:
+            counts = (self._lengths + BQ - 1) // BQ
+            # an empty sequence starts where the next one does and has no tile
+            has_tiles = counts > 0
+            starts, before = self._starts[has_tiles], (counts.cumsum(0) - counts)[has_tiles]
+            tiles = self.tiles(BT, is_last_first=False).cpu()
+            number = before[torch.searchsorted(starts, tiles[:, 0].long())]
+            numbered = torch.cat([tiles, number[:, None]], 1)
+            self._numbered[key] = numbered.to(self._device, torch.int32)
+        return self._numbered[key]
 
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()

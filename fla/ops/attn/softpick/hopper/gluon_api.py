@@ -6,6 +6,7 @@ Python with its own versions of these names. What differs between the versions o
     TMA copies         3.6 has `async_copy_global_to_shared` and `async_copy_shared_to_global`, 3.9 has `async_load`
                        and `async_store`, 3.7 and 3.8 have both
     TMA additions      `async_atomic_add` from 3.8 on; the compiler of 3.6 has them under no name of Gluon
+    reinterpretation   `_reinterpret` of shared memory before 3.9, `reinterpret` since
     group barrier      `thread_barrier` in 3.6, `barrier` later
 """
 
@@ -29,22 +30,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 __all__ = [
     "TensorDescriptor",
     "allocate_barriers",
+    "copysign",
     "fence_async_shared",
     "gl",
     "gluon",
     "group_barrier",
+    "load_scalar",
     "mbarrier",
     "named_arrive",
     "named_sync",
+    "opaque",
     "pass_turn",
     "program_index",
+    "store_scalar",
     "tma_add",
     "tma_load",
     "tma_store",
     "tma_store_wait",
+    "trap_without_progress",
     "wait_turn",
     "warpgroup_mma",
     "warpgroup_mma_wait",
+    "zero_rows",
 ]
 
 if hasattr(tma, "async_load"):
@@ -69,6 +76,12 @@ else:
         at = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, at, src.handle)
+
+
+# (shared memory, dtype, shape, layout)
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or (
+    gl.shared_memory_descriptor._reinterpret
+)
 
 
 @gluon.jit
@@ -145,3 +158,69 @@ def pass_turn(p):
         }""",
         "=r,l", [p], gl.int32, False, 1,
     )  # fmt: skip
+
+
+@gluon.jit
+def copysign(b_x, b_sign):
+    """b_x, which is not negative, with the sign bit of b_sign; one instruction."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;", "=r,r,r", [b_x, b_sign], gl.float32, True, 1
+    )
+
+
+@gluon.jit
+def opaque(x):
+    """x, int32, of which the compiler knows nothing, not even that it is the same in each iteration of a loop.
+
+    An index into shared memory that is opaque keeps the addresses of a loop's products out of registers before it.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def store_scalar(word, x):
+    """Stores x, int32, in word, int32 [1] in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    word.store(gl.full([1], x, gl.int32, layout))
+
+
+@gluon.jit
+def load_scalar(word):
+    """The int32 in word, int32 [1] in shared memory."""
+    return gl.max(word.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def trap_without_progress(progress):
+    """Watches progress, int32 [1] in shared memory that starts at 0, until it is -1. For one warp.
+
+    Traps when it stays the same for 2**21 looks, more than a second. So no wait of the program is without an end: not
+    at its mbarriers either, whose own loop has no bound.
+    """
+    last = 0
+    looks = 0
+    while last >= 0:
+        value = load_scalar(progress)
+        looks = gl.where(value == last, looks + 1, 0)
+        last = value
+        # sleeps about a microsecond
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ge.u32 p, $1, 2097152; @p trap; nanosleep.u32 500; mov.b32 $0, 0; }",
+            "=r,r", [looks], gl.int32, False, 1,
+        )  # fmt: skip
+        # or the compiler would look once
+        fence_async_shared()
+
+
+@gluon.jit
+def zero_rows(tile, first):
+    """Zeroes the rows from first on of a tile [1, ROWS, 1, D] in shared memory, 16-bit, swizzled by 128 bytes. For one warp."""
+    ROWS: gl.constexpr = tile.shape[1]
+    D: gl.constexpr = tile.shape[3]
+    # the swizzle permutes the 128 bytes of a row, so a row of 64 columns is a row of 32 words
+    words = reinterpret(tile, gl.int32, [D // 64 * ROWS, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for row in range(first, ROWS):
+        for part in gl.static_range(D // 64):
+            words.index(part * ROWS + row).store(
+                gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+            )

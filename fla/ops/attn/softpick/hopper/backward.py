@@ -1,0 +1,218 @@
+"""Launcher of the backward kernel for Hopper: row numbers, dq, dk and dv in one pass, and dq in the inputs' dtype.
+
+dq is added to a float32 accumulator in an order that does not depend on the number of programs, so gradients are
+bitwise reproducible: BACKWARD.md.
+"""
+
+# Triton's annotations refuse what its compiler accepts: an int for a constexpr.
+# pyright: reportArgumentType=false, reportIndexIssue=false
+
+import torch
+
+from fla.ops.attn.softpick.hopper.backward_kernel import normalized_attn_bwd_kernel_hopper
+from fla.ops.attn.softpick.hopper.backward_passes import dq_kernel, row_numbers_kernel
+from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
+from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim
+from fla.ops.attn.softpick.launch_shapes import num_processors
+from fla.ops.attn.softpick.tiles import feature_tile, packed_sequences, strides_bth
+
+# keys of a unit of work
+BT = 128
+# bytes of queries and their gradients that heads at work at the same time may stream, to find them in L2 again
+STREAMED_BYTES = 2**25
+
+
+def serves(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, head_first: bool
+) -> bool:
+    """Whether `hopper_normalized_attn_bwd` takes these tensors; it takes all masks, normalisers and scales.
+
+    float16 or bfloat16; K and V multiples of 16 up to 128; for TMA all rows start at multiples of 16 bytes.
+    """
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= 128 for x in (q, v))
+        and all(_has_descriptor(x, head_first) for x in (q, k, v, do))
+    )
+
+
+def hopper_normalized_attn_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    scale: float,
+    window_size: int | None,
+    head_first: bool,
+    normalizer: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the kernels on the inputs and outputs of forward; `parallel_normalized_attn_bwd` for sm_90.
+
+    Args:
+        q: Queries, in a dtype, shape and layout that `serves` takes, like ``k``, ``v`` and ``do``.
+        k: Keys.
+        v: Values.
+        cu_seqlens: Boundaries of packed sequences, or None.
+        o: Output of forward.
+        lse: Base-2 log of the denominator ``[B, HQ, T]``, float32, from forward.
+        do: Gradient of ``o``, last dimension contiguous.
+        dlse: Gradient of the base-2 ``lse`` ``[B, HQ, T]``, contiguous float32, or None.
+        scale: Factor on ``q @ k.T``.
+        window_size: Keys that a query sees, itself included, or None for all.
+        head_first: Layout ``[B, H, T, D]`` instead of ``[B, T, H, D]``.
+        normalizer: A name in `normalizers.KERNEL_NORMALIZERS`.
+
+    Returns:
+        Gradients of ``q``, ``k`` and ``v``, then ``row_stats`` ``[B, HQ, T, 2]`` float32: ``-log2 Z`` (-inf where
+        ``Z`` is 0) and ``delta = <o, do> - dlse / ln(2)``.
+
+    Raises:
+        NotImplementedError: `serves` is False.
+    """
+    if not serves(q, k, v, do, head_first):
+        raise NotImplementedError(
+            "the Hopper backward takes float16 and bfloat16, head dimensions that are multiples of 16 up to 128, and "
+            f"rows that start at multiples of 16 bytes; got {q.dtype}, K {q.shape[-1]}, V {v.shape[-1]}, strides of "
+            f"q {q.stride()}, k {k.stride()}, v {v.stride()}, do {do.stride()}"
+        )
+    time, head = (2, 1) if head_first else (1, 2)
+    B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
+    K, V, G = q.shape[-1], v.shape[-1], HQ // H
+    D = padded_head_dim(max(K, V))
+    BQ = 64 if D == 128 else 128
+    # tiles of keys that lie before the window of every query
+    FIRST = 0 if window_size is None else max(S - T - window_size + 1, 0) // BT
+    if cu_seqlens is None:
+        units = tiles = None
+        NT, NQ = -(-S // BT) - FIRST, -(-T // BQ)
+    else:
+        packed = packed_sequences(cu_seqlens, T)
+        units, tiles = packed.numbered_tiles(BT, BQ), packed.numbered_tiles(BQ, BQ)
+        NT, NQ = len(units), len(tiles)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for x in dk, dv:
+        x.narrow(time, 0, FIRST * BT).zero_()
+    num_tiles = B * HQ * NQ
+    row_stats = lse.new_empty((*lse.shape, 2))
+    row_numbers = lse.new_empty(num_tiles * 4, BQ)
+    # nothing is read that has not been stored: the first to add to a tile stores it
+    accumulator = lse.new_empty(num_tiles * 2, 16, 256)
+    turns = torch.zeros(num_tiles, dtype=torch.int32, device=q.device)
+    has_rescale = q.dtype == torch.float16 and normalizer in (
+        "softpick",
+        "relu_softpick",
+        "abs_softpick",
+    )
+    rescaled_q = torch.empty_like(q) if has_rescale else q
+    with torch.cuda.device_of(q):
+        row_numbers_kernel[(num_tiles,)](
+            q,
+            o,
+            do,
+            lse,
+            dlse,
+            row_stats,
+            row_numbers,
+            rescaled_q,
+            sq=strides_bth(q, head_first),
+            so=strides_bth(o, head_first),
+            sdo=strides_bth(do, head_first),
+            srescaled=strides_bth(rescaled_q, head_first),
+            tiles=tiles,
+            T_max=T,
+            NQ=NQ,
+            HQ=HQ,
+            K=K,
+            V=V,
+            BQ=BQ,
+            BK=feature_tile(K),
+            BV=feature_tile(V),
+            NORMALIZER=normalizer,
+            IS_VARLEN=cu_seqlens is not None,
+            HAS_DLSE=dlse is not None,
+            HAS_RESCALE=has_rescale,
+        )
+        n_units = NT * B * H
+        _, sdk_t, sdk_h = strides_bth(dk, head_first)
+        _, sdv_t, sdv_h = strides_bth(dv, head_first)
+        normalized_attn_bwd_kernel_hopper[(min(num_processors(q.device.index), n_units),)](
+            *(block_descriptor(x, head_first, 64, D) for x in (rescaled_q, do, k, v)),
+            _row_descriptor(row_numbers, [4, BQ]),
+            _row_descriptor(accumulator, [1, 16, 256]),
+            *(block_descriptor(x, head_first, 64, D) for x in (dk, dv)),
+            dk if cu_seqlens is not None else None,
+            dv if cu_seqlens is not None else None,
+            turns,
+            units,
+            scale,
+            sdk_t=sdk_t,
+            sdk_h=sdk_h,
+            sdv_t=sdv_t,
+            sdv_h=sdv_h,
+            n_units=n_units,
+            NT=NT,
+            BH=B * H,
+            H=H,
+            G=G,
+            FIRST=FIRST,
+            HEADS_AT_A_TIME=max(1, min(B * H, STREAMED_BYTES // (T * D * 4 * G))),
+            T=T,
+            S=S,
+            W=0 if window_size is None else min(window_size, S),
+            NQ=NQ,
+            K=K,
+            V=V,
+            D=D,
+            BQ=BQ,
+            Q_STAGES=3,
+            DO_STAGES=2,
+            NORMALIZER=normalizer,
+            IS_VARLEN=cu_seqlens is not None,
+            IS_NEGATED=scale < 0,
+            HAS_WINDOW=window_size is not None,
+            HAS_RESCALE=has_rescale,
+            IS_EARLY=D == 64,
+            num_warps=4,
+        )
+        dq_kernel[(num_tiles, D * BQ // 4096)](
+            accumulator,
+            row_numbers,
+            dq,
+            scale,
+            sdq=strides_bth(dq, head_first),
+            tiles=tiles,
+            T_max=T,
+            NQ=NQ,
+            HQ=HQ,
+            K=K,
+            BQ=BQ,
+            IS_VARLEN=cu_seqlens is not None,
+            HAS_RESCALE=has_rescale,
+        )
+    return dq, dk, dv, row_stats
+
+
+def _strides(x: torch.Tensor, head_first: bool) -> list[int]:
+    """Strides of ``x`` as ``[B, T, H, D]``; 16 for dimensions of size 1, whose stride is never used."""
+    order = (0, 2, 1, 3) if head_first else (0, 1, 2, 3)
+    return [x.stride(i) if x.shape[i] > 1 else 16 for i in order[:3]] + [x.stride(3)]
+
+
+def _has_descriptor(x: torch.Tensor, head_first: bool) -> bool:
+    *outer, last = _strides(x, head_first)
+    return (
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and last == 1
+        and all(s > 0 and s * x.element_size() % 16 == 0 for s in outer)
+    )
+
+
+def _row_descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """Of blocks of a contiguous float32 tensor, not swizzled."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

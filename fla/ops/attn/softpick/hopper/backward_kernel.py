@@ -1,0 +1,346 @@
+"""Backward kernel for Hopper: dq, dk and dv of one pass over the scores. Its launcher is in `backward.py`.
+
+A program takes units of 128 keys of one key head and streams the queries that see them. Two consumers of a warpgroup
+each compute 64 of the keys; products are transposed, keys in rows. Weights go from registers into dv. Score gradients
+go to shared memory, where each consumer takes its keys' for dk, and both take all of them for a half of dq. One warp
+loads, another one adds dq in global memory, a third one traps if nothing moves: `backward_streams.py`.
+
+The products of dq and dk of a tile run beside the scores of the next one: the consumer waits for what it needs in the
+order in which products were issued, which the comments list.
+
+Legend: as in `backward_streams.py`, `backward_terms.py` and `parallel_bwd_dkv.py`, and
+    *_s                shared memory
+    *_full *_empty     mbarriers: data has come; it may be overwritten
+    rows_s             [stages, 4, BQ] numbers of the queries: -lse2, 2**-lse2, -delta, 2**-rescale
+    C                  number of the consumer
+    D                  head dimension in shared memory, K and V padded with zeros
+    IS_EARLY           dp is issued beside the scores, which takes 32 registers more
+"""
+
+import triton.language as tl
+
+from fla.ops.attn.softpick.hopper.backward_streams import (
+    BATCH,
+    DISTANCE,
+    HEAD,
+    NUM_KEYS,
+    NUM_STEPS,
+    NUM_TILES,
+    ROW,
+    UNIT_WORDS,
+    loader,
+    word,
+    writer,
+)
+from fla.ops.attn.softpick.hopper.backward_terms import grad_from_exponential, signed_exponential
+from fla.ops.attn.softpick.hopper.gluon_api import (
+    allocate_barriers,
+    fence_async_shared,
+    gl,
+    gluon,
+    load_scalar,
+    mbarrier,
+    named_sync,
+    opaque,
+    program_index,
+    store_scalar,
+    tma_store,
+    tma_store_wait,
+    trap_without_progress,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from fla.ops.attn.softpick.normalizers import (
+    RCP_LN2,
+    numerator_and_denominator_terms,
+    scores_and_sign,
+)
+from fla.ops.attn.softpick.tiles import visible
+
+# hardware barrier at which the two consumers meet; Triton uses the low numbers
+DS_BARRIER = gl.constexpr(9)
+
+
+@gluon.jit
+def _transposed_product(keys, queries_s, i, D: gl.constexpr):
+    """[64, 64] products of 64 rows of keys with the 64 rows of block i, as a running product."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    queries = queries_s.index(i).reshape([64, D]).permute((1, 0))
+    zeros = gl.zeros([64, 64], gl.float32, layout)
+    return warpgroup_mma(keys, queries, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _row(rows, number, half):
+    """[1, 64] of a tile's row numbers."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    return rows.slice(number, 1, 0).slice(half * 64, 64, 1).load(layout)
+
+
+@gluon.jit
+def _weights(
+    b_r, rows, half, scale, distance, W, dtype: gl.constexpr,
+    NORMALIZER: gl.constexpr, IS_MASKED: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
+):  # fmt: skip
+    """Weights, and `signed_exponential`, of the products b_r; the first query is `distance` positions after the first key."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_neg_lse2 = _row(rows, 0, half)
+    m_s = True
+    if IS_MASKED:
+        o_k = gl.arange(0, 64, gl.SliceLayout(1, layout))
+        o_q = distance + gl.arange(0, 64, gl.SliceLayout(0, layout))
+        m_s = visible(o_q[None, :], o_k[:, None], W, HAS_WINDOW)
+    if HAS_RESCALE:
+        # q holds q * 2**rescale
+        b_shrink = _row(rows, 3, half)
+        b_r = b_r * b_shrink
+    b_s, b_r = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
+    b_p, _ = numerator_and_denominator_terms(
+        b_s, b_neg_lse2, _row(rows, 1, half), NORMALIZER, False
+    )
+    b_e = signed_exponential(b_s, b_r, b_neg_lse2, NORMALIZER)
+    if HAS_RESCALE:
+        b_e = b_e * b_shrink
+    return b_p.to(dtype), b_e
+
+
+@gluon.jit
+def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr):
+    """[64, 64] of a tile of dq: 64 of its columns where it has 64 queries, else the C-th 64 queries; as a running product."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    b_dq = gl.zeros([64, 64], gl.float32, layout)
+    zero = opaque(0)
+    for c in gl.static_range(2):
+        k = k_s.index(zero + c).reshape([64, D])
+        if HALVES == 1:
+            k = k.slice(C * 64, 64, 1)
+            ds = ds_s.index(i * 2 + c)
+        else:
+            ds = ds_s.index((i * 2 + c) * 2 + C)
+        b_dq = warpgroup_mma(ds.permute((1, 0)), k, b_dq, use_acc=c == 1, is_async=True)
+    return b_dq
+
+
+@gluon.jit
+def _dk_product(ds_s, q_s, n, b_dk, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, Q_STAGES: gl.constexpr):  # fmt: skip
+    """b_dk with tile n added, as running products, one for each half."""
+    for h in gl.static_range(HALVES):
+        q = q_s.index(n % Q_STAGES * HALVES + h).reshape([64, D])
+        b_dk = warpgroup_mma(ds_s.index(((n & 1) * 2 + C) * HALVES + h), q, b_dk, is_async=True)
+    return b_dk
+
+
+@gluon.jit
+def _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C: gl.constexpr):
+    """Gives half of a tile of dq to the writer, in an order in which four numbers of a thread are neighbours."""
+    mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)
+    b_dq = b_dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1, 16, 256])
+    dq_s.index(C).store(b_dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(C), count=1)
+
+
+@gluon.jit
+def _tile_of_queries(
+    b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+    n, distance, scale, W, HAS_LAST: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
+    IS_EARLY: gl.constexpr,
+):  # fmt: skip
+    """Weights, dv and ds of tile n; with HAS_LAST also dq and dk of the tile before.
+
+    The first query of the tile is `distance` positions after the first key. Comments list the products that run, in
+    their order.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    HALVES: gl.constexpr = BQ // 64
+    NUM_DK: gl.constexpr = HALVES if HAS_LAST else 0
+    NUM_EARLY: gl.constexpr = 1 if IS_EARLY else 0
+    q_stage = n % Q_STAGES
+    do_stage = n % DO_STAGES
+    rows = rows_s.index(q_stage)
+    zero = opaque(0)
+    k = k_s.index(zero + C).reshape([64, D])
+    v = v_s.index(zero + C).reshape([64, D])
+    if HAS_LAST:
+        b_dq = _dq_product(ds_s, k_s, (n - 1) & 1, C, D, HALVES)
+    mbarrier.wait(q_full.index(q_stage), (n // Q_STAGES) & 1)
+    b_r = _transposed_product(k, q_s, q_stage * HALVES, D)
+    if HAS_LAST:
+        b_dk = _dk_product(ds_s, q_s, n - 1, b_dk, C, D, HALVES, Q_STAGES)
+        # dq, scores, dk
+        b_dq = warpgroup_mma_wait(1 + NUM_DK, [b_dq])
+        _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n - 1, C)
+    mbarrier.wait(do_full.index(do_stage), (n // DO_STAGES) & 1)
+    if IS_EARLY:
+        b_dp = _transposed_product(v, do_s, do_stage * HALVES, D)
+    # scores, dk, dp if early
+    b_r = warpgroup_mma_wait(NUM_DK + NUM_EARLY, [b_r])
+    for h in gl.static_range(HALVES):
+        if h > 0:
+            # dv, scores, dp if early
+            b_dv, b_r = warpgroup_mma_wait(NUM_EARLY, [b_dv, b_r])
+        d = distance + h * 64
+        is_full = d >= 63
+        if HAS_WINDOW:
+            is_full = is_full & (d + 63 < W)
+        if is_full:
+            b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
+        else:
+            b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
+        do = do_s.index(do_stage * HALVES + h).reshape([64, D])
+        b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
+        if not IS_EARLY:
+            b_dp = _transposed_product(v, do_s, do_stage * HALVES + h, D)
+        if h + 1 < HALVES:
+            b_r = _transposed_product(k, q_s, q_stage * HALVES + h + 1, D)
+        # early: dk if h = 0, dp, dv, scores if h = 0; else: dk if h = 0, dv, dp, scores if h = 0
+        if HAS_LAST and h == 0:
+            b_dk, b_dp = warpgroup_mma_wait(HALVES - 1 - h + NUM_EARLY, [b_dk, b_dp])
+            mbarrier.arrive(q_empty.index((n - 1) % Q_STAGES), count=1)
+        else:
+            b_dp = warpgroup_mma_wait(HALVES - 1 - h + NUM_EARLY, [b_dp])
+        b_ds = grad_from_exponential(b_e, b_dp, _row(rows, 2, h), NORMALIZER)
+        ds_s.index(((n & 1) * 2 + C) * HALVES + h).store(b_ds.to(q_s.dtype))
+        if h + 1 < HALVES and IS_EARLY:
+            b_dp = _transposed_product(v, do_s, do_stage * HALVES + h + 1, D)
+    fence_async_shared()
+    # the other consumer needs these ds for dq
+    named_sync(DS_BARRIER, 256)
+    b_dv = warpgroup_mma_wait(0, [b_dv])
+    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride_h, C: gl.constexpr, F: gl.constexpr, D: gl.constexpr, IS_VARLEN: gl.constexpr):  # fmt: skip
+    """Stores the gradients of the C-th 64 keys of a unit, [64, D], by way of block_s; row is the unit's first one."""
+    block_s.reshape([64, D]).store(b_x)
+    # for the store from it, or the next load into it
+    fence_async_shared()
+    if IS_VARLEN:
+        # rows past the end belong to the next sequence; few at a time, for the sake of registers
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        o_d = gl.arange(0, D, gl.SliceLayout(0, layout))
+        p += tl.cast(row, tl.int64) * stride_t + i_h * stride_h
+        for i in gl.static_range(4):
+            o_t = C * 64 + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
+            x = block_s.reshape([64, D]).slice(i * 16, 16, 0).load(layout)
+            m = (o_t < num_keys)[:, None] & (o_d < F)[None, :]
+            gl.store(p + o_t[:, None] * stride_t + o_d[None, :], x, mask=m)
+    else:
+        tma_store(desc, [i_b, row + C * 64, i_h, 0], block_s)
+
+
+@gluon.jit
+def _consumer(
+    dk_desc, dv_desc, dk, dv,
+    q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+    keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+    scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
+    C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
+    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
+):  # fmt: skip
+    """Computes dk and dv of the C-th 64 keys of each unit, and half of each tile of dq."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    HALVES: gl.constexpr = BQ // 64
+    base2_scale = scale * RCP_LN2
+    n = 0
+    w = 0
+    for _ in range(program_index(), n_units, gl.num_programs(0)):
+        b_dk = gl.zeros([64, D], gl.float32, layout)
+        b_dv = gl.zeros([64, D], gl.float32, layout)
+        mbarrier.wait(keys_full.index(0), w & 1)
+        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+        distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
+        first_distance = distance - (num_tiles - 1) * BQ
+        b_dk, b_dv = _tile_of_queries(
+            b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+            n, distance, base2_scale, W, False,
+            C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
+        )  # fmt: skip
+        for _ in range(1, load_scalar(word(unit_s, w, NUM_STEPS))):
+            n += 1
+            distance -= BQ
+            if distance < first_distance:
+                distance += num_tiles * BQ
+            b_dk, b_dv = _tile_of_queries(
+                b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+                n, distance, base2_scale, W, True,
+                C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
+            )  # fmt: skip
+        b_dq = _dq_product(ds_s, k_s, n & 1, C, D, HALVES)
+        b_dk = _dk_product(ds_s, q_s, n, b_dk, C, D, HALVES, Q_STAGES)
+        b_dq = warpgroup_mma_wait(HALVES, [b_dq])
+        _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C)
+        b_dk = warpgroup_mma_wait(0, [b_dk])
+        mbarrier.arrive(q_empty.index(n % Q_STAGES), count=1)
+        # both consumers are done with keys and values: the gradients take their memory
+        named_sync(DS_BARRIER, 256)
+        i_b = load_scalar(word(unit_s, w, BATCH))
+        i_h = load_scalar(word(unit_s, w, HEAD))
+        row = load_scalar(word(unit_s, w, ROW))
+        num_keys = load_scalar(word(unit_s, w, NUM_KEYS))
+        _store_keys(k_s.index(C), dk_desc, dk, (b_dk * scale).to(q_s.dtype), i_b, i_h, row, num_keys, sdk_t, sdk_h, C, K, D, IS_VARLEN)  # fmt: skip
+        _store_keys(v_s.index(C), dv_desc, dv, b_dv.to(q_s.dtype), i_b, i_h, row, num_keys, sdv_t, sdv_h, C, V, D, IS_VARLEN)  # fmt: skip
+        tma_store_wait(0)
+        mbarrier.arrive(keys_empty.index(0), count=1)
+        n += 1
+        w += 1  # noqa: SIM113
+
+
+@gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
+def normalized_attn_bwd_kernel_hopper(
+    q_desc, do_desc, k_desc, v_desc, rows_desc, dq_desc, dk_desc, dv_desc, dk, dv,
+    turns, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+    K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
+    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
+):  # fmt: skip
+    """Takes every num_programs-th unit; two consumers, a loader, a writer and a watchdog."""
+    HALVES: gl.constexpr = BQ // 64
+    dtype: gl.constexpr = q_desc.dtype
+    k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [Q_STAGES * HALVES, 1, 64, 1, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(dtype, [DO_STAGES * HALVES, 1, 64, 1, D], do_desc.layout)
+    rows_s = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 4, BQ], rows_desc.layout)
+    # of two tiles: one consumer may be a tile ahead of the other's products
+    ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 16, 256], dq_desc.layout)
+    unit_s = gl.allocate_shared_memory(gl.int32, [2 * UNIT_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
+    progress = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # the last barrier of *_full is for tiles of which the loader zeroes a part
+    keys_full = allocate_barriers(2, 1)
+    keys_empty = allocate_barriers(1, 2)
+    q_full = allocate_barriers(Q_STAGES + 1, 1)
+    q_empty = allocate_barriers(Q_STAGES, 2)
+    do_full = allocate_barriers(DO_STAGES + 1, 1)
+    do_empty = allocate_barriers(DO_STAGES, 2)
+    dq_full = allocate_barriers(2, 1)
+    dq_empty = allocate_barriers(2, 1)
+    store_scalar(progress, 0)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_consumer, (
+            dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+            keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
+            0, K, V, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
+        (_consumer, (
+            dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+            keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
+            1, K, V, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
+        (loader, (
+            q_desc, do_desc, k_desc, v_desc, rows_desc, units, q_s, do_s, k_s, v_s, rows_s, unit_s,
+            keys_full, keys_empty, q_full, q_empty, do_full, do_empty,
+            n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+            D, BQ, Q_STAGES, DO_STAGES, IS_VARLEN, HAS_WINDOW)),
+        (writer, (
+            dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, n_units, W, NQ, BQ, HAS_WINDOW)),
+        (trap_without_progress, (progress,)),
+    ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip

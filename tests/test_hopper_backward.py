@@ -1,0 +1,285 @@
+"""The Hopper backward in the simulator, or on an sm_90 card if there is one: gradients, order of additions, faults."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from gluon_machine import Fault
+from gluon_simulator import simulate
+from numerics import (
+    HAS_GPU,
+    assert_no_worse_than_eager,
+    by_formula,
+    draw,
+    outputs_and_gradients,
+    poisoned_memory,
+    with_slow,
+)
+
+from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn
+from fla.ops.attn.softpick.hopper import backward
+
+IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper_or_simulator = pytest.mark.skipif(
+    HAS_GPU and not IS_HOPPER, reason="the GPU is no sm_90, and turns the interpreter off"
+)
+needs_simulator = pytest.mark.skipif(HAS_GPU, reason="plants faults in the simulator")
+pytestmark = needs_hopper_or_simulator
+
+
+class Call(NamedTuple):
+    """What the launcher takes, and what the reference says of it."""
+
+    arguments: dict[str, Any]
+    gold: dict[str, torch.Tensor]
+    eager: dict[str, torch.Tensor]
+    sizes: dict[str, torch.Tensor]
+
+
+def prepare(
+    T, D=64, *, normalizer="softpick", dtype=torch.bfloat16, has_dlse=False, head_first=False,
+    K=None, V=None, B=1, HQ=1, H=None, S=None, change=None, **kwargs,
+) -> Call:  # fmt: skip
+    device = "cuda" if IS_HOPPER else "cpu"
+    inputs = draw(
+        T, K or D, V=V or D, B=B, HQ=HQ, H=H, S=S, head_first=head_first, dtype=dtype, device=device
+    )
+    if change is not None:
+        change(inputs)
+    generator = torch.Generator().manual_seed(1)
+    dlse = torch.randn(B, HQ, T, generator=generator).to(device) if has_dlse else None
+    if "cu_seqlens" in kwargs:
+        kwargs["cu_seqlens"] = torch.tensor(kwargs["cu_seqlens"], device=device)
+    options = {"normalizer": normalizer, "head_first": head_first, **kwargs}
+    formulas = by_formula(inputs, **options)
+    # float64 of the reference is exact for what it is given: the rounded output and lse are forward's
+    gold = outputs_and_gradients(
+        naive_normalized_attn,
+        inputs.to(torch.float64),
+        dlse=None if dlse is None else dlse.double(),
+        **options,
+    )
+    eager = outputs_and_gradients(naive_normalized_attn, inputs, dlse=dlse, **options)
+    arguments = {
+        "q": inputs.q,
+        "k": inputs.k,
+        "v": inputs.v,
+        "cu_seqlens": kwargs.get("cu_seqlens"),
+        "o": gold["o"].to(dtype),
+        "lse": (formulas.log_z / math.log(2)).float(),
+        "do": inputs.do,
+        # of the base-2 lse
+        "dlse": None if dlse is None else dlse * math.log(2),
+        "scale": kwargs.get("scale", inputs.q.shape[-1] ** -0.5),
+        "window_size": kwargs.get("window_size"),
+        "head_first": head_first,
+        "normalizer": normalizer,
+    }
+    return Call(arguments, gold, eager, formulas.sizes)
+
+
+def run(call: Call, programs=3, seed=0, faults=None) -> dict[str, torch.Tensor]:
+    with poisoned_memory():
+        if IS_HOPPER:
+            results = backward.hopper_normalized_attn_bwd(**call.arguments)
+        else:
+            module = simulate(backward, seed, faults, num_processors=lambda device: programs)
+            results = module.hopper_normalized_attn_bwd(**call.arguments)
+    return dict(zip(("dq", "dk", "dv", "row_stats"), results, strict=True))
+
+
+def check(call: Call, got: dict[str, torch.Tensor]) -> None:
+    q = call.arguments["q"]
+    for name in "dq", "dk", "dv":
+        assert_no_worse_than_eager(
+            name, got[name], call.eager[name], call.gold[name], call.sizes[name], dtype=q.dtype
+        )
+    neg_lse2, delta = got["row_stats"].unbind(-1)
+    lse = call.arguments["lse"]
+    assert torch.equal(neg_lse2, torch.where(lse == -math.inf, -math.inf, -lse))
+    o, do = (call.arguments[name].double() for name in ("o", "do"))
+    if not call.arguments["head_first"]:
+        o, do = o.transpose(1, 2), do.transpose(1, 2)
+    expected = (o * do).sum(-1)
+    if call.arguments["dlse"] is not None:
+        expected = expected - call.arguments["dlse"] / math.log(2)
+    torch.testing.assert_close(delta.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+FP16 = torch.float16
+PACKED = [0, 1, 100, 100, 300, 429]
+# T, and what else `prepare` takes; a default run takes the first ones
+CASES = [
+    {"T": 200, "HQ": 2, "H": 1, "has_dlse": True},
+    {"T": 130, "D": 128, "HQ": 2, "head_first": True, "B": 2},
+    {"T": 130, "D": 128, "dtype": FP16, "HQ": 2, "H": 1},
+    {"T": 150, "S": 290, "window_size": 70, "D": 128},
+    {"T": 429, "cu_seqlens": PACKED, "HQ": 4, "H": 2, "dtype": FP16},
+    {"T": 429, "cu_seqlens": PACKED, "D": 128, "window_size": 50, "has_dlse": True},
+    {"T": 140, "K": 48, "V": 64},
+    {"T": 100, "K": 80, "V": 112, "scale": -0.2},
+    {"T": 1}, {"T": 1, "D": 128, "S": 128}, {"T": 63}, {"T": 64, "D": 128}, {"T": 65, "D": 128}, {"T": 127},
+    {"T": 128}, {"T": 129}, {"T": 128, "D": 128}, {"T": 257, "D": 128, "HQ": 3, "H": 1},
+    {"T": 3, "S": 400, "window_size": 2}, {"T": 300, "window_size": 1}, {"T": 300, "window_size": 128, "D": 128},
+    {"T": 300, "S": 431, "HQ": 4, "H": 4, "has_dlse": True}, {"T": 300, "scale": 3.0, "dtype": FP16},
+    {"T": 500, "window_size": 129, "HQ": 2, "H": 1, "B": 2, "head_first": True}, {"T": 90, "K": 16, "V": 128},
+]  # fmt: skip
+
+
+def _name(case):
+    return "-".join(f"{key}{value}" for key, value in case.items()).replace("torch.", "")
+
+
+@pytest.mark.parametrize("case", with_slow(CASES, CASES[:8]), ids=_name)
+def test_gradients(case):
+    call = prepare(**case)
+    check(call, run(call))
+
+
+QUICK = ("softpick", "abs_softpick", "softmax", "rectified")
+EVERYTHING = {"T": 300, "D": 128, "HQ": 2, "H": 1, "cu_seqlens": [0, 140, 300], "window_size": 100}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP16])
+@pytest.mark.parametrize("case", with_slow([{"T": 150}, EVERYTHING], [{"T": 150}]), ids=_name)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_gradients_of_each_normalizer(normalizer, case, dtype):
+    call = prepare(**case, normalizer=normalizer, dtype=dtype, has_dlse=True)
+    check(call, run(call))
+
+
+def test_tiny_scores_in_float16():
+    # scores of 1e-6, so 1 / Z reaches 1e6
+    def shrink(inputs):
+        inputs.k.mul_(2.0**-10)
+        inputs.q.mul_(2.0**-10)
+
+    call = prepare(140, dtype=FP16, HQ=2, H=1, change=shrink)
+    got = run(call)
+    # not dv, whose weights are differences of exponentials of about 1e6
+    for name in "dq", "dk":
+        error = (got[name].double() - call.gold[name]).norm() / call.gold[name].norm()
+        assert error < 1e-3, (name, error)
+    if not IS_HOPPER:
+        # ds overflows without the rescale
+        plain = run(
+            call, faults={"q.dtype == torch.float16 and normalizer": "False and normalizer"}
+        )
+        assert not plain["dq"].isfinite().all()
+        assert not plain["dk"].isfinite().all()
+
+
+ORDERS = [
+    {"T": 400, "HQ": 2, "H": 1},
+    {"T": 300, "D": 128, "HQ": 2, "H": 2, "window_size": 140},
+    {"T": 429, "cu_seqlens": PACKED, "HQ": 2, "H": 1},
+]
+
+
+@needs_simulator
+@pytest.mark.parametrize("case", with_slow(ORDERS, ORDERS[:2]), ids=_name)
+def test_number_of_programs_and_their_order_change_no_bit(case):
+    call = prepare(**case)
+    first = run(call, programs=1)
+    for programs, seed in (2, 1), (5, 2), (1000, 3):
+        for name, x in run(call, programs, seed).items():
+            assert torch.equal(x, first[name]), (name, programs)
+
+
+@pytest.mark.gpu
+def test_runs_agree_bitwise():
+    call = prepare(2000, 128, HQ=8, H=2, B=2)
+    first = run(call)
+    for _ in range(5):
+        assert all(torch.equal(x, first[name]) for name, x in run(call).items())
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_sequences_do_not_see_each_others_nan(D):
+    cu_seqlens = [0, 70, 200, 330]
+    clean = prepare(330, D, cu_seqlens=cu_seqlens, HQ=2, H=1)
+    expected = run(clean)
+
+    spoiled = prepare(330, D, cu_seqlens=cu_seqlens, HQ=2, H=1)
+    for name in "q", "k", "v", "do", "o":
+        spoiled.arguments[name][:, 70:200] = math.nan
+    spoiled.arguments["lse"][..., 70:200] = math.nan
+    got = run(spoiled)
+    for name in "dq", "dk", "dv":
+        for rows in slice(0, 70), slice(200, 330):
+            assert torch.equal(got[name][:, rows], expected[name][:, rows]), name
+        assert got[name][:, 70:200].isnan().any(-1).all(), name
+
+
+def test_nan_of_a_query_reaches_its_gradient():
+    call = prepare(150, HQ=2, H=1)
+    call.arguments["q"][0, 100, 1] = math.nan
+    call.arguments["lse"][0, 1, 100] = math.nan
+    call.arguments["o"][0, 100, 1] = math.nan
+    got = run(call)
+    assert got["dq"][0, 100, 1].isnan().all()
+    others = torch.ones(150, 2, dtype=torch.bool)
+    others[100, 1] = False
+    assert got["dq"][0][others.to(got["dq"].device)].isfinite().all()
+    for name in "dk", "dv":
+        assert got[name][0, :101].isnan().any(-1).all(), name
+
+
+@needs_simulator
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # a buffer is released early
+        ("        # dq, scores, dk\n", "        mbarrier.arrive(q_empty.index((n - 1) % Q_STAGES), count=1)\n"),
+        ("    b_dv = warpgroup_mma_wait(0, [b_dv])\n    mbarrier.arrive(do_empty.index(do_stage), count=1)\n", "    mbarrier.arrive(do_empty.index(do_stage), count=1)\n    b_dv = warpgroup_mma_wait(0, [b_dv])\n"),
+        ("        tma_store_wait(0)\n        mbarrier.arrive(keys_empty", "        mbarrier.arrive(keys_empty"),
+        # a wait or a fence is missing
+        ("    mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)\n", ""),
+        ("    mbarrier.wait(do_full.index(do_stage), (n // DO_STAGES) & 1)\n", ""),
+        ("            tma_store_wait(0)\n            for c", "            for c"),
+        ("    fence_async_shared()\n    # the other consumer", "    # the other consumer"),
+        ("    named_sync(DS_BARRIER, 256)\n    b_dv", "    b_dv"),
+        ("        named_sync(DS_BARRIER, 256)\n        i_b", "        i_b"),
+        # ds of one tile only
+        ("ds_s.index(((n & 1) * 2 + C) * HALVES + h).store", "ds_s.index(C * HALVES + h).store"),
+        # the order of additions
+        ("            wait_turn(turns + tile, turn)\n", ""),
+        ("        turn = i_t // BT\n", "        turn = 0\n"),
+        ("        turn = i_t // BT\n", "        turn = i_t // BT + 1\n"),
+        ("            pass_turn(turns + tile)\n", "            tma_store_wait(0)\n"),
+        # the mask, and what is past the ends
+        ("d >= 63", "d >= -64"),
+        ("m_s = visible(o_q", "m_s = visible(1 + o_q"),
+        # a tile, a head or a key too few
+        ("tile += num_tiles + NQ\n            ", "tile += num_tiles\n            "),
+        ("distance += num_tiles * BQ", "distance += BQ"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_found(old, new):
+    for case in {"T": 330, "HQ": 2, "H": 1, "normalizer": "softmax"}, {"T": 200, "D": 128, "HQ": 2}:
+        call = prepare(**case, dtype=FP16)
+        expected = run(call)
+        for seed in range(6):
+            try:
+                got = run(call, seed=seed, faults={old: new})
+            except Fault:
+                return
+            if not all(torch.equal(x, expected[name]) for name, x in got.items()):
+                return
+    pytest.fail("nothing was found")
+
+
+def test_serves_says_what_it_takes():
+    x = torch.zeros(1, 10, 2, 64, dtype=torch.bfloat16)
+    wide = torch.zeros(1, 10, 2, 144, dtype=torch.bfloat16)
+    odd = torch.zeros(1, 10, 2, 40, dtype=torch.bfloat16)
+    apart = torch.zeros(1, 10, 2, 65, dtype=torch.bfloat16)[..., :64]
+    assert backward.serves(x, x, x, x, False)
+    assert backward.serves(x, x, x, x, True)
+    for y in wide, odd, apart, x.float(), x[:0], x[:, :0]:
+        assert not backward.serves(y, y, y, y, False), y.shape
+    assert not backward.serves(x, x, x, x.transpose(1, 3).contiguous().transpose(1, 3), False)
+    call = prepare(20, K=40, V=40)
+    with pytest.raises(NotImplementedError, match=r"multiples of 16 up to 128.*K 40, V 40"):
+        run(call)
