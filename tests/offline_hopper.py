@@ -127,6 +127,7 @@ def backward_call(D: int, case: tuple) -> None:
         q,
         q,
         q,
+        None,
         o=q,
         lse=lse,
         do=q,

@@ -28,7 +28,7 @@ def test_the_kernels_know_which_normalizers_have_small_denominators():
 
 
 @each_softpick
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sequences_of_one_key(normalizer, dtype, device):
     # the only weight is n / (n + EPS) or 0, so dp and delta agree in nearly all digits
     inputs = with_small_scores(draw(1, 64, B=16, HQ=4, dtype=dtype, device=device))

@@ -17,6 +17,65 @@ from fla.ops.attn.softpick.parallel_bwd_dq import parallel_normalized_attn_bwd_k
 from fla.ops.attn.softpick.tiles import feature_tile, streamed_descriptors, strides_bth, tiles_of
 
 
+def launch_delta_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    row_stats: torch.Tensor,
+    scale: float,
+    window_size: int | None,
+    head_first: bool,
+    normalizer: str,
+) -> None:
+    """Stores delta, without the gradient of lse, in ``row_stats`` for rows with a small denominator, if there can be any.
+
+    Args as of `parallel_normalized_attn_bwd`, on the device of ``q``.
+    """
+    if normalizer not in WITH_SMALL_DENOMINATORS:
+        return
+    time, head = (2, 1) if head_first else (1, 2)
+    B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
+    K, V = q.shape[-1], v.shape[-1]
+    options = launch_options("delta", q, V)
+    del options["HAS_DESCRIPTORS"], options["ROUNDS_BY_BITS"]
+    NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
+    parallel_normalized_attn_bwd_kernel_delta[(NT * B * HQ,)](
+        q,
+        k,
+        v,
+        sink_bias,
+        do,
+        lse,
+        row_stats,
+        scale,
+        sq=strides_bth(q, head_first),
+        sk=strides_bth(k, head_first),
+        sv=strides_bth(v, head_first),
+        sdo=strides_bth(do, head_first),
+        tiles=tiles,
+        T_max=T,
+        S_max=S,
+        NT=NT,
+        HQ=HQ,
+        G=HQ // H,
+        W=0 if window_size is None else min(window_size, S),
+        K=K,
+        V=V,
+        BK=feature_tile(K),
+        BV=feature_tile(V),
+        NORMALIZER=normalizer,
+        EPS=EPS,
+        IS_VARLEN=cu_seqlens is not None,
+        HAS_WINDOW=window_size is not None,
+        HAS_SINK=sink_bias is not None,
+        **options,
+    )
+
+
 def parallel_normalized_attn_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -77,28 +136,9 @@ def parallel_normalized_attn_bwd(
         "HAS_WINDOW": window_size is not None,
     }
     with torch.cuda.device_of(q):
-        if normalizer in WITH_SMALL_DENOMINATORS:
-            # few tiles have such a row, and the programs of the others end at once
-            options = launch_options("delta", q, V)
-            del options["HAS_DESCRIPTORS"], options["ROUNDS_BY_BITS"]
-            NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
-            parallel_normalized_attn_bwd_kernel_delta[(NT * B * HQ,)](
-                q,
-                k,
-                v,
-                sink_bias,
-                do,
-                lse,
-                row_stats,
-                scale,
-                tiles=tiles,
-                NT=NT,
-                HQ=HQ,
-                EPS=EPS,
-                HAS_SINK=sink_bias is not None,
-                **{name: x for name, x in common.items() if name != "IS_NEGATED"},
-                **options,
-            )
+        launch_delta_kernel(
+            q, k, v, sink_bias, cu_seqlens, lse, do, row_stats, scale, window_size, head_first, normalizer
+        )  # fmt: skip
         options = launch_options("dq", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
         k_desc, v_desc = streamed_descriptors(options, head_first, k, v)

@@ -14,6 +14,8 @@ from fla.ops.attn.softpick.hopper.backward_passes import dq_kernel, row_numbers_
 from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
 from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim
 from fla.ops.attn.softpick.launch_shapes import num_processors
+from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
+from fla.ops.attn.softpick.parallel_bwd import launch_delta_kernel
 from fla.ops.attn.softpick.tiles import feature_tile, packed_sequences, strides_bth
 
 # keys of a unit of work
@@ -40,6 +42,7 @@ def hopper_normalized_attn_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sink_bias: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     o: torch.Tensor,
     lse: torch.Tensor,
@@ -56,6 +59,7 @@ def hopper_normalized_attn_bwd(
         q: Queries, in a dtype, shape and layout that `serves` takes, like ``k``, ``v`` and ``do``.
         k: Keys.
         v: Values.
+        sink_bias: ``[HQ]`` float32, contiguous, or None.
         cu_seqlens: Boundaries of packed sequences, or None.
         o: Output of forward.
         lse: Base-2 log of the denominator ``[B, HQ, T]``, float32, from forward.
@@ -102,13 +106,12 @@ def hopper_normalized_attn_bwd(
     # nothing is read that has not been stored: the first to add to a tile stores it
     accumulator = lse.new_empty(num_tiles * 2, 16, 256)
     turns = torch.zeros(num_tiles, dtype=torch.int32, device=q.device)
-    has_rescale = q.dtype == torch.float16 and normalizer in (
-        "softpick",
-        "relu_softpick",
-        "abs_softpick",
-    )
+    has_rescale = q.dtype == torch.float16 and normalizer in WITH_SMALL_DENOMINATORS
     rescaled_q = torch.empty_like(q) if has_rescale else q
     with torch.cuda.device_of(q):
+        launch_delta_kernel(
+            q, k, v, sink_bias, cu_seqlens, lse, do, row_stats, scale, window_size, head_first, normalizer
+        )  # fmt: skip
         row_numbers_kernel[(num_tiles,)](
             q,
             o,
