@@ -13,7 +13,7 @@ from offline_compilation import CARDS
 SCRIPT = Path(__file__).with_name("offline_hopper.py")
 # with packing, a window and a sink at once a few numbers of a unit do not fit; they are read outside of the inner loops
 MAX_SPILLS = {"everything": 8}
-# the same for a packed row in backward; the most of Triton 3.6, 3.8 and 3.9 at head dimensions 64 and 128
+# backward: bounds, not measured figures, within which these kinds of input have to stay until nothing spills
 MAX_BACKWARD_SPILLS = {"packed": 24, "everything": 24, "relu_softpick": 24, "rectified": 24}
 
 
@@ -58,7 +58,7 @@ def test_backward_fits(capsys):
         assert row["is_examined"], row
         assert row["ptxas"] == [], row
         assert row["shared"] <= CARDS["sm_90"].shared, row
-        # Triton 3.6 and 3.9 keep a few more numbers of a unit in memory
+        # bounds too: Triton 3.6 and 3.9 keep up to 8 registers in memory where 3.8 keeps none
         assert row["spills"] <= MAX_BACKWARD_SPILLS.get(row["case"], 8), row
         if row["kernel"] == "normalized_attn_bwd_kernel_hopper":
             assert max(row["barriers"]) < 9, row
