@@ -19,6 +19,7 @@ from numerics import (
 
 from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn
 from fla.ops.attn.softpick.hopper import backward
+from fla.ops.attn.softpick.hopper.launch import refuse_others
 from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
 
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -277,16 +278,22 @@ def test_a_fault_is_found(old, new):
     pytest.fail("nothing was found")
 
 
-def test_serves_says_what_it_takes():
+def test_what_is_refused_is_named():
     x = torch.zeros(1, 10, 2, 64, dtype=torch.bfloat16)
-    wide = torch.zeros(1, 10, 2, 144, dtype=torch.bfloat16)
-    odd = torch.zeros(1, 10, 2, 40, dtype=torch.bfloat16)
-    apart = torch.zeros(1, 10, 2, 65, dtype=torch.bfloat16)[..., :64]
-    assert backward.serves(x, x, x, x, False)
-    assert backward.serves(x, x, x, x, True)
-    for y in wide, odd, apart, x.float(), x[:0], x[:, :0]:
-        assert not backward.serves(y, y, y, y, False), y.shape
-    assert not backward.serves(x, x, x, x.transpose(1, 3).contiguous().transpose(1, 3), False)
+    for message, change in {
+        "float16 or bfloat16": x.float(),
+        "multiples of 16 up to 128, got K = 144": torch.zeros(1, 10, 2, 144, dtype=x.dtype),
+        "multiples of 16 up to 128, got K = 40": torch.zeros(1, 10, 2, 40, dtype=x.dtype),
+        "at least one element": x[:, :0],
+        "multiples of 16 bytes": torch.zeros(1, 10, 2, 65, dtype=x.dtype)[..., :64],
+    }.items():
+        with pytest.raises(NotImplementedError, match=message):
+            refuse_others("dkv", False, change, change, k=change, do=change)
+    apart = torch.zeros(1, 10, 2, 128, dtype=x.dtype)[..., ::2]
+    with pytest.raises(NotImplementedError, match="do with a contiguous last dimension"):
+        refuse_others("dkv", False, x, x, k=x, do=apart)
+    refuse_others("dkv", False, x, x, k=x, do=x)
+    refuse_others("dkv", True, x, x, k=x, do=x)
     call = prepare(20, K=40, V=40)
-    with pytest.raises(NotImplementedError, match=r"multiples of 16 up to 128.*K 40, V 40"):
+    with pytest.raises(NotImplementedError, match="multiples of 16 up to 128"):
         run(call)

@@ -13,7 +13,7 @@ from fla.ops.attn.softpick.launch_shapes import TABLE, select_launch_shape
 
 # The kernels that exist for Hopper, and those of them that operators may choose. A kernel that is only in the first is
 # written, simulated and compiled, and has not run on a card. It is enabled when it ran on one, was right and was faster.
-WRITTEN_FOR_HOPPER = frozenset({"fwd"})
+WRITTEN_FOR_HOPPER = frozenset({"fwd", "dq", "dkv"})
 ENABLED_ON_HOPPER: frozenset[str] = frozenset()
 
 
@@ -27,7 +27,7 @@ def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) ->
         K: Head dimension of queries and keys.
         V: Head dimension of values.
     """
-    if kernel in ENABLED_ON_HOPPER and refusal_of_kind(row, dtype, K, V) is None:
+    if kernel in ENABLED_ON_HOPPER and refusal_of_kind(kernel, row, dtype, K, V) is None:
         return "Gluon"
     return "Triton"
 

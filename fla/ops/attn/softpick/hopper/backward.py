@@ -12,7 +12,7 @@ import torch
 from fla.ops.attn.softpick.hopper.backward_kernel import normalized_attn_bwd_kernel_hopper
 from fla.ops.attn.softpick.hopper.backward_passes import dq_kernel, row_numbers_kernel
 from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
-from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim
+from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim, refuse_others
 from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
 from fla.ops.attn.softpick.parallel_bwd import launch_delta_kernel
@@ -22,20 +22,6 @@ from fla.ops.attn.softpick.tiles import feature_tile, packed_sequences, strides_
 BT = 128
 # bytes of queries and their gradients that heads at work at the same time may stream, to find them in L2 again
 STREAMED_BYTES = 2**25
-
-
-def serves(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, head_first: bool
-) -> bool:
-    """Whether `hopper_normalized_attn_bwd` takes these tensors; it takes all masks, normalisers and scales.
-
-    float16 or bfloat16; K and V multiples of 16 up to 128; for TMA all rows start at multiples of 16 bytes.
-    """
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and all(x.shape[-1] % 16 == 0 and 0 < x.shape[-1] <= 128 for x in (q, v))
-        and all(_has_descriptor(x, head_first) for x in (q, k, v, do))
-    )
 
 
 def hopper_normalized_attn_bwd(
@@ -56,7 +42,7 @@ def hopper_normalized_attn_bwd(
     """Launches the kernels on the inputs and outputs of forward; `parallel_normalized_attn_bwd` for sm_90.
 
     Args:
-        q: Queries, in a dtype, shape and layout that `serves` takes, like ``k``, ``v`` and ``do``.
+        q: As given to forward, like ``k``, ``v`` and the arguments from ``scale`` on.
         k: Keys.
         v: Values.
         sink_bias: ``[HQ]`` float32, contiguous, or None.
@@ -75,14 +61,9 @@ def hopper_normalized_attn_bwd(
         ``Z`` is 0) and ``delta = <o, do> - dlse / ln(2)``.
 
     Raises:
-        NotImplementedError: `serves` is False.
+        NotImplementedError: The kernels do not take these inputs; the message says what they need.
     """
-    if not serves(q, k, v, do, head_first):
-        raise NotImplementedError(
-            "the Hopper backward takes float16 and bfloat16, head dimensions that are multiples of 16 up to 128, and "
-            f"rows that start at multiples of 16 bytes; got {q.dtype}, K {q.shape[-1]}, V {v.shape[-1]}, strides of "
-            f"q {q.stride()}, k {k.stride()}, v {v.stride()}, do {do.stride()}"
-        )
+    refuse_others("dkv", head_first, q, v, k=k, do=do)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V, G = q.shape[-1], v.shape[-1], HQ // H
@@ -197,22 +178,6 @@ def hopper_normalized_attn_bwd(
             HAS_RESCALE=has_rescale,
         )
     return dq, dk, dv, row_stats
-
-
-def _strides(x: torch.Tensor, head_first: bool) -> list[int]:
-    """Strides of ``x`` as ``[B, T, H, D]``; 16 for dimensions of size 1, whose stride is never used."""
-    order = (0, 2, 1, 3) if head_first else (0, 1, 2, 3)
-    return [x.stride(i) if x.shape[i] > 1 else 16 for i in order[:3]] + [x.stride(3)]
-
-
-def _has_descriptor(x: torch.Tensor, head_first: bool) -> bool:
-    *outer, last = _strides(x, head_first)
-    return (
-        x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and last == 1
-        and all(s > 0 and s * x.element_size() % 16 == 0 for s in outer)
-    )
 
 
 def _row_descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:

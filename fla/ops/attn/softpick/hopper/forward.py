@@ -1,6 +1,6 @@
 """Forward of normalised attention for Hopper: the kernel, its roles in `forward_roles.py`, and its launcher.
 
-Computes what `parallel_fwd.py` does, and returns the same. Refuses what `launch.refusal` names.
+Computes what `parallel_fwd.py` does, and returns the same. Refuses what `launch.refuse_others` names.
 """
 
 # Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a constexpr.
@@ -19,7 +19,7 @@ from fla.ops.attn.softpick.hopper.launch import (
     ForwardShape,
     block_descriptor,
     padded_head_dim,
-    refusal,
+    refuse_others,
     select_forward_shape,
 )
 from fla.ops.attn.softpick.launch_shapes import num_processors
@@ -131,10 +131,9 @@ def hopper_normalized_attn_fwd(
         lse ``[B, HQ, T]`` in float32: log2 of the denominator, -inf where that is 0.
 
     Raises:
-        NotImplementedError: `launch.refusal` has a reason.
+        NotImplementedError: The kernel does not take these inputs; the message says what it needs.
     """
-    if reason := refusal(q, k, v, head_first):
-        raise NotImplementedError(f"the Hopper kernels take {reason}")
+    refuse_others("fwd", head_first, q, v, k=k)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     D = q.shape[-1]

@@ -52,10 +52,11 @@ def select_forward_shape(D: int, S: int) -> ForwardShape:
     return next(shape for longest, shape in rows if longest >= S)
 
 
-def refusal_of_kind(row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
-    """What the Hopper kernels would need, or None if they take this.
+def refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
+    """What a Hopper kernel would need, or None if it takes this.
 
     Args:
+        kernel: "fwd", or for the backward kernel "dq" or "dkv".
         row: Architecture, a key of `launch_shapes.TABLE`.
         dtype: Of queries, keys and values.
         K: Head dimension of queries and keys.
@@ -65,22 +66,33 @@ def refusal_of_kind(row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
         return f"a GPU of architecture sm_90, got {row}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"float16 or bfloat16, got {dtype}"
-    if K != V or K % 16 or not 0 < K <= MAX_HEAD_DIM:
-        return f"K = V, a multiple of 16 up to {MAX_HEAD_DIM}, got K = {K} and V = {V}"
+    if any(D % 16 or not 0 < D <= MAX_HEAD_DIM for D in (K, V)):
+        return f"K and V that are multiples of 16 up to {MAX_HEAD_DIM}, got K = {K} and V = {V}"
+    if kernel == "fwd" and K != V:
+        return f"K = V, got K = {K} and V = {V}"
     return None
 
 
-def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_first: bool) -> str | None:
-    """What the Hopper kernels would need, or None if they take these inputs."""
-    row = architecture(q.device.index)
-    if reason := refusal_of_kind(row, q.dtype, q.shape[-1], v.shape[-1]):
-        return reason
-    for name, x in ("q", q), ("k", k), ("v", v):
+def refuse_others(
+    kernel: str, head_first: bool, q: torch.Tensor, v: torch.Tensor, **others: torch.Tensor
+) -> None:
+    """Raises NotImplementedError, which says what is needed, if the kernel does not take these inputs."""
+    reason = refusal_of_kind(
+        kernel, architecture(q.device.index), q.dtype, q.shape[-1], v.shape[-1]
+    )
+    for name, x in {"q": q, "v": v, **others}.items():
         if x.numel() == 0:
-            return f"{name} with at least one element"
-        if x.data_ptr() % 16 or any(s <= 0 or s % 8 for s in _strides(x, head_first)):
-            return f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()}"
-    return None
+            reason = reason or f"{name} with at least one element"
+        elif x.data_ptr() % 16 or any(s <= 0 or s % 8 for s in _strides(x, head_first)):
+            reason = reason or (
+                f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()}"
+            )
+        elif x.stride(-1) != 1:
+            reason = reason or (
+                f"{name} with a contiguous last dimension, got strides {x.stride()}"
+            )
+    if reason:
+        raise NotImplementedError(f"the Hopper kernels take {reason}")
 
 
 def _strides(x: torch.Tensor, head_first: bool) -> list[int]:
