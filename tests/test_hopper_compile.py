@@ -54,7 +54,8 @@ def test_backward_fits(capsys):
                 f"Triton {row['triton']} D {row['D']:3} {row['case']:16} {row['kernel']:33} registers at launch "
                 f"{row['launch_registers']:3} spills {row['spills']} shared {row['shared']}\n"
             )
-    assert len(rows) == 2 * 10 * 3
+    # softpick's five cases and two of its relatives have the delta kernel too
+    assert len(rows) == 2 * (10 * 3 + 7)
     for row in rows:
         assert row["is_examined"], row
         assert row["ptxas"] == [], row

@@ -1,6 +1,6 @@
 """Which kernels serve which inputs on which card: those of Triton, or those for Hopper in Gluon.
 
-The whole answer, without a GPU: ``python -m fla.ops.attn.softpick.launch_shapes``.
+The whole answer, without a GPU: ``python -m fla.ops.attn.softpick.kernel_choice``.
 """
 
 import sys
@@ -54,3 +54,7 @@ def main() -> None:
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
     disabled = ", ".join(sorted(WRITTEN_FOR_HOPPER - ENABLED_ON_HOPPER)) or "none"
     sys.stdout.write(f"written for Hopper in Gluon and not enabled: {disabled}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -263,10 +263,3 @@ def launch_options(kernel: str, q: torch.Tensor, V: int) -> dict[str, int | str]
         # Triton's default, 32, repeats matrix instructions and takes more registers
         options["matrix_instr_nonkdim"] = 16
     return options
-
-
-if __name__ == "__main__":
-    # imports this module
-    from fla.ops.attn.softpick.kernel_choice import main
-
-    main()
