@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from fla.ops.attn.softpick import (
+    kernel_choice,
     naive_softmax_attn,
     naive_softpick_attn,
     parallel_softmax_attn,
@@ -324,7 +325,10 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=default, choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="PNG file for time and memory against T")
+    parser.add_argument("--hopper", action="store_true", help="enable the kernels for Hopper")
     args = parser.parse_args()
+    if args.hopper:
+        kernel_choice.ENABLED_ON_HOPPER = kernel_choice.WRITTEN_FOR_HOPPER
     if not torch.cuda.is_available():
         sys.exit("bench_attn.py needs a GPU")
     for T in args.lengths:

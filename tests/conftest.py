@@ -115,6 +115,21 @@ def _group(name: str) -> str | None:
     return None if name.startswith(_COMPUTING) else name
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--hopper", action="store_true", help="enable the kernels for Hopper; needs such a GPU"
+    )
+
+
+def pytest_configure(config):
+    if config.option.hopper:
+        if not HAS_GPU or torch.cuda.get_device_capability() != (9, 0):
+            raise pytest.UsageError("--hopper needs a GPU of architecture sm_90")
+        from fla.ops.attn.softpick import kernel_choice
+
+        kernel_choice.ENABLED_ON_HOPPER = kernel_choice.WRITTEN_FOR_HOPPER
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     # xdist's own groups ("loadgroup") have no effect with pytest 9.2, whose node ids cannot be changed

@@ -288,12 +288,12 @@ def test_what_is_refused_is_named():
         "multiples of 16 bytes": torch.zeros(1, 10, 2, 65, dtype=x.dtype)[..., :64],
     }.items():
         with pytest.raises(NotImplementedError, match=message):
-            refuse_others("dkv", False, change, change, k=change, do=change)
+            refuse_others("dkv", False, q=change, k=change, v=change, do=change)
     apart = torch.zeros(1, 10, 2, 128, dtype=x.dtype)[..., ::2]
     with pytest.raises(NotImplementedError, match="do with a contiguous last dimension"):
-        refuse_others("dkv", False, x, x, k=x, do=apart)
-    refuse_others("dkv", False, x, x, k=x, do=x)
-    refuse_others("dkv", True, x, x, k=x, do=x)
+        refuse_others("dkv", False, q=x, k=x, v=x, do=apart)
+    refuse_others("dkv", False, q=x, k=x, v=x, do=x)
+    refuse_others("dkv", True, q=x, k=x, v=x, do=x)
     call = prepare(20, K=40, V=40)
     with pytest.raises(NotImplementedError, match="multiples of 16 up to 128"):
         run(call)

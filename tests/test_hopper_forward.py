@@ -19,7 +19,7 @@ from numerics import (
     with_slow,
 )
 
-from fla.ops.attn.softpick import NORMALIZERS, kernel_choice, naive_normalized_attn
+from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn
 from fla.ops.attn.softpick.hopper import forward
 from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, select_forward_shape
 
@@ -239,16 +239,6 @@ def test_unaligned_rows_are_refused():
     wide = torch.zeros(1, 10, 1, 68, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(NotImplementedError, match="multiples of 16 bytes"):
         launch(inputs._replace(k=wide[..., :64]), normalizer="softpick")
-
-
-def test_operators_choose_no_kernel_that_never_ran(monkeypatch, capsys):
-    kernel_choice.main()
-    printed = capsys.readouterr().out.splitlines()
-    assert not any("Gluon" in line for line in printed[:-1])
-    assert printed[-1].endswith("not enabled: dkv, dq, fwd")
-    monkeypatch.setattr(kernel_choice, "ENABLED_ON_HOPPER", frozenset({"fwd"}))
-    served = {x[:4] for x in kernel_choice.choices() if x[4] == "Gluon"}
-    assert served == {("sm_90", "fwd", "bfloat16, float16", f"up to {D}") for D in (64, 128)}
 
 
 FAULTS = {

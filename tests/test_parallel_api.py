@@ -123,7 +123,8 @@ def test_opcheck(kind, has_sink, device):
     # the gradient of lse comes with a sink or not at all
     dlse = torch.ones_like(lse) if has_sink else None
     torch.library.opcheck(
-        backward, (q, k, v, None, o, lse, do, dlse, 0.25, 4, head_first, "softpick")
+        backward,
+        (q, k, v, sink_bias, None, o, lse, do, dlse, 0.25, 4, head_first, "softpick"),
     )
 
 
@@ -146,7 +147,19 @@ def test_opcheck_of_packed_sequences(device):
     o, lse = (x.detach() for x in forward(*inputs, None, cu_seqlens, *args))
     torch.library.opcheck(
         torch.ops.softpick.normalized_attn_bwd,
-        (*(x.detach() for x in inputs), cu_seqlens, o, lse, do, None, 0.25, 4, False, "softmax"),
+        (
+            *(x.detach() for x in inputs),
+            None,
+            cu_seqlens,
+            o,
+            lse,
+            do,
+            None,
+            0.25,
+            4,
+            False,
+            "softmax",
+        ),
     )
 
 
@@ -273,9 +286,9 @@ def test_output_gradient_with_steps_too_wide_is_copied(device, monkeypatch):
     wide = inputs._replace(do=torch.cat([inputs.do, inputs.do], -1)[..., :16])
     backward, steps = parallel._bwd, []
 
-    def spy(q, k, v, cu_seqlens, o, lse, do, *args):
+    def spy(q, k, v, sink_bias, cu_seqlens, o, lse, do, *args):
         steps.append(do.stride(2))
-        return backward(q, k, v, cu_seqlens, o, lse, do, *args)
+        return backward(q, k, v, sink_bias, cu_seqlens, o, lse, do, *args)
 
     monkeypatch.setattr(parallel, "_bwd", spy)
     expected = run(parallel_softpick_attn, wide, head_first=True)

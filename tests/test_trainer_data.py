@@ -74,7 +74,7 @@ def test_stopped_with_workers_and_continued_on_two_processes(small, tmp_path):
         expected, got = curve(whole, name), curve(stopped, name)
         assert max(got) == STEPS
         for step, value in got.items():
-            assert value == pytest.approx(expected[step], rel=1e-5), (name, step)
+            assert value == pytest.approx(expected[step], rel=1e-4), (name, step)
 
 
 def test_a_damaged_stream_ends_with_a_checkpoint_and_continues_when_it_is_corrected(
@@ -112,7 +112,8 @@ def test_a_damaged_stream_ends_with_a_checkpoint_and_continues_when_it_is_correc
         assert run.wait() == 0, run.output()
     expected, got = curve(tmp_path / "whole"), curve(tmp_path / "run")
     assert sorted(got) == sorted(expected) == list(range(1, 21))
-    assert got == pytest.approx(expected, rel=1e-5)
+    # two processes add gradients in another order, a difference that grows with the steps
+    assert got == pytest.approx(expected, rel=1e-4)
 
 
 def inputs_of(flags, *more):

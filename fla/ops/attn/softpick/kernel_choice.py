@@ -1,20 +1,105 @@
 """Which kernels serve which inputs on which card: those of Triton, or those for Hopper in Gluon.
 
-The whole answer, without a GPU: ``python -m fla.ops.attn.softpick.kernel_choice``.
+Decided before the launch, by kind of input and card. The whole answer, without a GPU:
+``python -m fla.ops.attn.softpick.kernel_table``.
 """
-
-import sys
-from collections.abc import Iterator
 
 import torch
 
-from fla.ops.attn.softpick.hopper.launch import refusal_of_kind, select_forward_shape
-from fla.ops.attn.softpick.launch_shapes import TABLE, select_launch_shape
+from fla.ops.attn.softpick.launch_shapes import architecture
+from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
+from fla.ops.attn.softpick.parallel_fwd import parallel_normalized_attn_fwd
+from fla.ops.attn.softpick.tiles import descriptor_strides
 
-# The kernels that exist for Hopper, and those of them that operators may choose. A kernel that is only in the first is
-# written, simulated and compiled, and has not run on a card. It is enabled when it ran on one, was right and was faster.
+# The kernels that exist for Hopper, and those of them that operators may choose; dq and dkv are one. A kernel that is
+# only in the first is written, simulated and compiled, and has not run on a card. It is enabled when it ran on one, was
+# right and was faster.
 WRITTEN_FOR_HOPPER = frozenset({"fwd", "dq", "dkv"})
 ENABLED_ON_HOPPER: frozenset[str] = frozenset()
+MAX_HOPPER_HEAD_DIM = 128
+
+
+def hopper_refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
+    """What a Hopper kernel would need, or None if it takes this.
+
+    Args:
+        kernel: "fwd", or for the backward kernel "dq" or "dkv".
+        row: Architecture, a key of `launch_shapes.TABLE`.
+        dtype: Of queries, keys and values.
+        K: Head dimension of queries and keys.
+        V: Head dimension of values.
+    """
+    if row != "sm_90":
+        return f"a GPU of architecture sm_90, got {row}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 or bfloat16, got {dtype}"
+    if any(D % 16 or not 0 < D <= MAX_HOPPER_HEAD_DIM for D in (K, V)):
+        return (
+            f"K and V that are multiples of 16 up to {MAX_HOPPER_HEAD_DIM}, got K = {K} and V = {V}"
+        )
+    if kernel == "fwd" and K != V:
+        return f"K = V, got K = {K} and V = {V}"
+    return None
+
+
+def hopper_refusal(kernel: str, head_first: bool, **tensors: torch.Tensor) -> str | None:
+    """What a Hopper kernel would need, or None if it takes these tensors: q, k, v, and in backward do."""
+    q, v = tensors["q"], tensors["v"]
+    row = architecture(q.device.index)
+    if reason := hopper_refusal_of_kind(kernel, row, q.dtype, q.shape[-1], v.shape[-1]):
+        return reason
+    for name, x in tensors.items():
+        if x.numel() == 0:
+            return f"{name} with at least one element"
+        if x.data_ptr() % 16 or any(s <= 0 or s % 8 for s in descriptor_strides(x, head_first)):
+            return f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()}"
+        if x.stride(-1) != 1:
+            return f"{name} with a contiguous last dimension, got strides {x.stride()}"
+    return None
+
+
+def normalized_attn_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    window_size: int | None,
+    head_first: bool,
+    safe: bool,
+    normalizer: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`parallel_normalized_attn_fwd`, with the kernel that serves the inputs."""
+    launch = parallel_normalized_attn_fwd
+    if "fwd" in ENABLED_ON_HOPPER and not hopper_refusal("fwd", head_first, q=q, k=k, v=v):
+        # here, since nobody without the card needs Gluon
+        from fla.ops.attn.softpick.hopper.forward import hopper_normalized_attn_fwd as launch
+    return launch(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer)
+
+
+def normalized_attn_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_bias: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    scale: float,
+    window_size: int | None,
+    head_first: bool,
+    normalizer: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`parallel_normalized_attn_bwd`, with the kernels that serve the inputs."""
+    launch = parallel_normalized_attn_bwd
+    if "dkv" in ENABLED_ON_HOPPER and not hopper_refusal("dkv", head_first, q=q, k=k, v=v, do=do):
+        from fla.ops.attn.softpick.hopper.backward import hopper_normalized_attn_bwd as launch
+    return launch(
+        q, k, v, sink_bias, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer
+    )
 
 
 def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) -> str:
@@ -22,39 +107,11 @@ def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) ->
 
     Args:
         row: Architecture, a key of `launch_shapes.TABLE`.
-        kernel: "fwd", "dq", "dkv", "decode" or "chunk".
+        kernel: "fwd", "delta", "dq", "dkv", "decode" or "chunk".
         dtype: Of queries, keys and values.
         K: Head dimension of queries and keys.
         V: Head dimension of values.
     """
-    if kernel in ENABLED_ON_HOPPER and refusal_of_kind(kernel, row, dtype, K, V) is None:
+    if kernel in ENABLED_ON_HOPPER and not hopper_refusal_of_kind(kernel, row, dtype, K, V):
         return "Gluon"
     return "Triton"
-
-
-def choices() -> Iterator[tuple[str, str, str, str, str, str]]:
-    """Card, kernel, dtypes, head dimensions, whose kernel serves them, and its launch shape, for every column of `TABLE`."""
-    columns = ("up to 64", 64), ("up to 128", 128), ("up to 256", 256), ("no multiple of 16", 40)
-    for row, shapes in TABLE.items():
-        for kernel, kind in shapes:
-            dtype = torch.bfloat16 if kind == "16bit" else torch.float32
-            name = "bfloat16, float16" if kind == "16bit" else f"float32, {kind}"
-            for head, D in columns:
-                whose = serving_kernel(row, kernel, dtype, D, D)
-                if whose == "Gluon":
-                    shape = select_forward_shape(D, sys.maxsize)
-                else:
-                    shape = select_launch_shape(row, kernel, kind, D, D)
-                yield row, kernel, name, head, whose, str(shape)
-
-
-def main() -> None:
-    """Prints `choices`."""
-    for row, kernel, dtypes, head, whose, shape in choices():
-        sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
-    disabled = ", ".join(sorted(WRITTEN_FOR_HOPPER - ENABLED_ON_HOPPER)) or "none"
-    sys.stdout.write(f"written for Hopper in Gluon and not enabled: {disabled}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Public Triton operators: argument checks, custom-op and autograd registration.
 
-The kernels are in `parallel_fwd.py` and `parallel_bwd_*.py`, the normalisers in `normalizers.py`, the
-definition in `naive.py`, the derivation and the numerics contract in README.md.
+`kernel_choice.py` launches the kernels. These are in `parallel_fwd.py` and `parallel_bwd_*.py`, the normalisers in
+`normalizers.py`, the definition in `naive.py`, the derivation and the numerics contract in README.md.
 """
 
 import math
@@ -11,10 +11,10 @@ import torch
 from triton import knobs
 
 from fla.ops.attn.softpick.checks import autocast_inputs, check_inputs
+from fla.ops.attn.softpick.kernel_choice import normalized_attn_bwd, normalized_attn_fwd
 from fla.ops.attn.softpick.named_operators import bind_normalizer
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
-from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
-from fla.ops.attn.softpick.parallel_fwd import empty_rows, parallel_normalized_attn_fwd
+from fla.ops.attn.softpick.tiles import empty_rows
 
 MAX_HEAD_DIM = 256
 # Offsets within a tile of at most 128 rows are 32-bit.
@@ -116,12 +116,8 @@ def _refuse_vmap(info, in_dims, *args):
     )
 
 
-_fwd = _define(
-    parallel_normalized_attn_fwd, _Attention.apply, _fwd_fake, name="normalized_attn_fwd"
-)
-_bwd = _define(
-    parallel_normalized_attn_bwd, _AttentionBackward.apply, _bwd_fake, name="normalized_attn_bwd"
-)
+_fwd = _define(normalized_attn_fwd, _Attention.apply, _fwd_fake, name="normalized_attn_fwd")
+_bwd = _define(normalized_attn_bwd, _AttentionBackward.apply, _bwd_fake, name="normalized_attn_bwd")
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:

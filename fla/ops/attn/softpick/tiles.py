@@ -187,19 +187,23 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
     return x.stride(b), x.stride(t), x.stride(h)
 
 
+def descriptor_strides(x: torch.Tensor, head_first: bool) -> list[int]:
+    """Strides of batch, time and head, in elements; 16 for a dimension of size 1, whose stride is never used."""
+    order = (0, 2, 1) if head_first else (0, 1, 2)
+    return [x.stride(i) if x.shape[i] > 1 else 16 for i in order]
+
+
 def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> TensorDescriptor | None:
     """Descriptor of ``x`` as ``[B, T, H, D]`` for tiles ``[BT, BD]``.
 
     None if ``x`` is empty, or if a row does not start at a multiple of 16 bytes, which descriptors require.
     """
-    b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
-    # the stride of a dimension of size 1 is never used and may have any value
-    strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in (b, t, h)]
+    strides = descriptor_strides(x, head_first)
     if x.numel() == 0 or x.data_ptr() % 16:
         return None
     if any(s <= 0 or s * x.element_size() % 16 for s in strides):
         return None
-    shape = [x.shape[i] for i in (b, t, h, 3)]
+    shape = [x.shape[i] for i in ((0, 2, 1, 3) if head_first else (0, 1, 2, 3))]
     return TensorDescriptor(x, shape, [*strides, 1], [1, BT, 1, BD])
 
 

@@ -63,7 +63,7 @@ def hopper_normalized_attn_bwd(
     Raises:
         NotImplementedError: The kernels do not take these inputs; the message says what they need.
     """
-    refuse_others("dkv", head_first, q, v, k=k, do=do)
+    refuse_others("dkv", head_first, q=q, k=k, v=v, do=do)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V, G = q.shape[-1], v.shape[-1], HQ // H

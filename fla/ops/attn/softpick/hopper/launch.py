@@ -1,13 +1,13 @@
-"""Which inputs the Hopper kernels take, with which launch configuration, and their tensor descriptors."""
+"""With which launch configuration the Hopper kernels run, and their tensor descriptors."""
 
+import sys
 from typing import NamedTuple
 
 import torch
 
 from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
-from fla.ops.attn.softpick.launch_shapes import architecture
-
-MAX_HEAD_DIM = 128
+from fla.ops.attn.softpick.kernel_choice import hopper_refusal
+from fla.ops.attn.softpick.tiles import descriptor_strides
 
 
 class ForwardShape(NamedTuple):
@@ -52,54 +52,17 @@ def select_forward_shape(D: int, S: int) -> ForwardShape:
     return next(shape for longest, shape in rows if longest >= S)
 
 
-def refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
-    """What a Hopper kernel would need, or None if it takes this.
-
-    Args:
-        kernel: "fwd", or for the backward kernel "dq" or "dkv".
-        row: Architecture, a key of `launch_shapes.TABLE`.
-        dtype: Of queries, keys and values.
-        K: Head dimension of queries and keys.
-        V: Head dimension of values.
-    """
-    if row != "sm_90":
-        return f"a GPU of architecture sm_90, got {row}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"float16 or bfloat16, got {dtype}"
-    if any(D % 16 or not 0 < D <= MAX_HEAD_DIM for D in (K, V)):
-        return f"K and V that are multiples of 16 up to {MAX_HEAD_DIM}, got K = {K} and V = {V}"
-    if kernel == "fwd" and K != V:
-        return f"K = V, got K = {K} and V = {V}"
-    return None
+def shape_of(kernel: str, D: int) -> str:
+    """Launch configuration for head dimension D and long sequences, for people."""
+    if kernel == "fwd":
+        return str(select_forward_shape(D, sys.maxsize))
+    return "one kernel for dq and dkv: 128 keys, tiles of 64 queries above 64, of 128 up to 64"
 
 
-def refuse_others(
-    kernel: str, head_first: bool, q: torch.Tensor, v: torch.Tensor, **others: torch.Tensor
-) -> None:
-    """Raises NotImplementedError, which says what is needed, if the kernel does not take these inputs."""
-    reason = refusal_of_kind(
-        kernel, architecture(q.device.index), q.dtype, q.shape[-1], v.shape[-1]
-    )
-    for name, x in {"q": q, "v": v, **others}.items():
-        if x.numel() == 0:
-            reason = reason or f"{name} with at least one element"
-        elif x.data_ptr() % 16 or any(s <= 0 or s % 8 for s in _strides(x, head_first)):
-            reason = reason or (
-                f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()}"
-            )
-        elif x.stride(-1) != 1:
-            reason = reason or (
-                f"{name} with a contiguous last dimension, got strides {x.stride()}"
-            )
-    if reason:
+def refuse_others(kernel: str, head_first: bool, **tensors: torch.Tensor) -> None:
+    """Raises NotImplementedError, which says what is needed, if a Hopper kernel does not take these inputs."""
+    if reason := hopper_refusal(kernel, head_first, **tensors):
         raise NotImplementedError(f"the Hopper kernels take {reason}")
-
-
-def _strides(x: torch.Tensor, head_first: bool) -> list[int]:
-    """Strides of batch, time and head."""
-    # the stride of a dimension of size 1 is never used and may have any value
-    order = (0, 2, 1) if head_first else (0, 1, 2)
-    return [x.stride(i) if x.shape[i] > 1 else 16 for i in order]
 
 
 def block_descriptor(x: torch.Tensor, head_first: bool, rows: int, BD: int) -> TensorDescriptor:
@@ -107,4 +70,6 @@ def block_descriptor(x: torch.Tensor, head_first: bool, rows: int, BD: int) -> T
     order = (0, 2, 1, 3) if head_first else (0, 1, 2, 3)
     shape = [x.shape[i] for i in order]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, shape, [*_strides(x, head_first), 1], [1, rows, 1, BD], layout)
+    return TensorDescriptor(
+        x, shape, [*descriptor_strides(x, head_first), 1], [1, rows, 1, BD], layout
+    )

@@ -1,0 +1,40 @@
+"""Prints which kernel serves which inputs on which card: ``python -m fla.ops.attn.softpick.kernel_table``. Needs no GPU."""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from fla.ops.attn.softpick import kernel_choice
+from fla.ops.attn.softpick.hopper.launch import shape_of
+from fla.ops.attn.softpick.launch_shapes import TABLE, select_launch_shape
+
+
+def choices() -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Card, kernel, dtypes, head dimensions, whose kernel serves them, and its launch shape, for every column of `TABLE`."""
+    columns = ("up to 64", 64), ("up to 128", 128), ("up to 256", 256), ("no multiple of 16", 40)
+    for row, shapes in TABLE.items():
+        for kernel, kind in shapes:
+            dtype = torch.bfloat16 if kind == "16bit" else torch.float32
+            name = "bfloat16, float16" if kind == "16bit" else f"float32, {kind}"
+            for head, D in columns:
+                whose = kernel_choice.serving_kernel(row, kernel, dtype, D, D)
+                shape = select_launch_shape(row, kernel, kind, D, D)
+                if whose == "Gluon":
+                    shape = shape_of(kernel, D)
+                yield row, kernel, name, head, whose, str(shape)
+
+
+def main() -> None:
+    """Prints `choices`."""
+    for row, kernel, dtypes, head, whose, shape in choices():
+        sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
+    disabled = (
+        ", ".join(sorted(kernel_choice.WRITTEN_FOR_HOPPER - kernel_choice.ENABLED_ON_HOPPER))
+        or "none"
+    )
+    sys.stdout.write(f"written for Hopper in Gluon and not enabled: {disabled}\n")
+
+
+if __name__ == "__main__":
+    main()
