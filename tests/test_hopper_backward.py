@@ -51,8 +51,8 @@ def prepare(
         change(inputs)
     generator = torch.Generator().manual_seed(1)
     dlse = torch.randn(B, HQ, T, generator=generator).to(device) if has_dlse else None
-    if "cu_seqlens" in kwargs:
-        kwargs["cu_seqlens"] = torch.tensor(kwargs["cu_seqlens"], device=device)
+    for name in {"cu_seqlens", "sink_bias"} & kwargs.keys():
+        kwargs[name] = torch.tensor(kwargs[name], device=device)
     options = {"normalizer": normalizer, "head_first": head_first, **kwargs}
     formulas = by_formula(inputs, **options)
     # float64 of the reference is exact for what it is given: the rounded output and lse are forward's
@@ -60,14 +60,14 @@ def prepare(
         naive_normalized_attn,
         inputs.to(torch.float64),
         dlse=None if dlse is None else dlse.double(),
-        **options,
+        **options | ({"sink_bias": kwargs["sink_bias"].double()} if "sink_bias" in kwargs else {}),
     )
     eager = outputs_and_gradients(naive_normalized_attn, inputs, dlse=dlse, **options)
     arguments = {
         "q": inputs.q,
         "k": inputs.k,
         "v": inputs.v,
-        "sink_bias": None,
+        "sink_bias": kwargs.get("sink_bias"),
         "cu_seqlens": kwargs.get("cu_seqlens"),
         "o": gold["o"].to(dtype),
         "lse": (formulas.log_z / math.log(2)).float(),
@@ -153,6 +153,13 @@ EVERYTHING = {"T": 300, "D": 128, "HQ": 2, "H": 1, "cu_seqlens": [0, 140, 300], 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_gradients_of_each_normalizer(normalizer, case, dtype):
     call = prepare(**case, normalizer=normalizer, dtype=dtype, has_dlse=True)
+    check(call, run(call))
+
+
+@pytest.mark.parametrize("normalizer", ["softpick", "rectified", "softmax"])
+def test_small_sink(normalizer):
+    # a row without a positive score has a denominator of e^-150 in rectified
+    call = prepare(70, HQ=2, normalizer=normalizer, sink_bias=[-150.0, 0.5])
     check(call, run(call))
 
 

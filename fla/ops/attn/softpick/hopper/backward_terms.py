@@ -14,18 +14,23 @@ from fla.ops.attn.softpick.normalizers import HUGE
 @gluon.jit
 def signed_exponential(b_s, b_r, b_neg_lse2, NORMALIZER: tl.constexpr):
     """All that `grad_from_exponential` needs to know of a score; b_r has the sign of b_s."""
-    b_e = tl.exp2(b_s + b_neg_lse2)
+    b_x = b_s + b_neg_lse2
+    if NORMALIZER == "rectified":
+        # before the exponential, which a small sink makes infinite
+        b_x = tl.where(b_r < 0, -float("inf"), b_x)
+    b_e = tl.exp2(b_x)
     if NORMALIZER == "softpick" or NORMALIZER == "abs_softpick":
         b_e *= tl.clamp(tl.abs(b_r) * HUGE, 0.0, 1.0)
         return copysign(b_e, b_r)
     elif NORMALIZER == "relu_softpick":
-        # factors, since a select would be put off and keep both of its operands in registers; e is finite where they are 0
+        # a factor, since a select would be put off and keep both of its operands in registers; e is at most 1 / EPS at 0
         return b_e * tl.clamp(b_r * HUGE, 0.0, 1.0)
-    elif NORMALIZER == "rectified":
-        return b_e * (1.0 - tl.clamp(-b_r * HUGE, 0.0, 1.0))
     else:
         tl.static_assert(
-            NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one", "unknown normalizer"
+            NORMALIZER == "softmax"
+            or NORMALIZER == "softmax_plus_one"
+            or NORMALIZER == "rectified",
+            "unknown normalizer",
         )
         return b_e
 
