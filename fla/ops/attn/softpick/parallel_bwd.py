@@ -25,13 +25,14 @@ def launch_delta_kernel(
     cu_seqlens: torch.Tensor | None,
     lse: torch.Tensor,
     do: torch.Tensor,
+    dlse: torch.Tensor | None,
     row_stats: torch.Tensor,
     scale: float,
     window_size: int | None,
     head_first: bool,
     normalizer: str,
 ) -> None:
-    """Stores delta, without the gradient of lse, in ``row_stats`` for rows with a small denominator, if there can be any.
+    """Stores delta in ``row_stats`` for rows with a small denominator, if there can be any.
 
     Args as of `parallel_normalized_attn_bwd`, on the device of ``q``.
     """
@@ -50,6 +51,7 @@ def launch_delta_kernel(
         sink_bias,
         do,
         lse,
+        dlse,
         row_stats,
         scale,
         sq=strides_bth(q, head_first),
@@ -72,6 +74,7 @@ def launch_delta_kernel(
         IS_VARLEN=cu_seqlens is not None,
         HAS_WINDOW=window_size is not None,
         HAS_SINK=sink_bias is not None,
+        HAS_DLSE=dlse is not None,
         **options,
     )
 
@@ -137,7 +140,7 @@ def parallel_normalized_attn_bwd(
     }
     with torch.cuda.device_of(q):
         launch_delta_kernel(
-            q, k, v, sink_bias, cu_seqlens, lse, do, row_stats, scale, window_size, head_first, normalizer
+            q, k, v, sink_bias, cu_seqlens, lse, do, dlse, row_stats, scale, window_size, head_first, normalizer
         )  # fmt: skip
         options = launch_options("dq", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)

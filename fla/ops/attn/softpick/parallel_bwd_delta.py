@@ -32,6 +32,7 @@ def parallel_normalized_attn_bwd_kernel_delta(
     sink_bias,
     do,
     lse,
+    dlse,
     row_stats,
     scale,
     sq,
@@ -56,9 +57,10 @@ def parallel_normalized_attn_bwd_kernel_delta(
     IS_VARLEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINK: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program stores delta = sum_j p_ij <do_i, v_j> of those of its BT queries that have a small denominator."""
+    """One program stores delta = sum_j p_ij <do_i, v_j> - dlse / ln(2) of those of its BT queries that have a small denominator."""
     i_bh, i_t, bos, T, S = program_tile(tiles, T_max, S_max, NT, BT, IS_VARLEN, True)
     row = i_bh * T_max + bos
     o_t = i_t + tl.arange(0, BT)
@@ -98,4 +100,7 @@ def parallel_normalized_attn_bwd_kernel_delta(
             b_n, b_d = numerator_and_denominator_terms(b_s, 0.0, 1.0, NORMALIZER, False)
             b_z += tl.sum(b_d, 1)
             b_delta += tl.sum(b_n * b_dp, 1)
-        tl.store(row_stats + (row + o_t) * 2 + 1, b_delta / b_z, mask=m_small)
+        b_delta /= b_z
+        if HAS_DLSE:
+            b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=m_small, other=0.0)
+        tl.store(row_stats + (row + o_t) * 2 + 1, b_delta, mask=m_small)

@@ -154,17 +154,18 @@ def parallel_normalized_attn_bwd_kernel_dq(
     dq += i_b * sdq_b + i_hq * sdq_h + bos * sdq_t
 
     o_t = i_t + tl.arange(0, BT)
+    b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
+    p_stats = row_stats + (row + o_t) * 2
+    # from the delta kernel; first, or AMD's compiler takes scratch. What is stored there below is the same
+    m_small = has_small_denominator(b_lse, NORMALIZER)
+    b_small = tl.load(p_stats + 1, mask=m_small, other=0.0)
     b_o = load_rows(o, i_t, so_t, T, V, BT, BV, True)
     b_do = load_rows(do, i_t, sdo_t, T, V, BT, BV, True)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    b_lse = tl.load(lse + row + o_t, mask=o_t < T, other=0.0)
-    p_stats = row_stats + (row + o_t) * 2
-    # written by the delta kernel
-    m_small = has_small_denominator(b_lse, NORMALIZER)
-    b_delta = tl.where(m_small, tl.load(p_stats + 1, mask=m_small, other=0.0), b_delta)
     if HAS_DLSE:
         # delta and dlse / ln(2) have the same factor in ds, d'(s) / Z, with opposite signs
         b_delta -= RCP_LN2 * tl.load(dlse + row + o_t, mask=o_t < T, other=0.0)
+    b_delta = tl.where(m_small, b_small, b_delta)
     b_neg_lse2 = -denominator_log(b_lse, NORMALIZER)
     if ROUNDS_BY_BITS:
         # `round_for_dot` may drop the NaN of ds. A row that has one from its operands has NaN in delta or lse: gather

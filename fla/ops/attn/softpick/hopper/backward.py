@@ -91,7 +91,7 @@ def hopper_normalized_attn_bwd(
     rescaled_q = torch.empty_like(q) if has_rescale else q
     with torch.cuda.device_of(q):
         launch_delta_kernel(
-            q, k, v, sink_bias, cu_seqlens, lse, do, row_stats, scale, window_size, head_first, normalizer
+            q, k, v, sink_bias, cu_seqlens, lse, do, dlse, row_stats, scale, window_size, head_first, normalizer
         )  # fmt: skip
         row_numbers_kernel[(num_tiles,)](
             q,

@@ -80,13 +80,13 @@ def row_numbers_kernel(
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     row = i_bh * T_max + bos + o_t
     b_lse = tl.load(lse + row, mask=m_t, other=0.0)
-    # written by the delta kernel
-    m_small = has_small_denominator(b_lse, NORMALIZER)
-    b_small = tl.load(row_stats + row * 2 + 1, mask=m_small, other=0.0)
-    b_delta = tl.where(m_small, b_small, b_delta)
     if HAS_DLSE:
         # delta and dlse / ln(2) have the same factor in ds, d'(s) / Z, with opposite signs
         b_delta -= RCP_LN2 * tl.load(dlse + row, mask=m_t, other=0.0)
+    # from the delta kernel; what is stored there below is the same
+    m_small = has_small_denominator(b_lse, NORMALIZER)
+    b_small = tl.load(row_stats + row * 2 + 1, mask=m_small, other=0.0)
+    b_delta = tl.where(m_small, b_small, b_delta)
     b_neg_lse2 = -denominator_log(b_lse, NORMALIZER)
     tl.store(row_stats + row * 2, b_neg_lse2, mask=m_t)
     tl.store(row_stats + row * 2 + 1, b_delta, mask=m_t)
