@@ -62,7 +62,7 @@ class Kernel:
 
     def launch(self, grid, args, kwargs):
         num_warps = kwargs.pop("num_warps", 4)
-        for name in "num_stages", "maxnreg":
+        for name in "num_stages", "maxnreg", "launch_cooperative_grid":
             kwargs.pop(name, None)
         wrapped = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
         named = {n: Pointer(x) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -83,9 +84,13 @@ def prepare(
 
 
 def run(call: Call, programs=3, seed=0, faults=None) -> dict[str, torch.Tensor]:
+    q = call.arguments["q"]
     with poisoned_memory():
         if IS_HOPPER:
-            results = backward.hopper_normalized_attn_bwd(**call.arguments)
+            # as many as run at a time
+            count = min(programs, backward.num_processors(q.device.index))
+            with mock.patch.object(backward, "num_processors", return_value=count):
+                results = backward.hopper_normalized_attn_bwd(**call.arguments)
         else:
             module = simulate(backward, seed, faults, num_processors=lambda device: programs)
             results = module.hopper_normalized_attn_bwd(**call.arguments)
@@ -295,12 +300,16 @@ def test_what_is_refused_is_named():
         "multiples of 16 bytes": torch.zeros(1, 10, 2, 65, dtype=x.dtype)[..., :64],
     }.items():
         with pytest.raises(NotImplementedError, match=message):
-            refuse_others("dkv", False, q=change, k=change, v=change, do=change)
+            refuse_others("dkv", None, False, q=change, k=change, v=change, do=change)
+    with pytest.raises(NotImplementedError, match="a window of at least one key"):
+        refuse_others("dkv", 0, False, q=x, k=x, v=x, do=x)
+    with pytest.raises(NotImplementedError, match="as many keys as queries, got 9 and 10"):
+        refuse_others("dkv", None, False, q=x, k=x[:, :9], v=x[:, :9], do=x)
     apart = torch.zeros(1, 10, 2, 128, dtype=x.dtype)[..., ::2]
     with pytest.raises(NotImplementedError, match="do with a contiguous last dimension"):
-        refuse_others("dkv", False, q=x, k=x, v=x, do=apart)
-    refuse_others("dkv", False, q=x, k=x, v=x, do=x)
-    refuse_others("dkv", True, q=x, k=x, v=x, do=x)
+        refuse_others("dkv", None, False, q=x, k=x, v=x, do=apart)
+    refuse_others("dkv", None, False, q=x, k=x, v=x, do=x)
+    refuse_others("dkv", None, True, q=x, k=x, v=x, do=x)
     call = prepare(20, K=40, V=40)
     with pytest.raises(NotImplementedError, match="multiples of 16 up to 128"):
         run(call)

@@ -3,6 +3,7 @@
 import itertools
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -46,7 +47,10 @@ def launch(
         module = simulate(forward, seed, faults, num_processors=lambda device: 3)
     options = PLAIN | options
     scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
-    with poisoned_memory():
+    with (
+        poisoned_memory(),
+        mock.patch.object(forward, "num_processors", return_value=3),
+    ):
         o, lse = module.hopper_normalized_attn_fwd(
             *inputs[:3], scale=scale, safe=safe, normalizer=normalizer, shape=shape, **options
         )
@@ -232,6 +236,13 @@ def test_refusals(change, message):
     inputs = draw(10, sizes.pop("D"), **({"dtype": torch.bfloat16} | sizes), device=DEVICE)
     with pytest.raises(NotImplementedError, match=message):
         launch(inputs, normalizer="softpick")
+
+
+def test_rows_without_keys_are_refused():
+    with pytest.raises(NotImplementedError, match="a window of at least one key, got 0"):
+        launch(drawn(64, 64), normalizer="softpick", window_size=0)
+    with pytest.raises(NotImplementedError, match="as many keys as queries, got 20 and 130"):
+        launch(drawn(130, 64, S=20), normalizer="softpick")
 
 
 def test_unaligned_rows_are_refused():

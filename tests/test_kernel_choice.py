@@ -63,8 +63,16 @@ def test_other_inputs_go_to_triton(sizes, expected, launched, monkeypatch, devic
     assert launched == expected
 
 
-def test_unaligned_rows_and_other_cards_go_to_triton(launched, monkeypatch, device):
+def test_unaligned_rows_rows_without_keys_and_other_cards_go_to_triton(
+    launched, monkeypatch, device
+):
     monkeypatch.setattr(kernel_choice, "ENABLED_ON_HOPPER", ALL)
+    outputs_and_gradients(
+        parallel_softpick_attn, draw(5, 64, dtype=torch.float16, device=device), window_size=0
+    )
+    outputs_and_gradients(
+        parallel_softpick_attn, draw(5, 64, S=3, dtype=torch.float16, device=device)
+    )
     inputs = draw(5, 68, dtype=torch.float16, device=device)
     parallel_softpick_attn(*(x[..., :64] for x in inputs[:3]))
     assert launched == []

@@ -42,9 +42,16 @@ def hopper_refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V:
     return None
 
 
-def hopper_refusal(kernel: str, head_first: bool, **tensors: torch.Tensor) -> str | None:
+def hopper_refusal(
+    kernel: str, window_size: int | None, head_first: bool, **tensors: torch.Tensor
+) -> str | None:
     """What a Hopper kernel would need, or None if it takes these tensors: q, k, v, and in backward do."""
-    q, v = tensors["q"], tensors["v"]
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    time = 2 if head_first else 1
+    if window_size == 0:
+        return "a window of at least one key, got 0"
+    if k.shape[time] < q.shape[time]:
+        return f"at least as many keys as queries, got {k.shape[time]} and {q.shape[time]}"
     row = architecture(q.device.index)
     if reason := hopper_refusal_of_kind(kernel, row, q.dtype, q.shape[-1], v.shape[-1]):
         return reason
@@ -72,7 +79,9 @@ def normalized_attn_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`parallel_normalized_attn_fwd`, with the kernel that serves the inputs."""
     launch = parallel_normalized_attn_fwd
-    if "fwd" in ENABLED_ON_HOPPER and not hopper_refusal("fwd", head_first, q=q, k=k, v=v):
+    if "fwd" in ENABLED_ON_HOPPER and not hopper_refusal(
+        "fwd", window_size, head_first, q=q, k=k, v=v
+    ):
         # here, since nobody without the card needs Gluon
         from fla.ops.attn.softpick.hopper.forward import hopper_normalized_attn_fwd as launch
     return launch(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer)
@@ -95,7 +104,9 @@ def normalized_attn_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`parallel_normalized_attn_bwd`, with the kernels that serve the inputs."""
     launch = parallel_normalized_attn_bwd
-    if "dkv" in ENABLED_ON_HOPPER and not hopper_refusal("dkv", head_first, q=q, k=k, v=v, do=do):
+    if "dkv" in ENABLED_ON_HOPPER and not hopper_refusal(
+        "dkv", window_size, head_first, q=q, k=k, v=v, do=do
+    ):
         from fla.ops.attn.softpick.hopper.backward import hopper_normalized_attn_bwd as launch
     return launch(
         q, k, v, sink_bias, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer

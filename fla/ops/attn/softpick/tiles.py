@@ -239,16 +239,20 @@ class PackedSequences:
         """``[NT, 3]`` int32, see the legend, most work first: with ``is_last_first`` late tiles have most, else early ones."""
         key = BT, is_last_first
         if key not in self._tiles:
-            counts = (self._lengths + BT - 1) // BT
-            sequences = torch.arange(len(counts)).repeat_interleave(counts)
-            before = (counts.cumsum(0) - counts)[sequences]
-            i_t = BT * (torch.arange(len(sequences)) - before)
-            lengths = self._lengths[sequences]
-            work = i_t if is_last_first else lengths - i_t
-            order = work.argsort(descending=True, stable=True)
-            tiles = torch.stack([self._starts[sequences], lengths, i_t], 1)[order]
+            tiles = self._list_tiles(BT, is_last_first)
             self._tiles[key] = tiles.to(self._device, torch.int32)
         return self._tiles[key]
+
+    def _list_tiles(self, BT: int, is_last_first: bool) -> torch.Tensor:
+        """`tiles`, int64 on the CPU."""
+        counts = (self._lengths + BT - 1) // BT
+        sequences = torch.arange(len(counts)).repeat_interleave(counts)
+        before = (counts.cumsum(0) - counts)[sequences]
+        i_t = BT * (torch.arange(len(sequences)) - before)
+        lengths = self._lengths[sequences]
+        work = i_t if is_last_first else lengths - i_t
+        order = work.argsort(descending=True, stable=True)
+        return torch.stack([self._starts[sequences], lengths, i_t], 1)[order]
 
     def numbered_tiles(self, BT: int, BQ: int) -> torch.Tensor:
         """``[NT, 4]`` int32: `tiles`, early ones first, and the number of tiles of BQ rows of all sequences before."""
@@ -258,8 +262,8 @@ class PackedSequences:
             # an empty sequence starts where the next one does and has no tile
             has_tiles = counts > 0
             starts, before = self._starts[has_tiles], (counts.cumsum(0) - counts)[has_tiles]
-            tiles = self.tiles(BT, is_last_first=False).cpu()
-            number = before[torch.searchsorted(starts, tiles[:, 0].long())]
+            tiles = self._list_tiles(BT, is_last_first=False)
+            number = before[torch.searchsorted(starts, tiles[:, 0])]
             numbered = torch.cat([tiles, number[:, None]], 1)
             self._numbered[key] = numbered.to(self._device, torch.int32)
         return self._numbered[key]

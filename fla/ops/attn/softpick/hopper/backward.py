@@ -63,7 +63,7 @@ def hopper_normalized_attn_bwd(
     Raises:
         NotImplementedError: The kernels do not take these inputs; the message says what they need.
     """
-    refuse_others("dkv", head_first, q=q, k=k, v=v, do=do)
+    refuse_others("dkv", window_size, head_first, q=q, k=k, v=v, do=do)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V, G = q.shape[-1], v.shape[-1], HQ // H
@@ -161,6 +161,8 @@ def hopper_normalized_attn_bwd(
             HAS_RESCALE=has_rescale,
             IS_EARLY=D == 64,
             num_warps=4,
+            # all programs run or none does: a program may wait for any other's additions
+            launch_cooperative_grid=True,
         )
         dq_kernel[(num_tiles, D * BQ // 4096)](
             accumulator,

@@ -226,7 +226,7 @@ def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         zero = opaque(0)
         o_d = zero + gl.arange(0, D, gl.SliceLayout(0, layout))
-        p += tl.cast(row, tl.int64) * stride_t + i_h * stride_h
+        p += tl.cast(row, tl.int64) * stride_t + tl.cast(i_h, tl.int64) * stride_h
         for i in gl.static_range(4):
             o_t = zero + C * 64 + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
             x = block_s.reshape([64, D]).slice(i * 16, 16, 0).load(layout)

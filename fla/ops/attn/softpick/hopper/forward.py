@@ -133,7 +133,7 @@ def hopper_normalized_attn_fwd(
     Raises:
         NotImplementedError: The kernel does not take these inputs; the message says what it needs.
     """
-    refuse_others("fwd", head_first, q=q, k=k, v=v)
+    refuse_others("fwd", window_size, head_first, q=q, k=k, v=v)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     D = q.shape[-1]

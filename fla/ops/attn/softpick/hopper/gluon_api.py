@@ -120,7 +120,8 @@ def named_arrive(BARRIER: gl.constexpr, THREADS: gl.constexpr):
 def wait_turn(p, turn):
     """Waits until the counter at p, int32 in global memory, has reached turn, then sees what came before that.
 
-    Traps after 2**22 looks, since a counter that no program raises would keep the GPU busy for ever.
+    Traps after 2**28 looks, tens of seconds and more, since a counter that no program raises would keep the GPU busy for
+    ever.
     """
     gl.inline_asm_elementwise(
         """{
@@ -131,7 +132,7 @@ def wait_turn(p, turn):
         setp.ge.u32 p, value, $2;
         @p bra done;
         add.u32 looks, looks, 1;
-        setp.lt.u32 p, looks, 4194304;
+        setp.lt.u32 p, looks, 268435456;
         @p bra look;
         trap;
         done: fence.proxy.async;
@@ -195,7 +196,8 @@ def load_scalar(word):
 def trap_without_progress(progress):
     """Watches progress, int32 [1] in shared memory that starts at 0, until it is -1. For one warp.
 
-    Traps when it stays the same for 2**21 looks, more than a second. So no wait of the program is without an end: not
+    Traps when it stays the same for 2**26 looks, about a minute: PTX promises no least sleep, so it is an estimate. So no
+    wait of the program is without an end: not
     at its mbarriers either, whose own loop has no bound.
     """
     last = 0
@@ -206,7 +208,7 @@ def trap_without_progress(progress):
         last = value
         # sleeps about a microsecond
         gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ge.u32 p, $1, 2097152; @p trap; nanosleep.u32 500; mov.b32 $0, 0; }",
+            "{ .reg .pred p; setp.ge.u32 p, $1, 67108864; @p trap; nanosleep.u32 500; mov.b32 $0, 0; }",
             "=r,r", [looks], gl.int32, False, 1,
         )  # fmt: skip
         # or the compiler would look once

@@ -59,9 +59,11 @@ def shape_of(kernel: str, D: int) -> str:
     return "one kernel for dq and dkv: 128 keys, tiles of 64 queries above 64, of 128 up to 64"
 
 
-def refuse_others(kernel: str, head_first: bool, **tensors: torch.Tensor) -> None:
+def refuse_others(
+    kernel: str, window_size: int | None, head_first: bool, **tensors: torch.Tensor
+) -> None:
     """Raises NotImplementedError, which says what is needed, if a Hopper kernel does not take these inputs."""
-    if reason := hopper_refusal(kernel, head_first, **tensors):
+    if reason := hopper_refusal(kernel, window_size, head_first, **tensors):
         raise NotImplementedError(f"the Hopper kernels take {reason}")
 
 
