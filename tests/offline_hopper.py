@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 import triton
-from offline_compilation import CARDS, EVERYTHING, compiled_launches, resources
+from kernel_resources import resources
+from offline_compilation import CARDS, EVERYTHING, compiled_launches
 from triton.backends.nvidia.compiler import get_ptxas
 
 from fla.ops.attn.softpick.hopper import backward, forward

@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).with_name("offline_hopper.py")
 # packing, a window and a sink at once, at head dimension 64: 0 with Triton 3.6, 2 with 3.8, 28 with 3.9, whose ptxas
 # is another major version
 MAX_SPILLS = {"everything": 28}
-# backward: bounds, not measured figures, within which these kinds of input have to stay until nothing spills
-MAX_BACKWARD_SPILLS = {"packed": 24, "everything": 24, "relu_softpick": 24, "rectified": 24}
+# backward: at most 14 with Triton 3.8, which is what the newest build of torch brings; 3.9 spills more (BACKWARD.md)
+MAX_BACKWARD_SPILLS = {"packed": 12, "everything": 14, "relu_softpick": 6}
 
 
 def compiled(what):
@@ -60,7 +60,6 @@ def test_backward_fits(capsys):
         assert row["is_examined"], row
         assert row["ptxas"] == [], row
         assert row["shared"] <= CARDS["sm_90"].shared, row
-        # bounds too: Triton 3.6 and 3.9 keep up to 8 registers in memory where 3.8 keeps none
-        assert row["spills"] <= MAX_BACKWARD_SPILLS.get(row["case"], 8), row
+        assert row["spills"] <= MAX_BACKWARD_SPILLS.get(row["case"], 0), row
         if row["kernel"] == "normalized_attn_bwd_kernel_hopper":
             assert max(row["barriers"]) < 9, row
