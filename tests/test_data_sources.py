@@ -1,8 +1,11 @@
 """flame.data from flags to batches, mapped and streamed alike: order, resuming, workers, packed documents."""
 
+import gc
 import os
 import signal
+import struct
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -88,6 +91,21 @@ class TestBothKinds:
         os.kill(children()[0], signal.SIGKILL)
         with pytest.raises(RuntimeError, match=r"one of the 2 data workers .*was killed"):
             # what is ahead may still come
+            list(islice(batches, 5000))
+        loader.close()
+        assert not children()
+
+    def test_a_worker_killed_while_it_writes_is_an_error(self, text, mode, monkeypatch):
+        monkeypatch.setattr(workers_module, "_LOOK_S", 0.1)
+        [loader] = loaders_of(data_of(text, *mode, "--training.num_workers", "2"), 1)
+        batches = iter(loader)
+        next(batches)
+        pools = [x for x in gc.get_objects() if type(x) is ProcessPoolExecutor]
+        (pool,) = (x for x in pools if x._processes)
+        # the length of a result, and not all of it
+        os.write(pool._result_queue._writer.fileno(), struct.pack("!i", 1000) + b"some")
+        os.kill(children()[0], signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"one of the 2 data workers .*was killed"):
             list(islice(batches, 5000))
         loader.close()
         assert not children()

@@ -60,6 +60,10 @@ class _Process(multiprocessing.context.ForkProcess):
         self.kill()
 
 
+# seconds after which a result that does not come makes one look whether the workers live
+_LOOK_S = 5.0
+
+
 class _Context(multiprocessing.context.ForkContext):
     # a fork inherits the function and imports nothing again
     Process = _Process
@@ -108,13 +112,33 @@ class Workers:
             TrainingError: A worker was killed.
         """
         with self._explain_broken_pool():
-            return future.result()
+            while True:
+                try:
+                    return future.result(timeout=_LOOK_S)
+                except TimeoutError:
+                    if future.done():
+                        return future.result()
+                    self._break_pool_of_a_killed_worker()
 
     def close(self) -> None:
         """Ends the workers, and drops items that they have not started."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+    def _break_pool_of_a_killed_worker(self) -> None:
+        """Ends all workers if one was killed while it wrote a result: the pool waits for the rest of it, for ever.
+
+        The pool has noticed any other death long before.
+        """
+        pool = self._pool
+        assert pool is not None
+        processes = list(pool._processes.values())
+        if any(process.exitcode is not None for process in processes):
+            for process in processes:
+                process.kill()
+            # the last end to write to, so that the pool reads the end of the file and calls itself broken
+            pool._result_queue._writer.close()  # pyright: ignore[reportAttributeAccessIssue]  # a SimpleQueue, whose ends typeshed leaves out
 
     @contextlib.contextmanager
     def _explain_broken_pool(self) -> Iterator[None]:
