@@ -38,7 +38,8 @@ if __name__ == "__main__":
 
 import torch
 import triton
-from offline_compilation import CARDS, Resources, compiled_launches, resources
+from kernel_resources import Resources, resources
+from offline_compilation import CARDS, compiled_launches
 from plain_attention import launch as plain_launch
 
 from fla.ops.attn.softpick import launch_shapes, parallel_bwd, parallel_fwd
