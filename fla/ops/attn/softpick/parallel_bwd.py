@@ -6,6 +6,8 @@ Two passes over the scores and no atomics, so gradients are bitwise reproducible
 # Triton's annotations refuse what its compiler accepts: an int for a constexpr.
 # pyright: reportArgumentType=false
 
+from typing import Any
+
 import torch
 
 from fla.ops.attn.softpick.launch_shapes import launch_options
@@ -15,6 +17,38 @@ from fla.ops.attn.softpick.parallel_bwd_delta import parallel_normalized_attn_bw
 from fla.ops.attn.softpick.parallel_bwd_dkv import parallel_normalized_attn_bwd_kernel_dkv
 from fla.ops.attn.softpick.parallel_bwd_dq import parallel_normalized_attn_bwd_kernel_dq
 from fla.ops.attn.softpick.tiles import feature_tile, streamed_descriptors, strides_bth, tiles_of
+
+
+def shared_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window_size: int | None,
+    head_first: bool,
+    normalizer: str,
+) -> dict[str, Any]:
+    """Keyword arguments that all three kernels take: strides, sizes and kinds of the inputs."""
+    time, head = (2, 1) if head_first else (1, 2)
+    S, K, V = k.shape[time], q.shape[-1], v.shape[-1]
+    return {
+        "sq": strides_bth(q, head_first),
+        "sk": strides_bth(k, head_first),
+        "sv": strides_bth(v, head_first),
+        "sdo": strides_bth(do, head_first),
+        "T_max": q.shape[time],
+        "S_max": S,
+        "G": q.shape[head] // k.shape[head],
+        "W": 0 if window_size is None else min(window_size, S),
+        "K": K,
+        "V": V,
+        "BK": feature_tile(K),
+        "BV": feature_tile(V),
+        "NORMALIZER": normalizer,
+        "IS_VARLEN": cu_seqlens is not None,
+        "HAS_WINDOW": window_size is not None,
+    }
 
 
 def launch_delta_kernel(
@@ -28,20 +62,16 @@ def launch_delta_kernel(
     dlse: torch.Tensor | None,
     row_stats: torch.Tensor,
     scale: float,
-    window_size: int | None,
-    head_first: bool,
-    normalizer: str,
+    shared: dict[str, Any],
 ) -> None:
     """Stores delta in ``row_stats`` for rows with a small denominator, if there can be any.
 
-    Args as of `parallel_normalized_attn_bwd`, on the device of ``q``.
+    Args as of `parallel_normalized_attn_bwd`, on the device of ``q``, and what `shared_arguments` makes of them.
     """
-    if normalizer not in WITH_SMALL_DENOMINATORS:
+    if shared["NORMALIZER"] not in WITH_SMALL_DENOMINATORS:
         return
-    time, head = (2, 1) if head_first else (1, 2)
-    B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
-    K, V = q.shape[-1], v.shape[-1]
-    options = launch_options("delta", q, V)
+    B, HQ, T = lse.shape
+    options = launch_options("delta", q, v.shape[-1])
     del options["HAS_DESCRIPTORS"], options["ROUNDS_BY_BITS"]
     NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
     parallel_normalized_attn_bwd_kernel_delta[(NT * B * HQ,)](
@@ -54,27 +84,13 @@ def launch_delta_kernel(
         dlse,
         row_stats,
         scale,
-        sq=strides_bth(q, head_first),
-        sk=strides_bth(k, head_first),
-        sv=strides_bth(v, head_first),
-        sdo=strides_bth(do, head_first),
         tiles=tiles,
-        T_max=T,
-        S_max=S,
         NT=NT,
         HQ=HQ,
-        G=HQ // H,
-        W=0 if window_size is None else min(window_size, S),
-        K=K,
-        V=V,
-        BK=feature_tile(K),
-        BV=feature_tile(V),
-        NORMALIZER=normalizer,
         EPS=EPS,
-        IS_VARLEN=cu_seqlens is not None,
-        HAS_WINDOW=window_size is not None,
         HAS_SINK=sink_bias is not None,
         HAS_DLSE=dlse is not None,
+        **shared,
         **options,
     )
 
@@ -117,31 +133,12 @@ def parallel_normalized_attn_bwd(
     """
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
-    K, V = q.shape[-1], v.shape[-1]
+    V = v.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     row_stats = lse.new_empty((*lse.shape, 2))
-    common = {
-        "sq": strides_bth(q, head_first),
-        "sk": strides_bth(k, head_first),
-        "sv": strides_bth(v, head_first),
-        "sdo": strides_bth(do, head_first),
-        "T_max": T,
-        "S_max": S,
-        "G": HQ // H,
-        "W": 0 if window_size is None else min(window_size, S),
-        "K": K,
-        "V": V,
-        "BK": feature_tile(K),
-        "BV": feature_tile(V),
-        "NORMALIZER": normalizer,
-        "IS_VARLEN": cu_seqlens is not None,
-        "IS_NEGATED": scale < 0,
-        "HAS_WINDOW": window_size is not None,
-    }
+    shared = shared_arguments(q, k, v, do, cu_seqlens, window_size, head_first, normalizer)
     with torch.cuda.device_of(q):
-        launch_delta_kernel(
-            q, k, v, sink_bias, cu_seqlens, lse, do, dlse, row_stats, scale, window_size, head_first, normalizer
-        )  # fmt: skip
+        launch_delta_kernel(q, k, v, sink_bias, cu_seqlens, lse, do, dlse, row_stats, scale, shared)
         options = launch_options("dq", q, V)
         NT, tiles = tiles_of(cu_seqlens, T, int(options["BT"]), is_last_first=True)
         k_desc, v_desc = streamed_descriptors(options, head_first, k, v)
@@ -164,7 +161,8 @@ def parallel_normalized_attn_bwd(
             NT=NT,
             HQ=HQ,
             HAS_DLSE=dlse is not None,
-            **common,
+            IS_NEGATED=scale < 0,
+            **shared,
             **options,
         )
         options = launch_options("dkv", q, V)
@@ -186,7 +184,8 @@ def parallel_normalized_attn_bwd(
             tiles=tiles,
             NT=NT,
             H=H,
-            **common,
+            IS_NEGATED=scale < 0,
+            **shared,
             **options,
         )
     return dq, dk, dv, row_stats

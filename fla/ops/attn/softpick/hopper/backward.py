@@ -15,7 +15,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
 from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim, refuse_others
 from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
-from fla.ops.attn.softpick.parallel_bwd import launch_delta_kernel
+from fla.ops.attn.softpick.parallel_bwd import launch_delta_kernel, shared_arguments
 from fla.ops.attn.softpick.tiles import feature_tile, packed_sequences, strides_bth
 
 # keys of a unit of work
@@ -90,9 +90,8 @@ def hopper_normalized_attn_bwd(
     has_rescale = q.dtype == torch.float16 and normalizer in WITH_SMALL_DENOMINATORS
     rescaled_q = torch.empty_like(q) if has_rescale else q
     with torch.cuda.device_of(q):
-        launch_delta_kernel(
-            q, k, v, sink_bias, cu_seqlens, lse, do, dlse, row_stats, scale, window_size, head_first, normalizer
-        )  # fmt: skip
+        shared = shared_arguments(q, k, v, do, cu_seqlens, window_size, head_first, normalizer)
+        launch_delta_kernel(q, k, v, sink_bias, cu_seqlens, lse, do, dlse, row_stats, scale, shared)
         row_numbers_kernel[(num_tiles,)](
             q,
             o,
