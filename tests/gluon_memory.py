@@ -246,6 +246,13 @@ def wait_turn(p, turn):
     )
 
 
+def take_number(p):
+    number = int(p.load())
+    p.store(number + 1)
+    switch()
+    return number
+
+
 def pass_turn(p):
     tma_store_wait(0)
     p.store(int(p.load()) + 1)

@@ -251,12 +251,12 @@ def test_nan_of_a_query_reaches_its_gradient():
     ("old", "new"),
     [
         # a buffer is released early
-        ("        # dq, scores, dk\n", "        mbarrier.arrive(q_empty.index((n - 1) % Q_STAGES), count=1)\n"),
-        ("    b_dv = warpgroup_mma_wait(0, [b_dv])\n    mbarrier.arrive(do_empty.index(do_stage), count=1)\n", "    mbarrier.arrive(do_empty.index(do_stage), count=1)\n    b_dv = warpgroup_mma_wait(0, [b_dv])\n"),
+        ("    b_dv = warpgroup_mma_wait(0, [b_dv])\n    # with it the queries of the tile before\n    mbarrier.arrive(tile_empty.index(n & 1), count=1)\n", "    mbarrier.arrive(tile_empty.index(n & 1), count=1)\n    b_dv = warpgroup_mma_wait(0, [b_dv])\n"),
         ("        tma_store_wait(0)\n        mbarrier.arrive(keys_empty", "        mbarrier.arrive(keys_empty"),
         # a wait or a fence is missing
         ("    mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)\n", ""),
-        ("    mbarrier.wait(do_full.index(do_stage), (n // DO_STAGES) & 1)\n", ""),
+        ("    mbarrier.wait(tile_full.index(n & 1), (n // 2) & 1)\n", ""),
+        ("            mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)\n", ""),
         ("            tma_store_wait(0)\n            for c", "            for c"),
         ("    fence_async_shared()\n    # the other consumer", "    # the other consumer"),
         ("    named_sync(DS_BARRIER, 256)\n    b_dv", "    b_dv"),

@@ -76,6 +76,32 @@ def smallest_shift(NORMALIZER: tl.constexpr):
 
 
 @triton.jit
+def signed_terms(b_s, b_neg_shift, b_exp_neg_shift, NORMALIZER: tl.constexpr):
+    """A number whose positive part is n(s), and d(s), both times 2**b_neg_shift.
+
+    b_neg_shift and b_exp_neg_shift broadcast against b_s. For kernels that take the positive part as they round n.
+    """
+    b_e = tl.exp2(b_s + b_neg_shift)
+    if NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one":
+        return b_e, b_e
+    elif NORMALIZER == "rectified":
+        # written so that NaN passes
+        b_e = tl.where(b_s < 0, 0.0, b_e)
+        return b_e, b_e
+    else:
+        b_x = b_e - b_exp_neg_shift
+        if NORMALIZER == "softpick":
+            return b_x, tl.abs(b_x)
+        elif NORMALIZER == "relu_softpick":
+            b_x = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            return b_x, b_x
+        else:
+            tl.static_assert(NORMALIZER == "abs_softpick", "unknown normalizer")
+            b_x = tl.abs(b_x)
+            return b_x, b_x
+
+
+@triton.jit
 def numerator_and_denominator_terms(
     b_s,
     b_neg_shift,
@@ -88,27 +114,13 @@ def numerator_and_denominator_terms(
     DROPS_NAN allows a number for n where d is NaN: gfx90a and gfx942 have no maximum that passes NaN, so LLVM takes
     three instructions more.
     """
-    b_e = tl.exp2(b_s + b_neg_shift)
-    if NORMALIZER == "softmax" or NORMALIZER == "softmax_plus_one":
-        return b_e, b_e
-    elif NORMALIZER == "rectified":
-        # written so that NaN passes
-        b_e = tl.where(b_s < 0, 0.0, b_e)
-        return b_e, b_e
-    else:
-        b_x = b_e - b_exp_neg_shift
-        if NORMALIZER == "softpick":
-            if DROPS_NAN:
-                return tl.maximum(b_x, 0.0), tl.abs(b_x)
-            else:
-                return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.abs(b_x)
-        elif NORMALIZER == "relu_softpick":
-            b_x = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            return b_x, b_x
+    b_n, b_d = signed_terms(b_s, b_neg_shift, b_exp_neg_shift, NORMALIZER)
+    if NORMALIZER == "softpick":
+        if DROPS_NAN:
+            b_n = tl.maximum(b_n, 0.0)
         else:
-            tl.static_assert(NORMALIZER == "abs_softpick", "unknown normalizer")
-            b_x = tl.abs(b_x)
-            return b_x, b_x
+            b_n = tl.maximum(b_n, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return b_n, b_d
 
 
 @triton.jit

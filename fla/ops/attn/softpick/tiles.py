@@ -263,7 +263,7 @@ class PackedSequences:
             has_tiles = counts > 0
             starts, before = self._starts[has_tiles], (counts.cumsum(0) - counts)[has_tiles]
             tiles = self._list_tiles(BT, is_last_first=False)
-            number = before[torch.searchsorted(starts, tiles[:, 0])]
+            number = before[torch.searchsorted(starts, tiles[:, 0].contiguous())]
             numbered = torch.cat([tiles, number[:, None]], 1)
             self._numbered[key] = numbered.to(self._device, torch.int32)
         return self._numbered[key]

@@ -86,7 +86,8 @@ def hopper_normalized_attn_bwd(
     row_numbers = lse.new_empty(num_tiles * 4, BQ)
     # nothing is read that has not been stored: the first to add to a tile stores it
     accumulator = lse.new_empty(num_tiles * 2, 16, 256)
-    turns = torch.zeros(num_tiles, dtype=torch.int32, device=q.device)
+    # the next unit, and the turn of each tile of queries
+    counters = torch.zeros(num_tiles + 1, dtype=torch.int32, device=q.device)
     has_rescale = q.dtype == torch.float16 and normalizer in WITH_SMALL_DENOMINATORS
     rescaled_q = torch.empty_like(q) if has_rescale else q
     with torch.cuda.device_of(q):
@@ -129,7 +130,7 @@ def hopper_normalized_attn_bwd(
             *(block_descriptor(x, head_first, 64, D) for x in (dk, dv)),
             dk if cu_seqlens is not None else None,
             dv if cu_seqlens is not None else None,
-            turns,
+            counters,
             units,
             scale,
             sdk_t=sdk_t,
@@ -151,8 +152,6 @@ def hopper_normalized_attn_bwd(
             V=V,
             D=D,
             BQ=BQ,
-            Q_STAGES=3,
-            DO_STAGES=2,
             NORMALIZER=normalizer,
             IS_VARLEN=cu_seqlens is not None,
             IS_NEGATED=scale < 0,
@@ -160,8 +159,6 @@ def hopper_normalized_attn_bwd(
             HAS_RESCALE=has_rescale,
             IS_EARLY=D == 64,
             num_warps=4,
-            # all programs run or none does: a program may wait for any other's additions
-            launch_cooperative_grid=True,
         )
         dq_kernel[(num_tiles, D * BQ // 4096)](
             accumulator,

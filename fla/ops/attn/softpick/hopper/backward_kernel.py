@@ -11,7 +11,7 @@ order in which products were issued, which the comments list.
 Legend: as in `backward_streams.py`, `backward_terms.py` and `parallel_bwd_dkv.py`, and
     *_s                shared memory
     *_full *_empty     mbarriers: data has come; it may be overwritten
-    rows_s             [stages, 4, BQ] numbers of the queries: -lse2, 2**-lse2, -delta, 2**-rescale
+    rows_s             [3, 4, BQ] numbers of the queries: -lse2, 2**-lse2, -delta, 2**-rescale
     C                  number of the consumer
     D                  head dimension in shared memory, K and V padded with zeros
     IS_EARLY           dp is issued beside the scores, which takes 32 registers more
@@ -42,7 +42,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     mbarrier,
     named_sync,
     opaque,
-    program_index,
+    positive_part,
     store_scalar,
     tma_store,
     tma_store_wait,
@@ -52,8 +52,8 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
 )
 from fla.ops.attn.softpick.normalizers import (
     RCP_LN2,
-    numerator_and_denominator_terms,
     scores_and_sign,
+    signed_terms,
 )
 from fla.ops.attn.softpick.tiles import visible
 
@@ -95,13 +95,11 @@ def _weights(
         b_shrink = _row(rows, 3, half)
         b_r = b_r * b_shrink
     b_s, b_r = scores_and_sign(b_r, m_s, scale, NORMALIZER, IS_MASKED, IS_NEGATED)
-    b_p, _ = numerator_and_denominator_terms(
-        b_s, b_neg_lse2, _row(rows, 1, half), NORMALIZER, False
-    )
+    b_p, _ = signed_terms(b_s, b_neg_lse2, _row(rows, 1, half), NORMALIZER)
     b_e = signed_exponential(b_s, b_r, b_neg_lse2, NORMALIZER)
     if HAS_RESCALE:
         b_e = b_e * b_shrink
-    return b_p.to(dtype), b_e
+    return positive_part(b_p, dtype), b_e
 
 
 @gluon.jit
@@ -122,10 +120,10 @@ def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.const
 
 
 @gluon.jit
-def _dk_product(ds_s, q_s, n, b_dk, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, Q_STAGES: gl.constexpr):  # fmt: skip
+def _dk_product(ds_s, q_s, n, b_dk, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
     """b_dk with tile n added, as running products, one for each half."""
     for h in gl.static_range(HALVES):
-        q = q_s.index(n % Q_STAGES * HALVES + h).reshape([64, D])
+        q = q_s.index(n % 3 * HALVES + h).reshape([64, D])
         b_dk = warpgroup_mma(ds_s.index(((n & 1) * 2 + C) * HALVES + h), q, b_dk, is_async=True)
     return b_dk
 
@@ -142,9 +140,9 @@ def _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C: gl.constexpr):
 
 @gluon.jit
 def _tile_of_queries(
-    b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+    b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
     n, distance, scale, W, HAS_LAST: gl.constexpr,
-    C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
     IS_EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -158,24 +156,24 @@ def _tile_of_queries(
     HALVES: gl.constexpr = BQ // 64
     NUM_DK: gl.constexpr = HALVES if HAS_LAST else 0
     NUM_EARLY: gl.constexpr = 1 if IS_EARLY else 0
-    q_stage = n % Q_STAGES
-    do_stage = n % DO_STAGES
+    q_stage = n % 3
+    do_stage = n & 1
     rows = rows_s.index(q_stage)
     zero = opaque(0)
     k = k_s.index(zero + C).reshape([64, D])
     v = v_s.index(zero + C).reshape([64, D])
+    mbarrier.wait(tile_full.index(n & 1), (n // 2) & 1)
     if HAS_LAST:
         b_dq = _dq_product(ds_s, k_s, (n - 1) & 1, C, D, HALVES)
-    mbarrier.wait(q_full.index(q_stage), (n // Q_STAGES) & 1)
     b_r = _transposed_product(k, q_s, q_stage * HALVES, D)
     if HAS_LAST:
-        b_dk = _dk_product(ds_s, q_s, n - 1, b_dk, C, D, HALVES, Q_STAGES)
-        # dq, scores, dk
-        b_dq = warpgroup_mma_wait(1 + NUM_DK, [b_dq])
-        _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n - 1, C)
-    mbarrier.wait(do_full.index(do_stage), (n // DO_STAGES) & 1)
+        b_dk = _dk_product(ds_s, q_s, n - 1, b_dk, C, D, HALVES)
     if IS_EARLY:
         b_dp = _transposed_product(v, do_s, do_stage * HALVES, D)
+    if HAS_LAST:
+        # dq, scores, dk, dp if early
+        b_dq = warpgroup_mma_wait(1 + NUM_DK + NUM_EARLY, [b_dq])
+        _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n - 1, C)
     # scores, dk, dp if early
     b_r = warpgroup_mma_wait(NUM_DK + NUM_EARLY, [b_r])
     for h in gl.static_range(HALVES):
@@ -191,17 +189,16 @@ def _tile_of_queries(
         else:
             b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
         do = do_s.index(do_stage * HALVES + h).reshape([64, D])
-        b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
         if not IS_EARLY:
             b_dp = _transposed_product(v, do_s, do_stage * HALVES + h, D)
+        b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
         if h + 1 < HALVES:
             b_r = _transposed_product(k, q_s, q_stage * HALVES + h + 1, D)
-        # early: dk if h = 0, dp, dv, scores if h = 0; else: dk if h = 0, dv, dp, scores if h = 0
+        # dk if h = 0, dp, dv, scores if h = 0: ds is computed beside dv
         if HAS_LAST and h == 0:
-            b_dk, b_dp = warpgroup_mma_wait(HALVES - 1 - h + NUM_EARLY, [b_dk, b_dp])
-            mbarrier.arrive(q_empty.index((n - 1) % Q_STAGES), count=1)
+            b_dk, b_dp = warpgroup_mma_wait(HALVES - h, [b_dk, b_dp])
         else:
-            b_dp = warpgroup_mma_wait(HALVES - 1 - h + NUM_EARLY, [b_dp])
+            b_dp = warpgroup_mma_wait(HALVES - h, [b_dp])
         b_ds = grad_from_exponential(b_e, b_dp, _row(rows, 2, h), NORMALIZER)
         ds_s.index(((n & 1) * 2 + C) * HALVES + h).store(b_ds.to(q_s.dtype))
         if h + 1 < HALVES and IS_EARLY:
@@ -210,7 +207,8 @@ def _tile_of_queries(
     # the other consumer needs these ds for dq
     named_sync(DS_BARRIER, 256)
     b_dv = warpgroup_mma_wait(0, [b_dv])
-    mbarrier.arrive(do_empty.index(do_stage), count=1)
+    # with it the queries of the tile before
+    mbarrier.arrive(tile_empty.index(n & 1), count=1)
     return b_dk, b_dv
 
 
@@ -240,10 +238,10 @@ def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride
 def _consumer(
     dk_desc, dv_desc, dk, dv,
     q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-    keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
-    scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
+    keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
+    scale, sdk_t, sdk_h, sdv_t, sdv_h, W,
     C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
-    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
+    NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
 ):  # fmt: skip
     """Computes dk and dv of the C-th 64 keys of each unit, and half of each tile of dq."""
@@ -252,17 +250,17 @@ def _consumer(
     base2_scale = scale * RCP_LN2
     n = 0
     w = 0
-    for _ in range(program_index(), n_units, gl.num_programs(0)):
+    mbarrier.wait(keys_full.index(0), w & 1)
+    num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    while num_tiles > 0:
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
-        mbarrier.wait(keys_full.index(0), w & 1)
-        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
         distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
         first_distance = distance - (num_tiles - 1) * BQ
         b_dk, b_dv = _tile_of_queries(
-            b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+            b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
             n, distance, base2_scale, W, False,
-            C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
+            C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
         )  # fmt: skip
         for _ in range(1, load_scalar(word(unit_s, w, NUM_STEPS))):
             n += 1
@@ -270,16 +268,15 @@ def _consumer(
             if distance < first_distance:
                 distance += num_tiles * BQ
             b_dk, b_dv = _tile_of_queries(
-                b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
+                b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
                 n, distance, base2_scale, W, True,
-                C, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
+                C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
             )  # fmt: skip
         b_dq = _dq_product(ds_s, k_s, n & 1, C, D, HALVES)
-        b_dk = _dk_product(ds_s, q_s, n, b_dk, C, D, HALVES, Q_STAGES)
+        b_dk = _dk_product(ds_s, q_s, n, b_dk, C, D, HALVES)
         b_dq = warpgroup_mma_wait(HALVES, [b_dq])
         _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C)
         b_dk = warpgroup_mma_wait(0, [b_dk])
-        mbarrier.arrive(q_empty.index(n % Q_STAGES), count=1)
         # both consumers are done with keys and values: the gradients take their memory
         named_sync(DS_BARRIER, 256)
         i_b = load_scalar(word(unit_s, w, BATCH))
@@ -291,25 +288,31 @@ def _consumer(
         tma_store_wait(0)
         mbarrier.arrive(keys_empty.index(0), count=1)
         n += 1
-        w += 1  # noqa: SIM113
+        w += 1
+        mbarrier.wait(keys_full.index(0), w & 1)
+        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    if C == 0:
+        # instead of the first dq of a unit
+        mbarrier.wait(dq_empty.index(0), (n & 1) ^ 1)
+        mbarrier.arrive(dq_full.index(0), count=1)
 
 
 @gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
 def normalized_attn_bwd_kernel_hopper(
     q_desc, do_desc, k_desc, v_desc, rows_desc, dq_desc, dk_desc, dv_desc, dk, dv,
-    turns, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+    counters, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
     K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
-    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
+    NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Takes every num_programs-th unit; two consumers, a loader, a writer and a watchdog."""
+    """Takes units until none is left; two consumers, a loader, a writer and a watchdog."""
     HALVES: gl.constexpr = BQ // 64
     dtype: gl.constexpr = q_desc.dtype
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
-    q_s = gl.allocate_shared_memory(dtype, [Q_STAGES * HALVES, 1, 64, 1, D], q_desc.layout)
-    do_s = gl.allocate_shared_memory(dtype, [DO_STAGES * HALVES, 1, 64, 1, D], do_desc.layout)
-    rows_s = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 4, BQ], rows_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [3 * HALVES, 1, 64, 1, D], q_desc.layout)
+    do_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], do_desc.layout)
+    rows_s = gl.allocate_shared_memory(gl.float32, [3, 4, BQ], rows_desc.layout)
     # of two tiles: one consumer may be a tile ahead of the other's products
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 16, 256], dq_desc.layout)
@@ -318,10 +321,8 @@ def normalized_attn_bwd_kernel_hopper(
     # the last barrier of *_full is for tiles of which the loader zeroes a part
     keys_full = allocate_barriers(2, 1)
     keys_empty = allocate_barriers(1, 2)
-    q_full = allocate_barriers(Q_STAGES + 1, 1)
-    q_empty = allocate_barriers(Q_STAGES, 2)
-    do_full = allocate_barriers(DO_STAGES + 1, 1)
-    do_empty = allocate_barriers(DO_STAGES, 2)
+    tile_full = allocate_barriers(3, 1)
+    tile_empty = allocate_barriers(2, 2)
     dq_full = allocate_barriers(2, 1)
     dq_empty = allocate_barriers(2, 1)
     store_scalar(progress, 0)
@@ -329,20 +330,20 @@ def normalized_attn_bwd_kernel_hopper(
     gl.warp_specialize([
         (_consumer, (
             dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-            keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
-            0, K, V, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
+            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, W,
+            0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
         (_consumer, (
             dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-            keys_full, keys_empty, q_full, q_empty, do_full, do_empty, dq_full, dq_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, W,
-            1, K, V, D, BQ, Q_STAGES, DO_STAGES, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
+            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, W,
+            1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
         (loader, (
-            q_desc, do_desc, k_desc, v_desc, rows_desc, units, q_s, do_s, k_s, v_s, rows_s, unit_s,
-            keys_full, keys_empty, q_full, q_empty, do_full, do_empty,
+            q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
+            keys_full, keys_empty, tile_full, tile_empty,
             n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-            D, BQ, Q_STAGES, DO_STAGES, IS_VARLEN, HAS_WINDOW)),
+            D, BQ, IS_VARLEN, HAS_WINDOW)),
         (writer, (
-            dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, n_units, W, NQ, BQ, HAS_WINDOW)),
+            dq_desc, counters + 1, dq_s, unit_s, dq_full, dq_empty, progress, W, NQ, BQ, HAS_WINDOW)),
         (trap_without_progress, (progress,)),
     ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip

@@ -18,7 +18,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     load_scalar,
     mbarrier,
     pass_turn,
-    program_index,
+    take_number,
     store_scalar,
     tma_add,
     tma_load,
@@ -32,7 +32,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
 BT = gl.constexpr(128)
 # words of a unit in shared memory, which the loader writes for the others
 UNIT_WORDS = gl.constexpr(16)
-NUM_TILES = gl.constexpr(0)  # of queries of a head
+NUM_TILES = gl.constexpr(0)  # of queries of a head; 0 where no unit is left
 NUM_STEPS = gl.constexpr(1)  # tiles of all G heads
 DISTANCE = gl.constexpr(2)  # positions from the first key to the first query of the last tile
 BATCH = gl.constexpr(3)
@@ -74,10 +74,10 @@ def _zero_past(blocks, first, num_rows, N: gl.constexpr):
 
 @gluon.jit
 def loader(
-    q_desc, do_desc, k_desc, v_desc, rows_desc, units,
-    q_s, do_s, k_s, v_s, rows_s, unit_s, keys_full, keys_empty, q_full, q_empty, do_full, do_empty,
+    q_desc, do_desc, k_desc, v_desc, rows_desc, units, next_unit,
+    q_s, do_s, k_s, v_s, rows_s, unit_s, keys_full, keys_empty, tile_full, tile_empty,
     n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-    D: gl.constexpr, BQ: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    D: gl.constexpr, BQ: gl.constexpr,
     IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Loads keys and values of each unit, then its queries, their gradients and row numbers, the last tile first.
@@ -91,7 +91,8 @@ def loader(
     w = 0
     cut_keys = 0
     cut_queries = 0
-    for i in range(program_index(), n_units, gl.num_programs(0)):
+    i = take_number(next_unit)
+    while i < n_units:
         group = i // (HEADS_AT_A_TIME * NT) * HEADS_AT_A_TIME
         heads = gl.minimum(HEADS_AT_A_TIME, BH - group)
         i_tile = (i - group * NT) // heads
@@ -146,27 +147,24 @@ def loader(
         for _ in range(num_tiles * G):
             num_rows = T - i_j * BQ
             is_cut = _is_cut(BQ, num_rows, IS_VARLEN)
-            q_stage = n % Q_STAGES
-            do_stage = n % DO_STAGES
-            mbarrier.wait(q_empty.index(q_stage), ((n // Q_STAGES) & 1) ^ 1)
-            full = q_full.index(q_stage + is_cut * (Q_STAGES - q_stage))
-            mbarrier.expect(full, BQ * D * 2 + BQ * 16)
-            _load_rows(q_desc, i_b, row + i_j * BQ, i_hq, full, q_s, q_stage * HALVES, HALVES)
-            tma_load(rows_desc, [tile * 4, 0], full, rows_s.index(q_stage))
-            mbarrier.wait(do_empty.index(do_stage), ((n // DO_STAGES) & 1) ^ 1)
-            full = do_full.index(do_stage + is_cut * (DO_STAGES - do_stage))
-            mbarrier.expect(full, BQ * D * 2)
-            _load_rows(do_desc, i_b, row + i_j * BQ, i_hq, full, do_s, do_stage * HALVES, HALVES)
+            stage = n & 1
+            first_q = n % 3 * HALVES
+            first_do = stage * HALVES
+            # of the tile two before: with it the queries of the tile three before are free
+            mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)
+            full = tile_full.index(stage + is_cut * (2 - stage))
+            mbarrier.expect(full, BQ * D * 4 + BQ * 16)
+            _load_rows(q_desc, i_b, row + i_j * BQ, i_hq, full, q_s, first_q, HALVES)
+            tma_load(rows_desc, [tile * 4, 0], full, rows_s.index(n % 3))
+            _load_rows(do_desc, i_b, row + i_j * BQ, i_hq, full, do_s, first_do, HALVES)
             if IS_VARLEN:  # noqa: SIM102
                 if is_cut == 1:
-                    mbarrier.wait(q_full.index(Q_STAGES), cut_queries & 1)
-                    mbarrier.wait(do_full.index(DO_STAGES), cut_queries & 1)
+                    mbarrier.wait(full, cut_queries & 1)
                     cut_queries += 1
-                    _zero_past(q_s, q_stage * HALVES, num_rows, HALVES)
-                    _zero_past(do_s, do_stage * HALVES, num_rows, HALVES)
+                    _zero_past(q_s, first_q, num_rows, HALVES)
+                    _zero_past(do_s, first_do, num_rows, HALVES)
                     fence_async_shared()
-                    mbarrier.arrive(q_full.index(q_stage), count=1)
-                    mbarrier.arrive(do_full.index(do_stage), count=1)
+                    mbarrier.arrive(tile_full.index(stage), count=1)
             n += 1
             i_j -= 1
             tile -= 1
@@ -176,12 +174,18 @@ def loader(
                 i_j += num_tiles
                 tile += num_tiles + NQ
                 i_hq += 1
-        w += 1  # noqa: SIM113
+        w += 1
+        i = take_number(next_unit)
+    # no unit is left
+    mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)
+    store_scalar(word(unit_s, w, NUM_TILES), 0)
+    group_barrier()
+    mbarrier.arrive(keys_full.index(0), count=1)
 
 
 @gluon.jit
 def writer(
-    dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, n_units, W, NQ,
+    dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, W, NQ,
     BQ: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Adds the two halves of each tile of dq to the accumulator [tiles * 2, 16, 256] when its turn has come.
@@ -191,10 +195,10 @@ def writer(
     """
     n = 0
     w = 0
-    for _ in range(program_index(), n_units, gl.num_programs(0)):
-        # the consumers have seen the unit
-        mbarrier.wait(dq_full.index(0), n & 1)
-        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    # the first dq of a unit says that its words are there
+    mbarrier.wait(dq_full.index(0), n & 1)
+    num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    while num_tiles > 0:
         num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
         tile = load_scalar(word(unit_s, w, TILE))
         i_t = load_scalar(word(unit_s, w, POSITION))
@@ -230,5 +234,7 @@ def writer(
                 tile += num_tiles + NQ
                 if HAS_WINDOW:
                     first_key = last_key
-        w += 1  # noqa: SIM113
+        w += 1
+        mbarrier.wait(dq_full.index(0), n & 1)
+        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
     store_scalar(progress, -1)

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from fla.ops.attn.softpick.hopper.gluon_api import gl, gluon
 from fla.ops.attn.softpick.normalizers import (
-    numerator_and_denominator_terms,
     scores_and_sign,
+    signed_terms,
 )
 from fla.ops.attn.softpick.tiles import key_tile_bounds, visible
 
@@ -92,7 +92,7 @@ def tile_terms(
     NORMALIZER: gl.constexpr, HAS_WINDOW: gl.constexpr, IS_MASKED: gl.constexpr, IS_SHIFTED: gl.constexpr,
     S_L: gl.constexpr,
 ):  # fmt: skip
-    """(n, sums of d, new shift, factor for what was summed before) of the products b_r [64, BN] with the keys from i_k."""
+    """(a number whose positive part is n, sums of d, new shift, factor for what was summed before) of the products b_r [64, BN] with the keys from i_k."""
     o_k = i_k + gl.arange(0, b_r.shape[1], gl.SliceLayout(0, S_L))
     m_s = visible(o_q[:, None], o_k[None, :], W, HAS_WINDOW)
     # NOTE(numerics): scale after the dot, in fp32; scaling q rounds twice
@@ -100,11 +100,9 @@ def tile_terms(
     if IS_SHIFTED:
         b_m_new = gl.maximum(b_m, gl.max(b_s, 1), propagate_nan=tl.PropagateNan.ALL)
         b_f = gl.exp2(b_m - b_m_new)
-        b_n, b_d = numerator_and_denominator_terms(
-            b_s, -b_m_new[:, None], gl.exp2(-b_m_new)[:, None], NORMALIZER, False
-        )
+        b_n, b_d = signed_terms(b_s, -b_m_new[:, None], gl.exp2(-b_m_new)[:, None], NORMALIZER)
         return b_n, row_sums(b_d, True), b_m_new, b_f
     else:
         # adding -0.0 changes nothing, so the compiler leaves it out
-        b_n, b_d = numerator_and_denominator_terms(b_s, -0.0, 1.0, NORMALIZER, False)
+        b_n, b_d = signed_terms(b_s, -0.0, 1.0, NORMALIZER)
         return b_n, row_sums(b_d, False), b_m, b_m

@@ -29,6 +29,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     mbarrier,
     named_arrive,
     named_sync,
+    positive_part,
     program_index,
     tma_load,
     tma_store,
@@ -191,7 +192,7 @@ def attend(
     b_n, b_z, b_m, _ = tile_terms(
         b_r, b_m, o_q, (end - 1) * BN, scale, W, NORMALIZER, HAS_WINDOW, True, IS_SHIFTED, S_L
     )
-    b_p = gl.convert_layout(b_n.to(q.dtype), P_L)
+    b_p = gl.convert_layout(positive_part(b_n, q.dtype), P_L)
     b_o = gl.zeros([64, BD], gl.float32, O_L)
     n += 1
     # tiles at the diagonal, tiles that all 64 queries see, tiles at the edge of the window
@@ -227,7 +228,7 @@ def attend(
                 b_z = b_z * b_f
                 b_o = b_o * gl.convert_layout(b_f, gl.SliceLayout(1, O_L))[:, None]
             b_z += b_d
-            b_p = gl.convert_layout(b_n.to(q.dtype), P_L)
+            b_p = gl.convert_layout(positive_part(b_n, q.dtype), P_L)
             n += 1
     mbarrier.arrive(q_empty.index(C), count=1)
     last = (n - 1) % VST

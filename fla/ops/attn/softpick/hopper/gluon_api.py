@@ -42,8 +42,10 @@ __all__ = [
     "named_sync",
     "opaque",
     "pass_turn",
+    "positive_part",
     "program_index",
     "store_scalar",
+    "take_number",
     "tma_add",
     "tma_load",
     "tma_store",
@@ -143,6 +145,22 @@ def wait_turn(p, turn):
 
 
 @gluon.jit
+def take_number(p):
+    """Adds 1 to the counter at p, int32 in global memory, and returns what it was. For one warp."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 number;
+        mov.u32 number, %laneid;
+        setp.eq.u32 p, number, 0;
+        @p atom.relaxed.gpu.global.add.u32 number, [$1], 1;
+        shfl.sync.idx.b32 $0, number, 0, 31, 0xffffffff;
+        }""",
+        "=r,l", [p], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def pass_turn(p):
     """Adds 1 to the counter at p once all TMA stores and additions of this warp are in global memory. For one warp."""
     gl.inline_asm_elementwise(
@@ -154,7 +172,6 @@ def pass_turn(p):
         bar.warp.sync 0xffffffff;
         mov.u32 lane, %laneid;
         setp.eq.u32 p, lane, 0;
-        fence.acq_rel.gpu;
         @p red.release.gpu.global.add.u32 [$1], 1;
         mov.b32 $0, 0;
         }""",
@@ -168,6 +185,20 @@ def copysign(b_x, b_sign):
     return gl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;", "=r,r,r", [b_x, b_sign], gl.float32, True, 1
     )
+
+
+@gluon.jit
+def positive_part(b_x, dtype: gl.constexpr):
+    """max(b_x, 0) rounded to dtype, bfloat16 or float16, NaN stays NaN; one instruction for two numbers of a thread."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], gl.bfloat16, True, 2
+        )
+    else:
+        gl.static_assert(dtype == gl.float16, "bfloat16 or float16")
+        return gl.inline_asm_elementwise(
+            "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], gl.float16, True, 2
+        )
 
 
 @gluon.jit
@@ -208,7 +239,7 @@ def trap_without_progress(progress):
         last = value
         # sleeps about a microsecond
         gl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ge.u32 p, $1, 67108864; @p trap; nanosleep.u32 500; mov.b32 $0, 0; }",
+            "{ .reg .pred p; setp.ge.u32 p, $1, 67108864; @p trap; nanosleep.u32 4000; mov.b32 $0, 0; }",
             "=r,r", [looks], gl.int32, False, 1,
         )  # fmt: skip
         # or the compiler would look once
