@@ -11,6 +11,7 @@ flash-attn-4 is installed. The rows so far are kept after Ctrl-C or an error.
 import argparse
 import csv
 import importlib.metadata
+import math
 import subprocess
 import sys
 import time
@@ -40,6 +41,8 @@ NUM_HEADS = {64: 32, 128: 16}
 # largest relative L2 error of an output or a gradient in bfloat16
 MAX_ERROR = 1e-2
 REFERENCE = "softmax, cuDNN"
+# least work of a call for Hopper's kernels
+LEAST_WORK = {"triton": math.inf, "hopper": 0, "chosen": kernel_choice.MIN_HOPPER_WORK}
 FA4, FA4_DETERMINISTIC = "softmax, FA4", "softmax, FA4 det"
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -218,7 +221,13 @@ HEADER = f"{'':24} {'forward ms':>15} TFL/s  cuDNN   {'backward ms':>15} TFL/s  
 
 
 def bench(
-    results: list[Result], names: list[str], D: int, G: int, tokens: int, lengths: list[int]
+    results: list[Result],
+    names: list[str],
+    D: int,
+    G: int,
+    tokens: int,
+    lengths: list[int],
+    kind: str,
 ) -> None:
     """Prints the rows of one head dimension and group size and adds them to results; leaves out what fails."""
     HQ = NUM_HEADS[D]
@@ -226,7 +235,10 @@ def bench(
     print(f"\nD {D}, {G} query heads per key head: seconds of the first call, compilation included")
     for name in names:
         try:
-            print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
+            # the inputs of the check are small, and "chosen" times both kinds
+            for used in ("triton", "hopper") if kind == "chosen" else (kind,):
+                with kernel_choice.hopper_for_work_of(LEAST_WORK[used]):
+                    print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
             passed.append(name)
         except (RuntimeError, ImportError) as error:
             # a backend that this build of torch or this card does not have, a package that is missing, a wrong result
@@ -235,10 +247,11 @@ def bench(
         B = tokens // T
         print(f"\nB {B}, T {T}, HQ {HQ}, H {HQ // G}, D {D}\n{HEADER}", flush=True)
         # the reference first, since the others are compared with it
-        rows = [
-            measure(name, B, T, HQ, HQ // G, D)
-            for name in sorted(passed, key=lambda name: name != REFERENCE)
-        ]
+        with kernel_choice.hopper_for_work_of(LEAST_WORK[kind]):
+            rows = [
+                measure(name, B, T, HQ, HQ // G, D)
+                for name in sorted(passed, key=lambda name: name != REFERENCE)
+            ]
         reference = next((row for row in rows if row.operator == REFERENCE), None)
         for row in sorted(rows, key=lambda row: names.index(row.operator)):
             print(line(row, reference), flush=True)
@@ -325,10 +338,11 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=default, choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="PNG file for time and memory against T")
-    parser.add_argument("--hopper", action="store_true", help="enable the kernels for Hopper")
+    parser.add_argument(
+        "--kernels", choices=LEAST_WORK, default="chosen",
+        help="which kernels serve our operators: chosen by kernel_choice.py, or one kind wherever it can",
+    )  # fmt: skip
     args = parser.parse_args()
-    if args.hopper:
-        kernel_choice.ENABLED_ON_HOPPER = kernel_choice.WRITTEN_FOR_HOPPER
     if not torch.cuda.is_available():
         sys.exit("bench_attn.py needs a GPU")
     for T in args.lengths:
@@ -345,7 +359,7 @@ def main() -> None:
     try:
         for D in args.head_dims:
             for G in args.groups:
-                bench(results, args.operators, D, G, args.tokens, args.lengths)
+                bench(results, args.operators, D, G, args.tokens, args.lengths, args.kernels)
     finally:
         # also what there is after Ctrl-C or an error
         if args.csv:

@@ -29,6 +29,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(forward, "hopper_normalized_attn_fwd", record("fwd", fwd))
     monkeypatch.setattr(backward, "hopper_normalized_attn_bwd", record("bwd", bwd))
     monkeypatch.setattr(kernel_choice, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 0)
     return names
 
 
@@ -81,11 +82,21 @@ def test_unaligned_rows_rows_without_keys_and_other_cards_go_to_triton(
     assert launched == []
 
 
+def test_small_calls_go_to_triton(launched, monkeypatch, device):
+    inputs = draw(20, 64, HQ=2, H=1, B=3, S=30, dtype=torch.float16, device=device)
+    for work, expected in (3 * 2 * 20 * 30 * 64 + 1, []), (3 * 2 * 20 * 30 * 64, ["fwd", "bwd"]):
+        with kernel_choice.hopper_for_work_of(work):
+            outputs_and_gradients(parallel_softpick_attn, inputs)
+        assert launched == expected
+
+
 def test_the_table_names_every_choice(monkeypatch, capsys):
     kernel_table.main()
     *rows, last = capsys.readouterr().out.splitlines()
-    assert last.endswith("not enabled: dkv, dq, fwd")
-    assert not any("Gluon" in row for row in rows)
+    assert last.endswith("at least 68,719,476,736, Triton smaller ones")
+    assert any("Gluon" in row for row in rows)
+    monkeypatch.setattr(kernel_choice, "ENABLED_ON_HOPPER", frozenset())
+    assert not any("Gluon" in x for x in kernel_table.choices())
     monkeypatch.setattr(kernel_choice, "ENABLED_ON_HOPPER", ALL)
     served = {x[:4] for x in kernel_table.choices() if x[4] == "Gluon"}
     assert served == {

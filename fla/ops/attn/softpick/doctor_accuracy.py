@@ -5,11 +5,14 @@ largest element and in the worst row. In float32 on a GPU it is four times, sinc
 in the last place.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fla.ops.attn.softpick.decoding import normalized_attn_decode
+from fla.ops.attn.softpick.kernel_choice import hopper_for_work_of, hopper_refusal_of_kind
+from fla.ops.attn.softpick.launch_shapes import architecture
 from fla.ops.attn.softpick.naive import naive_normalized_attn, visible_keys
 from fla.ops.attn.softpick.naive_decoding import naive_normalized_attn_decode
 from fla.ops.attn.softpick.parallel import IS_INTERPRETED, parallel_normalized_attn
@@ -21,7 +24,10 @@ KERNELS = {"fwd": ("o",), "dq": ("dq",), "dkv": ("dk", "dv")}
 
 
 class Case(NamedTuple):
-    """Inputs of one comparison; `queries` is the number of query tokens of decoding, 0 for attention."""
+    """Inputs of one comparison.
+
+    `queries` is the number of query tokens of decoding, 0 for attention. `is_hopper`: by the kernels for Hopper.
+    """
 
     dtype: torch.dtype
     D: int
@@ -33,6 +39,7 @@ class Case(NamedTuple):
     window: int | None = None
     is_packed: bool = False
     queries: int = 0
+    is_hopper: bool = False
 
     @property
     def label(self) -> str:
@@ -70,6 +77,13 @@ def cases(is_quick: bool) -> list[Case]:
             if dtype == torch.bfloat16:
                 chosen += [Case(dtype, D, name, T, **options) for name, options in alone.items()]
                 chosen.append(Case(dtype, D, "causal", T, normalizer="softmax"))
+    if architecture(0) == "sm_90":
+        chosen += [
+            case._replace(is_hopper=True, options=f"{case.options}, Gluon")
+            for case in chosen
+            if not case.queries
+            and hopper_refusal_of_kind("dkv", "sm_90", case.dtype, case.D, case.D) is None
+        ]
     return chosen
 
 
@@ -186,7 +200,8 @@ def compare_attention(case: Case) -> dict[str, float]:
         # a single token, an empty sequence, two long ones
         bounds = [0, 1, case.T // 2, case.T // 2, case.T]
         kwargs["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=do.device)
-    got = outputs(parallel_normalized_attn, inputs, do, kwargs)
+    with hopper_for_work_of(0 if case.is_hopper else math.inf):
+        got = outputs(parallel_normalized_attn, inputs, do, kwargs)
     eager = outputs(naive_normalized_attn, inputs, do, kwargs)
     gold = outputs(naive_normalized_attn, [x.double() for x in inputs], do, kwargs)
     sizes = sizes_of_terms(inputs, do, kwargs)

@@ -1,8 +1,11 @@
 """Which kernels serve which inputs on which card: those of Triton, or those for Hopper in Gluon.
 
-Decided before the launch, by kind of input and card. The whole answer, without a GPU:
+Decided before the launch, by card, kind and size of the input. The whole answer, without a GPU:
 ``python -m fla.ops.attn.softpick.kernel_table``.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,12 +14,24 @@ from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
 from fla.ops.attn.softpick.parallel_fwd import parallel_normalized_attn_fwd
 from fla.ops.attn.softpick.tiles import descriptor_strides
 
-# The kernels that exist for Hopper, and those of them that operators may choose; dq and dkv are one. A kernel that is
-# only in the first is written, simulated and compiled, and has not run on a card. It is enabled when it ran on one, was
-# right and was faster.
+# The kernels that exist for Hopper, and those of them that operators may choose; dq and dkv are one.
 WRITTEN_FOR_HOPPER = frozenset({"fwd", "dq", "dkv"})
-ENABLED_ON_HOPPER: frozenset[str] = frozenset()
+ENABLED_ON_HOPPER: frozenset[str] = WRITTEN_FOR_HOPPER
 MAX_HOPPER_HEAD_DIM = 128
+# Least B * HQ * T * S * K of a call for Hopper's kernels. Below it a call takes the GPU less than a millisecond, and the
+# host takes longer to launch them than the Triton kernels: it makes up to 8 tensor descriptors.
+MIN_HOPPER_WORK: float = 2**36
+
+
+@contextmanager
+def hopper_for_work_of(least: float) -> Iterator[None]:
+    """Within it Hopper's kernels serve calls of this work and more: 0 for all that they take, inf for none."""
+    global MIN_HOPPER_WORK
+    before, MIN_HOPPER_WORK = MIN_HOPPER_WORK, least
+    try:
+        yield
+    finally:
+        MIN_HOPPER_WORK = before
 
 
 def hopper_refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
@@ -65,6 +80,19 @@ def hopper_refusal(
     return None
 
 
+def _is_for_hopper(
+    kernel: str, window_size: int | None, head_first: bool, **tensors: torch.Tensor
+) -> bool:
+    """True if the Hopper kernel is enabled, takes these tensors and is worth its launch."""
+    if kernel not in ENABLED_ON_HOPPER:
+        return False
+    q, k = tensors["q"], tensors["k"]
+    work = q.numel() * k.shape[2 if head_first else 1]
+    return work >= MIN_HOPPER_WORK and not hopper_refusal(
+        kernel, window_size, head_first, **tensors
+    )
+
+
 def normalized_attn_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,9 +107,7 @@ def normalized_attn_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`parallel_normalized_attn_fwd`, with the kernel that serves the inputs."""
     launch = parallel_normalized_attn_fwd
-    if "fwd" in ENABLED_ON_HOPPER and not hopper_refusal(
-        "fwd", window_size, head_first, q=q, k=k, v=v
-    ):
+    if _is_for_hopper("fwd", window_size, head_first, q=q, k=k, v=v):
         # here, since nobody without the card needs Gluon
         from fla.ops.attn.softpick.hopper.forward import hopper_normalized_attn_fwd as launch
     return launch(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer)
@@ -104,9 +130,7 @@ def normalized_attn_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`parallel_normalized_attn_bwd`, with the kernels that serve the inputs."""
     launch = parallel_normalized_attn_bwd
-    if "dkv" in ENABLED_ON_HOPPER and not hopper_refusal(
-        "dkv", window_size, head_first, q=q, k=k, v=v, do=do
-    ):
+    if _is_for_hopper("dkv", window_size, head_first, q=q, k=k, v=v, do=do):
         from fla.ops.attn.softpick.hopper.backward import hopper_normalized_attn_bwd as launch
     return launch(
         q, k, v, sink_bias, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer

@@ -29,11 +29,10 @@ def main() -> None:
     """Prints `choices`."""
     for row, kernel, dtypes, head, whose, shape in choices():
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
-    disabled = (
-        ", ".join(sorted(kernel_choice.WRITTEN_FOR_HOPPER - kernel_choice.ENABLED_ON_HOPPER))
-        or "none"
+    sys.stdout.write(
+        "Gluon serves calls with B * HQ * T * S * K of at least "
+        f"{kernel_choice.MIN_HOPPER_WORK:,}, Triton smaller ones\n"
     )
-    sys.stdout.write(f"written for Hopper in Gluon and not enabled: {disabled}\n")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,13 @@ import torch
 
 from fla.ops.attn.softpick.hopper.backward_kernel import normalized_attn_bwd_kernel_hopper
 from fla.ops.attn.softpick.hopper.backward_passes import dq_kernel, row_numbers_kernel
-from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
-from fla.ops.attn.softpick.hopper.launch import block_descriptor, padded_head_dim, refuse_others
+from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor
+from fla.ops.attn.softpick.hopper.launch import (
+    block_descriptor,
+    padded_head_dim,
+    refuse_others,
+    shared_layout,
+)
 from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
 from fla.ops.attn.softpick.parallel_bwd import launch_delta_kernel, shared_arguments
@@ -180,5 +185,5 @@ def hopper_normalized_attn_bwd(
 
 def _row_descriptor(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
     """Of blocks of a contiguous float32 tensor, not swizzled."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
+    layout = shared_layout(32, len(block))
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

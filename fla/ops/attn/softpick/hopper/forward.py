@@ -147,7 +147,9 @@ def hopper_normalized_attn_fwd(
     with torch.cuda.device_of(q):
         NT, tiles = tiles_of(cu_seqlens, T, 64 * shape.NUM_WG, is_last_first=True)
         n_units = NT * B * HQ
-        grid = min(num_processors(q.device.index), n_units)
+        import os
+
+        grid = n_units if os.environ.get("FG") else min(num_processors(q.device.index), n_units)
         flags = None
         if has_check:
             # of each unit and each program, written before they are read

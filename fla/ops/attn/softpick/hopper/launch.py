@@ -1,6 +1,7 @@
 """With which launch configuration the Hopper kernels run, and their tensor descriptors."""
 
 import sys
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -67,11 +68,18 @@ def refuse_others(
         raise NotImplementedError(f"the Hopper kernels take {reason}")
 
 
+@cache
+def shared_layout(element_bits: int, rank: int) -> gl.NVMMASharedLayout:
+    """Of TMA blocks: 16-bit ones swizzled for the tensor cores, others not. Kept, since it takes longer than a descriptor."""
+    swizzle = 128 if element_bits == 16 else 0
+    return gl.NVMMASharedLayout(
+        swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=rank
+    )
+
+
 def block_descriptor(x: torch.Tensor, head_first: bool, rows: int, BD: int) -> TensorDescriptor:
     """Descriptor of ``x`` as ``[B, T, H, D]`` for blocks of ``rows`` tokens of one head, ``[1, rows, 1, BD]``."""
     order = (0, 2, 1, 3) if head_first else (0, 1, 2, 3)
     shape = [x.shape[i] for i in order]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(
-        x, shape, [*descriptor_strides(x, head_first), 1], [1, rows, 1, BD], layout
-    )
+    strides = [*descriptor_strides(x, head_first), 1]
+    return TensorDescriptor(x, shape, strides, [1, rows, 1, BD], shared_layout(16, 4))
