@@ -11,7 +11,6 @@ flash-attn-4 is installed. The rows so far are kept after Ctrl-C or an error.
 import argparse
 import csv
 import importlib.metadata
-import math
 import subprocess
 import sys
 import time
@@ -29,20 +28,20 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from fla.ops.attn.softpick import (
-    kernel_choice,
     naive_softmax_attn,
     naive_softpick_attn,
     parallel_softmax_attn,
     parallel_softpick_attn,
 )
+from fla.ops.attn.softpick.kernel_choice import hopper_serving
 
 # query heads by head dimension
 NUM_HEADS = {64: 32, 128: 16}
 # largest relative L2 error of an output or a gradient in bfloat16
 MAX_ERROR = 1e-2
 REFERENCE = "softmax, cuDNN"
-# least work of a call for Hopper's kernels
-LEAST_WORK = {"triton": math.inf, "hopper": 0, "chosen": kernel_choice.MIN_HOPPER_WORK}
+# what Hopper's kernels serve
+SERVED = {"triton": "none", "hopper": "all", "chosen": "faster"}
 FA4, FA4_DETERMINISTIC = "softmax, FA4", "softmax, FA4 det"
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -237,7 +236,7 @@ def bench(
         try:
             # the inputs of the check are small, and "chosen" times both kinds
             for used in ("triton", "hopper") if kind == "chosen" else (kind,):
-                with kernel_choice.hopper_for_work_of(LEAST_WORK[used]):
+                with hopper_serving(SERVED[used]):
                     print(f"{name:24} {check(*OPERATORS[name], G, D):5.1f}", flush=True)
             passed.append(name)
         except (RuntimeError, ImportError) as error:
@@ -247,7 +246,7 @@ def bench(
         B = tokens // T
         print(f"\nB {B}, T {T}, HQ {HQ}, H {HQ // G}, D {D}\n{HEADER}", flush=True)
         # the reference first, since the others are compared with it
-        with kernel_choice.hopper_for_work_of(LEAST_WORK[kind]):
+        with hopper_serving(SERVED[kind]):
             rows = [
                 measure(name, B, T, HQ, HQ // G, D)
                 for name in sorted(passed, key=lambda name: name != REFERENCE)
@@ -339,7 +338,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="file for the rows")
     parser.add_argument("--plot", type=Path, help="PNG file for time and memory against T")
     parser.add_argument(
-        "--kernels", choices=LEAST_WORK, default="chosen",
+        "--kernels", choices=SERVED, default="chosen",
         help="which kernels serve our operators: chosen by kernel_choice.py, or one kind wherever it can",
     )  # fmt: skip
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def _group(name: str) -> str | None:
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--hopper", action="store_true", help="use the kernels for Hopper for small inputs too"
+        "--hopper", action="store_true", help="use Hopper's kernels for all inputs that they take"
     )
 
 
@@ -125,9 +126,11 @@ def pytest_configure(config):
     if config.option.hopper:
         if not HAS_GPU or torch.cuda.get_device_capability() != (9, 0):
             raise pytest.UsageError("--hopper needs a GPU of architecture sm_90")
-        from fla.ops.attn.softpick import kernel_choice
+        from fla.ops.attn.softpick.kernel_choice import hopper_serving
 
-        kernel_choice.MIN_HOPPER_WORK = 0
+        serving = ExitStack()
+        serving.enter_context(hopper_serving("all"))
+        config.add_cleanup(serving.close)
 
 
 @pytest.hookimpl(optionalhook=True)

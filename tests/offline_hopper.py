@@ -97,9 +97,8 @@ def forward_rows():
         for _, shape in shapes:
             is_first = D == 128 and shape is shapes[0][1]
             for name, case in (FORWARD_CASES | (NORMALIZER_CASES if is_first else {})).items():
-                with mock.patch.object(forward, "num_processors", return_value=132):
-                    call = partial(forward_call, D, shape, case)
-                    (launch,) = compiled_launches(CARDS["sm_90"], call)
+                call = partial(forward_call, D, shape, case)
+                (launch,) = compiled_launches(CARDS["sm_90"], call)
                 row = {"triton": triton.__version__, "D": D, "shape": shape._asdict(), "case": name}
                 yield row | report(launch)
 

@@ -3,7 +3,6 @@
 import itertools
 import random
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -39,28 +38,40 @@ BOUNDS = torch.tensor([0, 0, 1, 64, 130, 131, 330, 400], dtype=torch.int32)
 
 
 def launch(
-    inputs, *, normalizer, safe=True, shape=None, scale=None, seed=0, faults=None, **options
+    inputs,
+    *,
+    normalizer,
+    safe=True,
+    shape=None,
+    scale=None,
+    programs=3,
+    seed=0,
+    faults=None,
+    **options,
 ):
-    """o and the natural lse; three programs, so that each has several units."""
+    """o and the natural lse; three programs, so that each has several units, or with None one for each unit."""
     module = forward
     if not IS_HOPPER:
-        module = simulate(forward, seed, faults, num_processors=lambda device: 3)
+        module = simulate(forward, seed, faults)
     options = PLAIN | options
     scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
-    with (
-        poisoned_memory(),
-        mock.patch.object(forward, "num_processors", return_value=3),
-    ):
+    with poisoned_memory():
         o, lse = module.hopper_normalized_attn_fwd(
-            *inputs[:3], scale=scale, safe=safe, normalizer=normalizer, shape=shape, **options
+            *inputs[:3],
+            scale=scale,
+            safe=safe,
+            normalizer=normalizer,
+            shape=shape,
+            programs=programs,
+            **options,
         )
     return o, lse * 0.6931471805599453
 
 
-def check(inputs, *, normalizer, safe=True, shape=None, seed=0, faults=None, **options):
+def check(inputs, *, normalizer, safe=True, shape=None, programs=3, seed=0, faults=None, **options):
     """Holds o to the reference by the rule of `numerics.py`, and lse to float32's precision."""
-    how = {"normalizer": normalizer, "safe": safe, "shape": shape, "seed": seed, "faults": faults}
-    o, lse = launch(inputs, **how, **options)
+    how = {"shape": shape, "programs": programs, "seed": seed, "faults": faults}
+    o, lse = launch(inputs, normalizer=normalizer, safe=safe, **how, **options)
     options = PLAIN | options
     eager = naive_normalized_attn(*inputs[:3], normalizer=normalizer, safe=safe, **options)
     gold = by_formula(inputs, normalizer, **options)
@@ -175,10 +186,22 @@ def test_rows_that_leave_the_range(normalizer, name):
     assert torch.equal(o.transpose(1, 2)[is_valid], unsafe.transpose(1, 2)[is_valid])
 
 
-def test_range_with_everything():
+@pytest.mark.parametrize("programs", [3, None])
+def test_range_with_everything(programs):
     sink_bias = torch.tensor([0.5, 120.0], device=DEVICE)
     options = {"cu_seqlens": BOUNDS.to(DEVICE), "window_size": 100, "sink_bias": sink_bias}
-    check(overflowing(400, 64, HQ=2, H=1), normalizer="softpick", **options)
+    inputs = overflowing(400, 64, HQ=2, H=1)
+    check(inputs, normalizer="softpick", programs=programs, **options)
+
+
+@each_shape
+def test_number_of_programs_changes_no_bit(D, shape):
+    inputs = overflowing(450, D, HQ=2, B=2)
+    one, *others = (
+        launch(inputs, normalizer="softpick", shape=shape, programs=n) for n in (1, 5, None)
+    )
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("seed", with_slow(range(60), range(6)))

@@ -5,13 +5,12 @@ largest element and in the worst row. In float32 on a GPU it is four times, sinc
 in the last place.
 """
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fla.ops.attn.softpick.decoding import normalized_attn_decode
-from fla.ops.attn.softpick.kernel_choice import hopper_for_work_of, hopper_refusal_of_kind
+from fla.ops.attn.softpick.kernel_choice import hopper_refusal_of_kind, hopper_serving
 from fla.ops.attn.softpick.launch_shapes import architecture
 from fla.ops.attn.softpick.naive import naive_normalized_attn, visible_keys
 from fla.ops.attn.softpick.naive_decoding import naive_normalized_attn_decode
@@ -200,7 +199,7 @@ def compare_attention(case: Case) -> dict[str, float]:
         # a single token, an empty sequence, two long ones
         bounds = [0, 1, case.T // 2, case.T // 2, case.T]
         kwargs["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=do.device)
-    with hopper_for_work_of(0 if case.is_hopper else math.inf):
+    with hopper_serving("all" if case.is_hopper else "none"):
         got = outputs(parallel_normalized_attn, inputs, do, kwargs)
     eager = outputs(naive_normalized_attn, inputs, do, kwargs)
     gold = outputs(naive_normalized_attn, [x.double() for x in inputs], do, kwargs)

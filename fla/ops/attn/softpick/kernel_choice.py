@@ -14,24 +14,29 @@ from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
 from fla.ops.attn.softpick.parallel_fwd import parallel_normalized_attn_fwd
 from fla.ops.attn.softpick.tiles import descriptor_strides
 
-# The kernels that exist for Hopper, and those of them that operators may choose; dq and dkv are one.
-WRITTEN_FOR_HOPPER = frozenset({"fwd", "dq", "dkv"})
-ENABLED_ON_HOPPER: frozenset[str] = WRITTEN_FOR_HOPPER
+# dq and dkv are one
+HOPPER_KERNELS = frozenset({"fwd", "dq", "dkv"})
 MAX_HOPPER_HEAD_DIM = 128
-# Least B * HQ * T * S * K of a call for Hopper's kernels. Below it a call takes the GPU less than a millisecond, and the
-# host takes longer to launch them than the Triton kernels: it makes up to 8 tensor descriptors.
-MIN_HOPPER_WORK: float = 2**36
+# Head dimensions at which Hopper's kernels were measured, and were faster than Triton's.
+MEASURED_HEAD_DIMS = (64, 128)
+# Least B * HQ * T * S * K for them. Below it a call takes the GPU less than a millisecond, and the host takes longer to
+# launch them than the Triton kernels: it makes up to 8 tensor descriptors.
+MIN_HOPPER_WORK = 2**36
+# "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
+_serving = "faster"
 
 
 @contextmanager
-def hopper_for_work_of(least: float) -> Iterator[None]:
-    """Within it Hopper's kernels serve calls of this work and more: 0 for all that they take, inf for none."""
-    global MIN_HOPPER_WORK
-    before, MIN_HOPPER_WORK = MIN_HOPPER_WORK, least
+def hopper_serving(what: str) -> Iterator[None]:
+    """Within it Hopper's kernels serve "all" inputs that they take, or "none"; outside those where they are "faster"."""
+    global _serving
+    if what not in ("faster", "all", "none"):
+        raise ValueError(f'what must be "faster", "all" or "none", got {what!r}')
+    before, _serving = _serving, what
     try:
         yield
     finally:
-        MIN_HOPPER_WORK = before
+        _serving = before
 
 
 def hopper_refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
@@ -80,17 +85,33 @@ def hopper_refusal(
     return None
 
 
+def is_faster_on_hopper(kernel: str, dtype: torch.dtype, K: int, V: int) -> bool:
+    """True for the kinds of input at which Hopper's kernels were measured, and were faster, if `_is_for_hopper` agrees."""
+    is_measured = dtype == torch.bfloat16 and K == V and K in MEASURED_HEAD_DIMS
+    return kernel in HOPPER_KERNELS and is_measured
+
+
 def _is_for_hopper(
-    kernel: str, window_size: int | None, head_first: bool, **tensors: torch.Tensor
+    kernel: str,
+    cu_seqlens: torch.Tensor | None,
+    window_size: int | None,
+    head_first: bool,
+    **tensors: torch.Tensor,
 ) -> bool:
-    """True if the Hopper kernel is enabled, takes these tensors and is worth its launch."""
-    if kernel not in ENABLED_ON_HOPPER:
+    """True if Hopper's kernel serves these tensors."""
+    if _serving == "none":
         return False
-    q, k = tensors["q"], tensors["k"]
-    work = q.numel() * k.shape[2 if head_first else 1]
-    return work >= MIN_HOPPER_WORK and not hopper_refusal(
-        kernel, window_size, head_first, **tensors
-    )
+    if _serving == "faster":
+        q, k, v = (tensors[name] for name in ("q", "k", "v"))
+        time, head = (2, 1) if head_first else (1, 2)
+        is_dense = cu_seqlens is None and window_size is None
+        # backward of grouped heads was slower
+        is_slow = kernel == "dkv" and q.shape[head] != k.shape[head]
+        if not is_dense or is_slow or q.numel() * k.shape[time] < MIN_HOPPER_WORK:
+            return False
+        if not is_faster_on_hopper(kernel, q.dtype, q.shape[-1], v.shape[-1]):
+            return False
+    return not hopper_refusal(kernel, window_size, head_first, **tensors)
 
 
 def normalized_attn_fwd(
@@ -107,7 +128,7 @@ def normalized_attn_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`parallel_normalized_attn_fwd`, with the kernel that serves the inputs."""
     launch = parallel_normalized_attn_fwd
-    if _is_for_hopper("fwd", window_size, head_first, q=q, k=k, v=v):
+    if _is_for_hopper("fwd", cu_seqlens, window_size, head_first, q=q, k=k, v=v):
         # here, since nobody without the card needs Gluon
         from fla.ops.attn.softpick.hopper.forward import hopper_normalized_attn_fwd as launch
     return launch(q, k, v, sink_bias, cu_seqlens, scale, window_size, head_first, safe, normalizer)
@@ -130,7 +151,7 @@ def normalized_attn_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`parallel_normalized_attn_bwd`, with the kernels that serve the inputs."""
     launch = parallel_normalized_attn_bwd
-    if _is_for_hopper("dkv", window_size, head_first, q=q, k=k, v=v, do=do):
+    if _is_for_hopper("dkv", cu_seqlens, window_size, head_first, q=q, k=k, v=v, do=do):
         from fla.ops.attn.softpick.hopper.backward import hopper_normalized_attn_bwd as launch
     return launch(
         q, k, v, sink_bias, cu_seqlens, o, lse, do, dlse, scale, window_size, head_first, normalizer
@@ -138,7 +159,7 @@ def normalized_attn_bwd(
 
 
 def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) -> str:
-    """Whose kernel computes inputs of this kind: "Gluon", or "Triton".
+    """Whose kernel computes large dense inputs of this kind with as many key heads as query heads: "Gluon", or "Triton".
 
     Args:
         row: Architecture, a key of `launch_shapes.TABLE`.
@@ -147,6 +168,6 @@ def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) ->
         K: Head dimension of queries and keys.
         V: Head dimension of values.
     """
-    if kernel in ENABLED_ON_HOPPER and not hopper_refusal_of_kind(kernel, row, dtype, K, V):
+    if row == "sm_90" and is_faster_on_hopper(kernel, dtype, K, V):
         return "Gluon"
     return "Triton"

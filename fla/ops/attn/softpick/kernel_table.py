@@ -12,7 +12,9 @@ from fla.ops.attn.softpick.launch_shapes import TABLE, select_launch_shape
 
 def choices() -> Iterator[tuple[str, str, str, str, str, str]]:
     """Card, kernel, dtypes, head dimensions, whose kernel serves them, and its launch shape, for every column of `TABLE`."""
-    columns = ("up to 64", 64), ("up to 128", 128), ("up to 256", 256), ("no multiple of 16", 40)
+    columns = (
+        ("64", 64), ("16, 32, 48", 48), ("128", 128), ("80, 96, 112", 96), ("up to 256", 256), ("no multiple of 16", 40)
+    )  # fmt: skip
     for row, shapes in TABLE.items():
         for kernel, kind in shapes:
             dtype = torch.bfloat16 if kind == "16bit" else torch.float32
@@ -30,8 +32,8 @@ def main() -> None:
     for row, kernel, dtypes, head, whose, shape in choices():
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
     sys.stdout.write(
-        "Gluon serves calls with B * HQ * T * S * K of at least "
-        f"{kernel_choice.MIN_HOPPER_WORK:,}, Triton smaller ones\n"
+        "Gluon serves bfloat16 calls without cu_seqlens and window_size, with B * HQ * T * S * K of at least "
+        f"{kernel_choice.MIN_HOPPER_WORK:,}; backward, with HQ = H. Triton serves all others.\n"
     )
 
 

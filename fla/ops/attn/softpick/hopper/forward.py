@@ -22,7 +22,6 @@ from fla.ops.attn.softpick.hopper.launch import (
     refuse_others,
     select_forward_shape,
 )
-from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.normalizers import RCP_LN2
 from fla.ops.attn.softpick.tiles import empty_rows, strides_bth, tiles_of
@@ -110,6 +109,7 @@ def hopper_normalized_attn_fwd(
     safe: bool,
     normalizer: str,
     shape: ForwardShape | None = None,
+    programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the kernel.
 
@@ -125,6 +125,7 @@ def hopper_normalized_attn_fwd(
         safe: Computes rows again, with a shift, whose unshifted sums leave float32's range.
         normalizer: A name in `normalizers.KERNEL_NORMALIZERS`.
         shape: Launch configuration. Default: the table's.
+        programs: Among which the units are divided. Default: one for each unit, which is the fastest.
 
     Returns:
         Outputs ``[B, T, HQ, K]`` in the dtype of ``q``, contiguous in the layout given, and the base-2
@@ -147,9 +148,7 @@ def hopper_normalized_attn_fwd(
     with torch.cuda.device_of(q):
         NT, tiles = tiles_of(cu_seqlens, T, 64 * shape.NUM_WG, is_last_first=True)
         n_units = NT * B * HQ
-        import os
-
-        grid = n_units if os.environ.get("FG") else min(num_processors(q.device.index), n_units)
+        grid = min(programs or n_units, n_units)
         flags = None
         if has_check:
             # of each unit and each program, written before they are read
