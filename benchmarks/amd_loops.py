@@ -181,7 +181,7 @@ def mca_clocks(body: list[str], card: str) -> float:
     """Clocks of one wave alone for one iteration, by llvm-mca's model of the card.
 
     Raises:
-        LoopError: llvm-mca is not installed, refused the instructions or did not end.
+        LoopError: llvm-mca is not installed, is older than the card, refused the instructions or did not end.
     """
     command = [mca_path(), "-mtriple=amdgcn", f"-mcpu={card}", f"-iterations={MCA_ITERATIONS}"]
     try:
@@ -195,6 +195,8 @@ def mca_clocks(body: list[str], card: str) -> float:
         )
     except subprocess.TimeoutExpired:
         raise LoopError(f"llvm-mca did not end in {MCA_SECONDS} seconds") from None
+    if "not a recognized processor" in result.stderr:
+        raise LoopError(f"{command[0]} does not know {card}; LLVM 22's does")
     match = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
     if result.returncode != 0 or match is None:
         reason = (result.stderr.strip().splitlines() or ["no output"])[0]

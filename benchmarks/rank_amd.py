@@ -342,6 +342,8 @@ def main() -> None:
         sys.exit("rank_amd.py: the launch shapes of --top carry neither --kpack nor --nonkdim")
     try:
         version = mca_version()
+        for card in args.card:
+            mca_clocks(["\ts_nop 0"], card)
     except LoopError as error:
         sys.exit(f"rank_amd.py: {error}")
     if args.kpack != [1] and "gfx950" in args.card:

@@ -176,6 +176,25 @@ def test_without_llvm_mca(monkeypatch, tmp_path):
         amd_loops.mca_clocks(["\ts_nop 0"], "gfx942")
 
 
+def test_llvm_mca_that_is_older_than_the_card(monkeypatch, tmp_path):
+    # LLVM 14 says so, models another card and ends with 0
+    old = tmp_path / "llvm-mca"
+    old.write_text(
+        """#!/bin/sh
+[ "$1" = --version ] && echo "LLVM version 14.0.6 amdgcn" && exit
+echo "Total Cycles: 100"
+echo "'gfx942' is not a recognized processor for this target (ignoring processor)" >&2
+"""
+    )
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(amd_loops.LoopError, match="llvm-mca does not know gfx942; LLVM 22's does"):
+        amd_loops.mca_clocks(["\ts_nop 0"], "gfx942")
+    monkeypatch.setattr("sys.argv", ["rank_amd.py", "--card", "gfx942"])
+    with pytest.raises(SystemExit, match="does not know gfx942"):
+        rank_amd.main()
+
+
 def test_rows_for_the_doctor():
     def found(shape, estimate, scratch=0, waves=2, mca=1):
         cost = amd_loops.ShapeCost(0, 0, 0, mca, estimate, waves, 1)

@@ -116,10 +116,13 @@ def numerator_and_denominator_terms(
     """
     b_n, b_d = signed_terms(b_s, b_neg_shift, b_exp_neg_shift, NORMALIZER)
     if NORMALIZER == "softpick":
+        b_x = b_n
         if DROPS_NAN:
-            b_n = tl.maximum(b_n, 0.0)
+            b_n = tl.maximum(b_x, 0.0)
         else:
-            b_n = tl.maximum(b_n, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_n = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        # after n: in this order LLVM takes 7 instructions fewer in forward for gfx942
+        b_d = tl.abs(b_x)
     return b_n, b_d
 
 
