@@ -65,24 +65,27 @@ def cases(is_quick: bool) -> list[Case]:
     }
     together: dict[str, Any] = {"H": 1, "window": 70, "is_packed": True}
     chosen = []
+    has_hopper = architecture(0) == "sm_90"
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        of_dtype = []
         for D in (64, 128, 61):
-            chosen += [
+            of_dtype += [
                 Case(dtype, D, "causal", T),
                 Case(dtype, D, "packed, window, GQA", T, **together),
                 Case(dtype, D, "decode, 1 row", 1000, queries=1),
                 Case(dtype, D, "decode, 40 rows, GQA, window", 1000, H=1, window=300, queries=10),
             ]
             if dtype == torch.bfloat16:
-                chosen += [Case(dtype, D, name, T, **options) for name, options in alone.items()]
-                chosen.append(Case(dtype, D, "causal", T, normalizer="softmax"))
-    if architecture(0) == "sm_90":
-        chosen += [
-            case._replace(is_hopper=True, options=f"{case.options}, Gluon")
-            for case in chosen
-            if not case.queries
-            and hopper_refusal_of_kind("dkv", "sm_90", case.dtype, case.D, case.D) is None
-        ]
+                of_dtype += [Case(dtype, D, name, T, **options) for name, options in alone.items()]
+                of_dtype.append(Case(dtype, D, "causal", T, normalizer="softmax"))
+        chosen += of_dtype
+        if has_hopper:
+            chosen += [
+                case._replace(is_hopper=True, options=f"{case.options}, Gluon")
+                for case in of_dtype
+                if not case.queries
+                and hopper_refusal_of_kind("dkv", "sm_90", dtype, case.D, case.D) is None
+            ]
     return chosen
 
 
