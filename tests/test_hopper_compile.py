@@ -11,9 +11,8 @@ import pytest
 from offline_compilation import CARDS
 
 SCRIPT = Path(__file__).with_name("offline_hopper.py")
-# packing, a window and a sink at once, at head dimension 64: 0 with Triton 3.6, 2 with 3.8, 28 with 3.9, whose ptxas
-# is another major version
-MAX_SPILLS = {"everything": 28}
+# forward: packing, a window and a sink at once, at head dimension 64; 2 with Triton 3.6, 0 with 3.8, 6 with 3.9
+MAX_SPILLS = {"everything": 6}
 # backward: with Triton 3.8, which is what the newest build of torch brings; BACKWARD.md has 3.6 and 3.9
 MAX_BACKWARD_SPILLS = {"packed": 10, "everything": 14, "float16": 2}
 
