@@ -13,8 +13,12 @@ from offline_compilation import CARDS
 SCRIPT = Path(__file__).with_name("offline_hopper.py")
 # forward: packing, a window and a sink at once, at head dimension 64; 2 with Triton 3.6, 0 with 3.8, 6 with 3.9
 MAX_SPILLS = {"everything": 6}
-# backward: with Triton 3.8, which is what the newest build of torch brings; BACKWARD.md has 3.6 and 3.9
-MAX_BACKWARD_SPILLS = {"packed": 10, "everything": 14, "float16": 2}
+# backward, by version of Triton and case, or for all others (BACKWARD.md); the newest has another major version of ptxas
+MAX_BACKWARD_SPILLS = {
+    "3.6": {"packed": 10, "everything": 12, "others": 2},
+    "3.8": {"packed": 10, "everything": 14, "float16": 2, "others": 0},
+    "3.9": {"packed": 20, "everything": 26, "relu_softpick": 26, "others": 12},
+}
 
 
 def compiled(what):
@@ -59,6 +63,7 @@ def test_backward_fits(capsys):
         assert row["is_examined"], row
         assert row["ptxas"] == [], row
         assert row["shared"] <= CARDS["sm_90"].shared, row
-        assert row["spills"] <= MAX_BACKWARD_SPILLS.get(row["case"], 0), row
+        limits = MAX_BACKWARD_SPILLS[min(row["triton"][:3], "3.9")]
+        assert row["spills"] <= limits.get(row["case"], limits["others"]), row
         if row["kernel"] == "normalized_attn_bwd_kernel_hopper":
             assert max(row["barriers"]) < 9, row

@@ -19,8 +19,8 @@ HOPPER_KERNELS = frozenset({"fwd", "dq", "dkv"})
 MAX_HOPPER_HEAD_DIM = 128
 # Head dimensions at which Hopper's kernels were measured, and were faster than Triton's.
 MEASURED_HEAD_DIMS = (64, 128)
-# Least B * HQ * T * S * K for them. Below it a call takes the GPU less than a millisecond, and the host takes longer to
-# launch them than the Triton kernels: it makes up to 8 tensor descriptors.
+# Least B * HQ * T * S * K for them. Below it a call takes the GPU less than a millisecond, and the host may take longer
+# to launch it: it makes up to 8 tensor descriptors. Grouped heads were slower up to twice that.
 MIN_HOPPER_WORK = 2**36
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
@@ -105,9 +105,11 @@ def _is_for_hopper(
         q, k, v = (tensors[name] for name in ("q", "k", "v"))
         time, head = (2, 1) if head_first else (1, 2)
         is_dense = cu_seqlens is None and window_size is None
-        # backward of grouped heads was slower
-        is_slow = kernel == "dkv" and q.shape[head] != k.shape[head]
-        if not is_dense or is_slow or q.numel() * k.shape[time] < MIN_HOPPER_WORK:
+        is_grouped = q.shape[head] != k.shape[head]
+        # backward of grouped heads was slower at all sizes
+        is_slow = kernel == "dkv" and is_grouped
+        least = MIN_HOPPER_WORK * (2 if is_grouped else 1)
+        if not is_dense or is_slow or q.numel() * k.shape[time] < least:
             return False
         if not is_faster_on_hopper(kernel, q.dtype, q.shape[-1], v.shape[-1]):
             return False

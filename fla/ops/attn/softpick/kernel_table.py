@@ -33,7 +33,7 @@ def main() -> None:
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
     sys.stdout.write(
         "Gluon serves bfloat16 calls without cu_seqlens and window_size, with B * HQ * T * S * K of at least "
-        f"{kernel_choice.MIN_HOPPER_WORK:,}; backward, with HQ = H. Triton serves all others.\n"
+        f"{kernel_choice.MIN_HOPPER_WORK:,}, twice that if HQ > H; backward, only if HQ = H. Triton serves all others.\n"
     )
 
 
