@@ -21,6 +21,15 @@ MAX_BACKWARD_SPILLS = {
 }
 
 
+def _nearest(version):
+    """The key of MAX_BACKWARD_SPILLS for a version of Triton: the last one that is not above it."""
+
+    def numbers(x):
+        return [int(n) for n in x.split(".")[:2]]
+
+    return max((x for x in MAX_BACKWARD_SPILLS if numbers(x) <= numbers(version)), key=numbers)
+
+
 def compiled(what):
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, SCRIPT, what]
@@ -63,7 +72,7 @@ def test_backward_fits(capsys):
         assert row["is_examined"], row
         assert row["ptxas"] == [], row
         assert row["shared"] <= CARDS["sm_90"].shared, row
-        limits = MAX_BACKWARD_SPILLS[min(row["triton"][:3], "3.9")]
+        limits = MAX_BACKWARD_SPILLS[_nearest(row["triton"])]
         assert row["spills"] <= limits.get(row["case"], limits["others"]), row
         if row["kernel"] == "normalized_attn_bwd_kernel_hopper":
             assert max(row["barriers"]) < 9, row

@@ -82,6 +82,8 @@ def test_other_inputs_go_to_triton(sizes, expected, launched, device):
         ({"D": 96}, {}, []),
         ({"dtype": torch.float16}, {}, []),
         ({"B": 1}, {}, []),
+        ({"B": 8, "T": 19}, {}, []),
+        ({"S": 30}, {}, []),
         ({}, {"window_size": 20}, []),
         ({"B": 1, "T": 40}, {"cu_seqlens": [0, 10, 40]}, []),
     ],
@@ -89,6 +91,7 @@ def test_other_inputs_go_to_triton(sizes, expected, launched, device):
 def test_choice(sizes, options, expected, launched, monkeypatch, device):
     sizes = {"T": 20, "D": 64, "HQ": 2, "B": 2, "dtype": torch.bfloat16} | sizes
     monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 2 * 2 * 20 * 20 * 64)
+    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_LENGTH", 20)
     if "cu_seqlens" in options:
         options = {"cu_seqlens": torch.tensor(options["cu_seqlens"], device=device)}
     inputs = draw(sizes.pop("T"), sizes.pop("D"), **sizes, device=device)

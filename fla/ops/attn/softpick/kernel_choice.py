@@ -22,6 +22,8 @@ MEASURED_HEAD_DIMS = (64, 128)
 # Least B * HQ * T * S * K for them. Below it a call takes the GPU less than a millisecond, and the host may take longer
 # to launch it: it makes up to 8 tensor descriptors. Grouped heads were slower up to twice that.
 MIN_HOPPER_WORK = 2**36
+# Shortest sequences that were timed.
+MIN_HOPPER_LENGTH = 2048
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
 
@@ -104,12 +106,13 @@ def _is_for_hopper(
     if _serving == "faster":
         q, k, v = (tensors[name] for name in ("q", "k", "v"))
         time, head = (2, 1) if head_first else (1, 2)
-        is_dense = cu_seqlens is None and window_size is None
+        T, S = q.shape[time], k.shape[time]
+        is_measured = cu_seqlens is None and window_size is None and T == S >= MIN_HOPPER_LENGTH
         is_grouped = q.shape[head] != k.shape[head]
         # backward of grouped heads was slower at all sizes
         is_slow = kernel == "dkv" and is_grouped
         least = MIN_HOPPER_WORK * (2 if is_grouped else 1)
-        if not is_dense or is_slow or q.numel() * k.shape[time] < least:
+        if not is_measured or is_slow or q.numel() * S < least:
             return False
         if not is_faster_on_hopper(kernel, q.dtype, q.shape[-1], v.shape[-1]):
             return False

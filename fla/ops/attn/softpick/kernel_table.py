@@ -32,7 +32,8 @@ def main() -> None:
     for row, kernel, dtypes, head, whose, shape in choices():
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
     sys.stdout.write(
-        "Gluon serves bfloat16 calls without cu_seqlens and window_size, with B * HQ * T * S * K of at least "
+        "Gluon serves bfloat16 calls without cu_seqlens and window_size, with T = S of at least "
+        f"{kernel_choice.MIN_HOPPER_LENGTH:,} and B * HQ * T * S * K of at least "
         f"{kernel_choice.MIN_HOPPER_WORK:,}, twice that if HQ > H; backward, only if HQ = H. Triton serves all others.\n"
     )
 
