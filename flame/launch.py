@@ -191,7 +191,9 @@ def _run(args: list[str]) -> None:
         with _passing_signals_on():
             torchrun.run(torchrun.parse_args(args))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # in the order in which they were seen, before torchrun ended the others; their times are the clock's, which may
+        # be set back meanwhile
+        rank, failure = next(iter(error.failures.items()))
         if failure.exitcode < 0 and -failure.exitcode not in STOP_SIGNALS:
             # it could not say so itself
             name = signal.Signals(-failure.exitcode).name

@@ -314,6 +314,29 @@ def test_machines_that_do_not_meet(monkeypatch, capsys, tmp_path):
     assert f"error: the 2 machines (NNODE) did not meet at {place}" in capsys.readouterr().err
 
 
+def test_the_first_failure_is_named_when_the_clock_is_set_back(monkeypatch, capsys):
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from flame import launch
+
+    # torchrun ended the second with SIGTERM after the first was killed
+    failures = {
+        rank: ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="none")
+        for rank, code in ((0, -signal.SIGKILL), (1, 128 + signal.SIGTERM))
+    }
+    failures[1].timestamp = failures[0].timestamp - 1
+
+    def run(args):
+        raise ChildFailedError("flame.train", failures)
+
+    monkeypatch.setattr(torchrun, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        launch._run(["--nproc-per-node=2", "-m", "flame.train"])
+    assert ended.value.code == 128 + signal.SIGKILL
+    assert "flame: error: SIGKILL killed rank 0" in capsys.readouterr().err
+
+
 def test_a_port_is_one_runs(tmp_path):
     number = int(free_port())
     claimed = master_port.reserve_port(number)
