@@ -6,7 +6,14 @@ import pytest
 import torch
 from numerics import Inputs, by_formula
 
-from fla.ops.attn.softpick import doctor, doctor_accuracy, doctor_shapes, launch_shapes
+from fla.ops.attn.softpick import (
+    doctor,
+    doctor_accuracy,
+    doctor_shapes,
+    doctor_speed,
+    kernel_choice,
+    launch_shapes,
+)
 from fla.ops.attn.softpick.doctor_accuracy import Case, draw, sizes_of_terms
 from fla.ops.attn.softpick.naive import naive_normalized_attn
 from fla.ops.attn.softpick.naive_decoding import naive_normalized_attn_decode
@@ -156,6 +163,26 @@ def test_shapes_for_amd_are_the_three_best_ranked():
         shapes = doctor_shapes.CANDIDATES[card][kernel, D]
         given = [(*x[:4], x.waves_per_eu or 0) for x in shapes]
         assert given == list(rows)
+
+
+def test_on_hopper_both_kinds_of_kernels_are_checked(monkeypatch):
+    monkeypatch.setattr(doctor_accuracy, "architecture", lambda device: "sm_90")
+    cases = doctor_accuracy.cases(is_quick=False)
+    gluon = [case for case in cases if case.is_hopper]
+    kinds = {(case.dtype, case.D) for case in gluon}
+    assert kinds == set(itertools.product((torch.bfloat16, torch.float16), (64, 128)))
+    assert all(case.options.endswith(", Gluon") and not case.queries for case in gluon)
+    # what is used most comes first, should time run out
+    dtypes = [case.dtype for case in cases]
+    assert max(cases.index(x) for x in gluon if x.dtype == torch.bfloat16) < dtypes.index(
+        torch.float16
+    )
+
+    served = []
+    monkeypatch.setattr(doctor_speed, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(doctor_speed, "check", lambda *_: served.append(kernel_choice._serving))
+    doctor_speed.check_all_kernels(naive_normalized_attn, "softpick", 64)
+    assert served == ["none", "all"]
 
 
 def test_verdict_names_a_faster_shape():

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from triton.testing import do_bench
 
 from fla.ops.attn.softpick.decoding import normalized_attn_decode
+from fla.ops.attn.softpick.kernel_choice import hopper_serving
+from fla.ops.attn.softpick.launch_shapes import architecture
 from fla.ops.attn.softpick.naive import naive_normalized_attn
 from fla.ops.attn.softpick.parallel import parallel_normalized_attn
 
@@ -95,6 +97,13 @@ def check(f: Attention, normalizer: str, D: int) -> None:
             raise RuntimeError(f"{name} is wrong, relative error {error:.1e}: not timed")
 
 
+def check_all_kernels(f: Attention, normalizer: str, D: int) -> None:
+    """`check`, on Hopper of both kinds of kernels: the inputs are small, and of those that are timed some are large."""
+    for what in ("none", "all") if architecture(0) == "sm_90" else ("none",):
+        with hopper_serving(what):
+            check(f, normalizer, D)
+
+
 def median_ms(f: Callable[[], object], is_quick: bool = False) -> float:
     """Median time of a call in milliseconds."""
     times = {"warmup": 1, "rep": 5} if is_quick else {"warmup": 15, "rep": 60}
@@ -176,7 +185,7 @@ def _time_one(
     is_quick: bool,
 ) -> None:
     label = f"{D:4}         {name:22}"
-    if not report.attempt(label, lambda: (check(f, normalizer, D), True)):
+    if not report.attempt(label, lambda: (check_all_kernels(f, normalizer, D), True)):
         return
     for T in lengths:
         label = f"{D:4} {T:6}  {name:22}"
