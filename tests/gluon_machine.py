@@ -53,7 +53,7 @@ class Machine:
         self.finished = threading.Semaphore(0)
 
     def start(self, name: str, program: Program, num_warps: int, run: Callable[[], Any]):
-        worker = Worker(name, program, num_warps, self.random.choice((1.0, 1.0, 10.0)))
+        worker = Worker(name, program, num_warps, self.random.choice((1.0, 1.0, 10.0, 0.01)))
 
         def main():
             worker.baton.acquire()

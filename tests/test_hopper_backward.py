@@ -248,42 +248,50 @@ def test_nan_of_a_query_reaches_its_gradient():
     ("old", "new"),
     [
         # a buffer is released early
-        ("    b_dv = warpgroup_mma_wait(0, [b_dv])\n    # with it the queries of the tile before\n    mbarrier.arrive(tile_empty.index(n & 1), count=1)\n", "    mbarrier.arrive(tile_empty.index(n & 1), count=1)\n    b_dv = warpgroup_mma_wait(0, [b_dv])\n"),
+        ("    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n    mbarrier.arrive(tile_empty.index(stage), count=1)\n", "    mbarrier.arrive(tile_empty.index(stage), count=1)\n    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n"),
         ("        tma_store_wait(0)\n        mbarrier.arrive(keys_empty", "        mbarrier.arrive(keys_empty"),
         # a wait or a fence is missing
         ("    mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)\n", ""),
-        ("    mbarrier.wait(tile_full.index(n & 1), (n // 2) & 1)\n", ""),
+        ("    mbarrier.wait(tile_full.index(stage), (n // 2) & 1)\n", ""),
         ("            mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)\n", ""),
-        ("            tma_store_wait(0)\n            for c", "            for c"),
-        ("    fence_async_shared()\n    # the other consumer", "    # the other consumer"),
-        ("    named_sync(DS_BARRIER, 256)\n    b_dv", "    b_dv"),
+        ("                tma_store_wait(0)\n                for c", "                for c"),
+        ("        if h + 1 == HALVES:\n            fence_async_shared()\n", ""),
+        ("    named_sync(DS_BARRIER, 256)\n    # not left", "    # not left"),
         ("        named_sync(DS_BARRIER, 256)\n        i_b", "        i_b"),
         # ds of one tile only
-        ("ds_s.index(((n & 1) * 2 + C) * HALVES + h).store", "ds_s.index(C * HALVES + h).store"),
+        ("ds_s.index((stage * 2 + C) * HALVES + h).store", "ds_s.index(C * HALVES + h).store"),
         # the order of additions
-        ("            wait_turn(turns + tile, turn)\n", ""),
+        ("                wait_turn(turns + tile, turn)\n", ""),
         ("        turn = i_t // BT\n", "        turn = 0\n"),
         ("        turn = i_t // BT\n", "        turn = i_t // BT + 1\n"),
-        ("            pass_turn(turns + tile)\n", "            tma_store_wait(0)\n"),
+        ("                pass_turn(turns + tile)\n", "                tma_store_wait(0)\n"),
         # the queue of units, and its end
         ("    # no unit is left\n    mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)\n", ""),
         ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n", ""),
         ("        mbarrier.wait(dq_empty.index(0), (n & 1) ^ 1)\n        mbarrier.arrive(dq_full", "        mbarrier.arrive(dq_full"),
         ("        w += 1\n        i = take_number(next_unit)\n", "        w += 1\n        i = take_number(next_unit) + 1\n"),
-        ("        mbarrier.wait(dq_full.index(0), n & 1)\n        num_tiles", "        num_tiles"),
+        ("        mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)\n        num_tiles", "        num_tiles"),
         # the mask, and what is past the ends
         ("d >= 63", "d >= -64"),
         ("m_s = visible(o_q", "m_s = visible(1 + o_q"),
         # a tile, a head or a key too few
-        ("tile += num_tiles + NQ\n            ", "tile += num_tiles\n            "),
-        ("distance += num_tiles * BQ", "distance += BQ"),
+        ("tile -= G * NQ + 1", "tile -= G * NQ"),
+        ("distance -= BQ", "distance -= BQ // 2"),
+        # the two writers
+        ("w % NUM_UNITS", "w % 2"),
     ],
 )  # fmt: skip
 def test_a_fault_is_found(old, new):
-    for case in {"T": 330, "HQ": 2, "H": 1, "normalizer": "softmax"}, {"T": 200, "D": 128, "HQ": 2}:
+    cases = (
+        {"T": 330, "HQ": 2, "H": 1, "normalizer": "softmax"},
+        {"T": 200, "D": 128, "HQ": 2},
+        # many units of one tile
+        {"T": 60, "HQ": 12},
+    )
+    for case in cases:
         call = prepare(**case, dtype=FP16)
         expected = run(call)
-        for seed in range(6):
+        for seed in range(8):
             try:
                 got = run(call, seed=seed, faults={old: new})
             except Fault:

@@ -282,8 +282,8 @@ FAULTS = {
     ),
     "values not waited for": ("            mbarrier.wait(v_full.index(last), ((n - 1) // VST) & 1)\n", ""),
     "queries released early": (
-        "    q = q_s.index(C).reshape([64, BD])\n    mbarrier.wait(q_full.index(C), w & 1)\n",
-        "    q = q_s.index(C).reshape([64, BD])\n    mbarrier.wait(q_full.index(C), w & 1)\n    mbarrier.arrive(q_empty.index(C), count=1)\n",
+        "    mbarrier.wait(q_full.index(C), w & 1)\n",
+        "    mbarrier.wait(q_full.index(C), w & 1)\n    mbarrier.arrive(q_empty.index(C), count=1)\n",
     ),
     "output stored without a fence": ("                fence_async_shared()\n                tma_store(", "                tma_store("),
     "output overwritten": ("            tma_store_wait(0)\n", ""),

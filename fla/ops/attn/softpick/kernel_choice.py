@@ -20,7 +20,7 @@ MAX_HOPPER_HEAD_DIM = 128
 # Head dimensions at which Hopper's kernels were measured, and were faster than Triton's.
 MEASURED_HEAD_DIMS = (64, 128)
 # Least B * HQ * T * S * K for them. Below it a call takes the GPU less than a millisecond, and the host may take longer
-# to launch it: it makes up to 8 tensor descriptors. Grouped heads were slower up to twice that.
+# to launch it: it makes up to 8 tensor descriptors. Forward of grouped heads was slower up to twice that.
 MIN_HOPPER_WORK = 2**36
 # Shortest sequences that were timed.
 MIN_HOPPER_LENGTH = 2048
@@ -109,10 +109,8 @@ def _is_for_hopper(
         T, S = q.shape[time], k.shape[time]
         is_measured = cu_seqlens is None and window_size is None and T == S >= MIN_HOPPER_LENGTH
         is_grouped = q.shape[head] != k.shape[head]
-        # backward of grouped heads was slower at all sizes
-        is_slow = kernel == "dkv" and is_grouped
-        least = MIN_HOPPER_WORK * (2 if is_grouped else 1)
-        if not is_measured or is_slow or q.numel() * S < least:
+        least = MIN_HOPPER_WORK * (2 if is_grouped and kernel == "fwd" else 1)
+        if not is_measured or q.numel() * S < least:
             return False
         if not is_faster_on_hopper(kernel, q.dtype, q.shape[-1], v.shape[-1]):
             return False
@@ -164,7 +162,7 @@ def normalized_attn_bwd(
 
 
 def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) -> str:
-    """Whose kernel computes large dense inputs of this kind with as many key heads as query heads: "Gluon", or "Triton".
+    """Whose kernel computes large dense inputs of this kind: "Gluon", or "Triton".
 
     Args:
         row: Architecture, a key of `launch_shapes.TABLE`.

@@ -34,7 +34,7 @@ def main() -> None:
     sys.stdout.write(
         "Gluon serves bfloat16 calls without cu_seqlens and window_size, with T = S of at least "
         f"{kernel_choice.MIN_HOPPER_LENGTH:,} and B * HQ * T * S * K of at least "
-        f"{kernel_choice.MIN_HOPPER_WORK:,}, twice that if HQ > H; backward, only if HQ = H. Triton serves all others.\n"
+        f"{kernel_choice.MIN_HOPPER_WORK:,}, in forward twice that if HQ > H. Triton serves all others.\n"
     )
 
 

@@ -162,7 +162,6 @@ def hopper_normalized_attn_bwd(
             IS_NEGATED=scale < 0,
             HAS_WINDOW=window_size is not None,
             HAS_RESCALE=has_rescale,
-            IS_EARLY=D == 64,
             num_warps=4,
         )
         dq_kernel[(num_tiles, D * BQ // 4096)](

@@ -1,20 +1,22 @@
 """Backward kernel for Hopper: dq, dk and dv of one pass over the scores. Its launcher is in `backward.py`.
 
 A program takes units of 128 keys of one key head and streams the queries that see them. Two consumers of a warpgroup
-each compute 64 of the keys; products are transposed, keys in rows. Weights go from registers into dv. Score gradients
-go to shared memory, where each consumer takes its keys' for dk, and both take all of them for a half of dq. One warp
-loads, another one adds dq in global memory, a third one traps if nothing moves: `backward_streams.py`.
+each compute 64 of the keys; products are transposed, keys in rows. Weights go from registers into dv, score gradients
+into dk. Score gradients also go to shared memory, where both consumers take all of them for a half of dq. One warp
+loads, two add dq in global memory, a fourth one traps if nothing moves: `backward_streams.py`.
 
-The products of dq and dk of a tile run beside the scores of the next one: the consumer waits for what it needs in the
-order in which products were issued, which the comments list.
+Products that read both operands in shared memory are bound by its bandwidth. So keys and values stay in registers at
+head dimension 64, where there is room.
+
+The product of dq of a tile runs beside the scores of the next one: the consumer waits for what it needs in the order in
+which products were issued, which the comments list.
 
 Legend: as in `backward_streams.py`, `backward_terms.py` and `parallel_bwd_dkv.py`, and
     *_s                shared memory
     *_full *_empty     mbarriers: data has come; it may be overwritten
-    rows_s             [3, 4, BQ] numbers of the queries: -lse2, 2**-lse2, -delta, 2**-rescale
+    rows_s             [2, 4, BQ] numbers of the queries: -lse2, 2**-lse2, -delta, 2**-rescale
     C                  number of the consumer
     D                  head dimension in shared memory, K and V padded with zeros
-    IS_EARLY           dp is issued beside the scores, which takes 32 registers more
 """
 
 import triton.language as tl
@@ -26,6 +28,7 @@ from fla.ops.attn.softpick.hopper.backward_streams import (
     NUM_KEYS,
     NUM_STEPS,
     NUM_TILES,
+    NUM_UNITS,
     ROW,
     UNIT_WORDS,
     loader,
@@ -120,33 +123,32 @@ def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.const
 
 
 @gluon.jit
-def _dk_product(ds_s, q_s, n, b_dk, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr):  # fmt: skip
-    """b_dk with tile n added, as running products, one for each half."""
-    for h in gl.static_range(HALVES):
-        q = q_s.index(n % 3 * HALVES + h).reshape([64, D])
-        b_dk = warpgroup_mma(ds_s.index(((n & 1) * 2 + C) * HALVES + h), q, b_dk, is_async=True)
-    return b_dk
-
-
-@gluon.jit
 def _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C: gl.constexpr):
     """Gives half of a tile of dq to the writer, in an order in which four numbers of a thread are neighbours."""
     mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)
     b_dq = b_dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1, 16, 256])
     dq_s.index(C).store(b_dq)
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(C), count=1)
+    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)
+
+
+@gluon.jit
+def _keys(b_x, keys_s, C: gl.constexpr, D: gl.constexpr):
+    """The consumer's 64 keys or values as a product's first operand: b_x, or in shared memory above 64 columns."""
+    if D == 64:
+        return b_x
+    else:
+        return keys_s.index(opaque(0) + C).reshape([64, D])
 
 
 @gluon.jit
 def _tile_of_queries(
-    b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
+    b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
     n, distance, scale, W, HAS_LAST: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
-    IS_EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Weights, dv and ds of tile n; with HAS_LAST also dq and dk of the tile before.
+    """Weights, dv, ds and dk of tile n; with HAS_LAST also dq of the tile before.
 
     The first query of the tile is `distance` positions after the first key. Comments list the products that run, in
     their order.
@@ -154,32 +156,23 @@ def _tile_of_queries(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     HALVES: gl.constexpr = BQ // 64
-    NUM_DK: gl.constexpr = HALVES if HAS_LAST else 0
-    NUM_EARLY: gl.constexpr = 1 if IS_EARLY else 0
-    q_stage = n % 3
-    do_stage = n & 1
-    rows = rows_s.index(q_stage)
-    zero = opaque(0)
-    k = k_s.index(zero + C).reshape([64, D])
-    v = v_s.index(zero + C).reshape([64, D])
-    mbarrier.wait(tile_full.index(n & 1), (n // 2) & 1)
+    stage = n & 1
+    rows = rows_s.index(stage)
+    k = _keys(b_k, k_s, C, D)
+    v = _keys(b_v, v_s, C, D)
+    mbarrier.wait(tile_full.index(stage), (n // 2) & 1)
     if HAS_LAST:
-        b_dq = _dq_product(ds_s, k_s, (n - 1) & 1, C, D, HALVES)
-    b_r = _transposed_product(k, q_s, q_stage * HALVES, D)
+        b_dq = _dq_product(ds_s, k_s, stage ^ 1, C, D, HALVES)
+    b_r = _transposed_product(k, q_s, stage * HALVES, D)
     if HAS_LAST:
-        b_dk = _dk_product(ds_s, q_s, n - 1, b_dk, C, D, HALVES)
-    if IS_EARLY:
-        b_dp = _transposed_product(v, do_s, do_stage * HALVES, D)
-    if HAS_LAST:
-        # dq, scores, dk, dp if early
-        b_dq = warpgroup_mma_wait(1 + NUM_DK + NUM_EARLY, [b_dq])
+        # dq of the tile before, scores
+        b_dq = warpgroup_mma_wait(1, [b_dq])
         _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n - 1, C)
-    # scores, dk, dp if early
-    b_r = warpgroup_mma_wait(NUM_DK + NUM_EARLY, [b_r])
+    b_r = warpgroup_mma_wait(0, [b_r])
     for h in gl.static_range(HALVES):
         if h > 0:
-            # dv, scores, dp if early
-            b_dv, b_r = warpgroup_mma_wait(NUM_EARLY, [b_dv, b_r])
+            # dv and scores, dk
+            b_dv, b_r = warpgroup_mma_wait(1, [b_dv, b_r])
         d = distance + h * 64
         is_full = d >= 63
         if HAS_WINDOW:
@@ -188,27 +181,27 @@ def _tile_of_queries(
             b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
         else:
             b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
-        do = do_s.index(do_stage * HALVES + h).reshape([64, D])
-        if not IS_EARLY:
-            b_dp = _transposed_product(v, do_s, do_stage * HALVES + h, D)
+        do = do_s.index(stage * HALVES + h).reshape([64, D])
+        b_dp = _transposed_product(v, do_s, stage * HALVES + h, D)
         b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
         if h + 1 < HALVES:
-            b_r = _transposed_product(k, q_s, q_stage * HALVES + h + 1, D)
-        # dk if h = 0, dp, dv, scores if h = 0: ds is computed beside dv
-        if HAS_LAST and h == 0:
+            b_r = _transposed_product(k, q_s, stage * HALVES + h + 1, D)
+        # dk of the half before, dp, dv, scores of the next half: ds is computed beside dv
+        if h > 0:
             b_dk, b_dp = warpgroup_mma_wait(HALVES - h, [b_dk, b_dp])
         else:
             b_dp = warpgroup_mma_wait(HALVES - h, [b_dp])
-        b_ds = grad_from_exponential(b_e, b_dp, _row(rows, 2, h), NORMALIZER)
-        ds_s.index(((n & 1) * 2 + C) * HALVES + h).store(b_ds.to(q_s.dtype))
-        if h + 1 < HALVES and IS_EARLY:
-            b_dp = _transposed_product(v, do_s, do_stage * HALVES + h + 1, D)
-    fence_async_shared()
+        b_ds = grad_from_exponential(b_e, b_dp, _row(rows, 2, h), NORMALIZER).to(q_s.dtype)
+        ds_s.index((stage * 2 + C) * HALVES + h).store(b_ds)
+        if h + 1 == HALVES:
+            fence_async_shared()
+        q = q_s.index(stage * HALVES + h).reshape([64, D])
+        b_dk = warpgroup_mma(gl.convert_layout(b_ds, weights_layout), q, b_dk, is_async=True)
     # the other consumer needs these ds for dq
     named_sync(DS_BARRIER, 256)
-    b_dv = warpgroup_mma_wait(0, [b_dv])
-    # with it the queries of the tile before
-    mbarrier.arrive(tile_empty.index(n & 1), count=1)
+    # not left running: ptxas has no registers for its ds beside the products of the next tile, and would serialise all
+    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])
+    mbarrier.arrive(tile_empty.index(stage), count=1)
     return b_dk, b_dv
 
 
@@ -239,15 +232,16 @@ def _consumer(
     dk_desc, dv_desc, dk, dv,
     q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
     keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
-    scale, sdk_t, sdk_h, sdv_t, sdv_h, W,
+    scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
     C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
-    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
+    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
     """Computes dk and dv of the C-th 64 keys of each unit, and half of each tile of dq."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = BQ // 64
     base2_scale = scale * RCP_LN2
+    operand: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), 2)  # fmt: skip
     n = 0
     w = 0
     mbarrier.wait(keys_full.index(0), w & 1)
@@ -255,28 +249,32 @@ def _consumer(
     while num_tiles > 0:
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
+        b_k = 0
+        b_v = 0
+        if D == 64:
+            b_k = k_s.index(C).reshape([64, D]).load(operand)
+            b_v = v_s.index(C).reshape([64, D]).load(operand)
         distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
-        first_distance = distance - (num_tiles - 1) * BQ
+        g = 0
         b_dk, b_dv = _tile_of_queries(
-            b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
+            b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
             n, distance, base2_scale, W, False,
-            C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
+            C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
         )  # fmt: skip
         for _ in range(1, load_scalar(word(unit_s, w, NUM_STEPS))):
             n += 1
-            distance -= BQ
-            if distance < first_distance:
-                distance += num_tiles * BQ
+            g += 1
+            if g == G:
+                g = 0
+                distance -= BQ
             b_dk, b_dv = _tile_of_queries(
-                b_dk, b_dv, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
+                b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
                 n, distance, base2_scale, W, True,
-                C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY,
+                C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
             )  # fmt: skip
         b_dq = _dq_product(ds_s, k_s, n & 1, C, D, HALVES)
-        b_dk = _dk_product(ds_s, q_s, n, b_dk, C, D, HALVES)
-        b_dq = warpgroup_mma_wait(HALVES, [b_dq])
+        b_dq = warpgroup_mma_wait(0, [b_dq])
         _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C)
-        b_dk = warpgroup_mma_wait(0, [b_dk])
         # both consumers are done with keys and values: the gradients take their memory
         named_sync(DS_BARRIER, 256)
         i_b = load_scalar(word(unit_s, w, BATCH))
@@ -294,7 +292,7 @@ def _consumer(
     if C == 0:
         # instead of the first dq of a unit
         mbarrier.wait(dq_empty.index(0), (n & 1) ^ 1)
-        mbarrier.arrive(dq_full.index(0), count=1)
+        mbarrier.arrive(dq_full.index((n & 1) * 2), count=1)
 
 
 @gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
@@ -303,27 +301,28 @@ def normalized_attn_bwd_kernel_hopper(
     counters, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
     K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
-    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr, IS_EARLY: gl.constexpr,
+    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
-    """Takes units until none is left; two consumers, a loader, a writer and a watchdog."""
+    """Takes units until none is left; two consumers, a loader, two writers and a watchdog."""
     HALVES: gl.constexpr = BQ // 64
     dtype: gl.constexpr = q_desc.dtype
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
-    q_s = gl.allocate_shared_memory(dtype, [3 * HALVES, 1, 64, 1, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], do_desc.layout)
-    rows_s = gl.allocate_shared_memory(gl.float32, [3, 4, BQ], rows_desc.layout)
+    rows_s = gl.allocate_shared_memory(gl.float32, [2, 4, BQ], rows_desc.layout)
     # of two tiles: one consumer may be a tile ahead of the other's products
     ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 16, 256], dq_desc.layout)
-    unit_s = gl.allocate_shared_memory(gl.int32, [2 * UNIT_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
+    unit_s = gl.allocate_shared_memory(gl.int32, [NUM_UNITS * UNIT_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
     progress = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     # the last barrier of *_full is for tiles of which the loader zeroes a part
     keys_full = allocate_barriers(2, 1)
     keys_empty = allocate_barriers(1, 2)
     tile_full = allocate_barriers(3, 1)
     tile_empty = allocate_barriers(2, 2)
-    dq_full = allocate_barriers(2, 1)
+    # of tiles with an even number, and of the others
+    dq_full = allocate_barriers(4, 1)
     dq_empty = allocate_barriers(2, 1)
     store_scalar(progress, 0)
     fence_async_shared()
@@ -331,19 +330,21 @@ def normalized_attn_bwd_kernel_hopper(
         (_consumer, (
             dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
             keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, W,
-            0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+            0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
         (_consumer, (
             dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
             keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, W,
-            1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE, IS_EARLY)),
+            scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+            1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
         (loader, (
             q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
             keys_full, keys_empty, tile_full, tile_empty,
             n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
             D, BQ, IS_VARLEN, HAS_WINDOW)),
         (writer, (
-            dq_desc, counters + 1, dq_s, unit_s, dq_full, dq_empty, progress, W, NQ, BQ, HAS_WINDOW)),
+            dq_desc, counters + 1, dq_s, unit_s, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
+        (writer, (
+            dq_desc, counters + 1, dq_s, unit_s, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
         (trap_without_progress, (progress,)),
-    ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+    ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The one-warp partitions of the backward kernel: a loader of tiles, and a writer of dq.
+"""The one-warp partitions of the backward kernel: a loader of tiles, and two writers of dq.
 
 Legend: as in `tiles.py`, and
     i                  number of a unit of work: 128 keys of one key head, with all queries that see them
@@ -32,6 +32,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
 BT = gl.constexpr(128)
 # words of a unit in shared memory, which the loader writes for the others
 UNIT_WORDS = gl.constexpr(16)
+NUM_UNITS = gl.constexpr(4)
 NUM_TILES = gl.constexpr(0)  # of queries of a head; 0 where no unit is left
 NUM_STEPS = gl.constexpr(1)  # tiles of all G heads
 DISTANCE = gl.constexpr(2)  # positions from the first key to the first query of the last tile
@@ -45,8 +46,8 @@ POSITION = gl.constexpr(8)  # of the first key in its sequence
 
 @gluon.jit
 def word(unit_s, w, NUMBER: gl.constexpr):
-    """A number of the w-th unit of the program. Two units have room: writer and consumers are never further apart."""
-    return unit_s.index((w & 1) * UNIT_WORDS + NUMBER)
+    """A number of the w-th unit of the program. NUM_UNITS of them have room: writers and consumers are never further apart."""
+    return unit_s.index(w % NUM_UNITS * UNIT_WORDS + NUMBER)
 
 
 @gluon.jit
@@ -80,8 +81,9 @@ def loader(
     D: gl.constexpr, BQ: gl.constexpr,
     IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """Loads keys and values of each unit, then its queries, their gradients and row numbers, the last tile first.
+    """Loads keys and values of each unit, then its queries, their gradients and row numbers.
 
+    The last tile of queries comes first, and of each tile all G heads.
     Units of one head rise with i from the first tile of keys, which most queries see; FIRST tiles are seen by none.
     Rows of a following sequence are zeroed, so that not even a NaN of it counts. Such tiles land at the last barrier
     of *_full, and the loader itself arrives at their stage's afterwards.
@@ -142,38 +144,35 @@ def loader(
                 fence_async_shared()
                 mbarrier.arrive(keys_full.index(0), count=1)
         i_hq *= G
-        # counts the tiles of a head
-        left = num_tiles
+        g = 0
         for _ in range(num_tiles * G):
             num_rows = T - i_j * BQ
             is_cut = _is_cut(BQ, num_rows, IS_VARLEN)
             stage = n & 1
-            first_q = n % 3 * HALVES
-            first_do = stage * HALVES
-            # of the tile two before: with it the queries of the tile three before are free
+            # of the tile two before
             mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)
             full = tile_full.index(stage + is_cut * (2 - stage))
             mbarrier.expect(full, BQ * D * 4 + BQ * 16)
-            _load_rows(q_desc, i_b, row + i_j * BQ, i_hq, full, q_s, first_q, HALVES)
-            tma_load(rows_desc, [tile * 4, 0], full, rows_s.index(n % 3))
-            _load_rows(do_desc, i_b, row + i_j * BQ, i_hq, full, do_s, first_do, HALVES)
+            _load_rows(q_desc, i_b, row + i_j * BQ, i_hq, full, q_s, stage * HALVES, HALVES)
+            tma_load(rows_desc, [tile * 4, 0], full, rows_s.index(stage))
+            _load_rows(do_desc, i_b, row + i_j * BQ, i_hq, full, do_s, stage * HALVES, HALVES)
             if IS_VARLEN:  # noqa: SIM102
                 if is_cut == 1:
                     mbarrier.wait(full, cut_queries & 1)
                     cut_queries += 1
-                    _zero_past(q_s, first_q, num_rows, HALVES)
-                    _zero_past(do_s, first_do, num_rows, HALVES)
+                    _zero_past(q_s, stage * HALVES, num_rows, HALVES)
+                    _zero_past(do_s, stage * HALVES, num_rows, HALVES)
                     fence_async_shared()
                     mbarrier.arrive(tile_full.index(stage), count=1)
             n += 1
-            i_j -= 1
-            tile -= 1
-            left -= 1
-            if left == 0:
-                left = num_tiles
-                i_j += num_tiles
-                tile += num_tiles + NQ
-                i_hq += 1
+            g += 1
+            i_hq += 1
+            tile += NQ
+            if g == G:
+                g = 0
+                i_hq -= G
+                tile -= G * NQ + 1
+                i_j -= 1
         w += 1
         i = take_number(next_unit)
     # no unit is left
@@ -185,18 +184,19 @@ def loader(
 
 @gluon.jit
 def writer(
-    dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, W, NQ,
-    BQ: gl.constexpr, HAS_WINDOW: gl.constexpr,
+    dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, G, W, NQ,
+    PARITY: gl.constexpr, BQ: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Adds the two halves of each tile of dq to the accumulator [tiles * 2, 16, 256] when its turn has come.
 
-    The counter of a tile says how many tiles of keys have been added; the first one is stored. BACKWARD.md proves that
-    the turn comes.
+    One of two warps, which take every second tile: while one waits until its tile has arrived in global memory, the
+    other one adds the next tile. The counter of a tile says how many tiles of keys have been added; the first one is
+    stored. BACKWARD.md proves that the turn comes.
     """
     n = 0
     w = 0
     # the first dq of a unit says that its words are there
-    mbarrier.wait(dq_full.index(0), n & 1)
+    mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)
     num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
     while num_tiles > 0:
         num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
@@ -205,36 +205,37 @@ def writer(
         turn = i_t // BT
         if HAS_WINDOW:
             # first key that the first query of the last tile sees
-            last_key = load_scalar(word(unit_s, w, DISTANCE)) + i_t - W + 1
-            first_key = last_key
-        left = num_tiles
+            first_key = load_scalar(word(unit_s, w, DISTANCE)) + i_t - W + 1
+        g = 0
         for _ in range(num_steps):
-            if HAS_WINDOW:
-                # tiles of keys before that one add nothing to this tile
-                turn = i_t // BT - gl.maximum(first_key, 0) // BT
-            wait_turn(turns + tile, turn)
-            for c in gl.static_range(2):
-                mbarrier.wait(dq_full.index(c), n & 1)
-                if turn == 0:
-                    tma_store(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
-                else:
-                    tma_add(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
-            tma_store_wait(0)
-            for c in gl.static_range(2):
-                mbarrier.arrive(dq_empty.index(c), count=1)
-            pass_turn(turns + tile)
-            n += 1
-            store_scalar(progress, n)
-            tile -= 1
-            left -= 1
-            if HAS_WINDOW:
-                first_key -= BQ
-            if left == 0:
-                left = num_tiles
-                tile += num_tiles + NQ
+            if (n & 1) == PARITY:
                 if HAS_WINDOW:
-                    first_key = last_key
+                    # tiles of keys before that one add nothing to this tile
+                    turn = i_t // BT - gl.maximum(first_key, 0) // BT
+                wait_turn(turns + tile, turn)
+                for c in gl.static_range(2):
+                    mbarrier.wait(dq_full.index(PARITY * 2 + c), (n // 2) & 1)
+                    if turn == 0:
+                        tma_store(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
+                    else:
+                        tma_add(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
+                # before the buffers are free, so that no store follows the last one of the other warp
+                store_scalar(progress, n + 1)
+                tma_store_wait(0)
+                for c in gl.static_range(2):
+                    mbarrier.arrive(dq_empty.index(c), count=1)
+                pass_turn(turns + tile)
+            n += 1
+            g += 1
+            tile += NQ
+            if g == G:
+                g = 0
+                tile -= G * NQ + 1
+                if HAS_WINDOW:
+                    first_key -= BQ
         w += 1
-        mbarrier.wait(dq_full.index(0), n & 1)
+        mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)
         num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
-    store_scalar(progress, -1)
+    # the last to add, so that nothing is stored after it
+    if ((n - 1) & 1) == PARITY:
+        store_scalar(progress, -1)

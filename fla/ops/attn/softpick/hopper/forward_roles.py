@@ -172,8 +172,9 @@ def attend(
         b_m = gl.maximum(b_m + smallest_shift(NORMALIZER), b_c)
 
     n = skip_tiles(unit_end - end, barriers, n, C, KST, VST, PINGPONG)
-    q = q_s.index(C).reshape([64, BD])
     mbarrier.wait(q_full.index(C), w & 1)
+    # in registers: products that read both operands in shared memory are bound by its bandwidth
+    q = q_s.index(C).reshape([64, BD]).load(gl.DotOperandLayout(0, S_L, 2))
     mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
     if PINGPONG:
         named_sync(9 + C, 256)

@@ -137,7 +137,7 @@ def wait_turn(p, turn):
         setp.lt.u32 p, looks, 268435456;
         @p bra look;
         trap;
-        done: fence.proxy.async;
+        done: fence.proxy.async.global;
         mov.b32 $0, 0;
         }""",
         "=r,l,r", [p, turn], gl.int32, False, 1,
@@ -168,7 +168,7 @@ def pass_turn(p):
         .reg .pred p;
         .reg .u32 lane;
         cp.async.bulk.wait_group 0;
-        fence.proxy.async;
+        fence.proxy.async.global;
         bar.warp.sync 0xffffffff;
         mov.u32 lane, %laneid;
         setp.eq.u32 p, lane, 0;

@@ -29,7 +29,7 @@ class ForwardShape(NamedTuple):
 
 
 # Head dimension, rounded up to 64 or 128 -> configurations with the longest sequence that each is for. An H200 ranked
-# these for a prototype without masks, packing and checks, at T from 1,024 to 16,384.
+# these at T from 1,024 to 16,384.
 FORWARD_SHAPES: dict[int, list[tuple[float, ForwardShape]]] = {
     64: [
         (1024, ForwardShape(2, 128, 3, 3, True, 232, 40)),
@@ -37,7 +37,7 @@ FORWARD_SHAPES: dict[int, list[tuple[float, ForwardShape]]] = {
     ],
     128: [
         (4096, ForwardShape(2, 64, 4, 4, True, 232, 40)),
-        (float("inf"), ForwardShape(2, 64, 4, 4, False, 232, 40)),
+        (float("inf"), ForwardShape(2, 128, 2, 2, True, 232, 40)),
     ],
 }
 
