@@ -9,6 +9,7 @@ ARM-seedN.jsonl   of the run's metrics.jsonl, the validation loss and the measur
 analysis.jsonl    of each model's records.jsonl of flame.analyze, what is neither of a layer nor of a head; eight digits
 lengths.jsonl     the same of a second analysis, at lengths beyond that of training
 learning_rates.jsonl   validation losses of configs/sweeps/learning_rate_10M.toml; those of 2e-3 are the sweep's
+35M/, 120M/       ARM-seedN.jsonl and analysis.jsonl of the larger models
 """
 
 import json
@@ -55,6 +56,26 @@ COLUMNS: dict[str, tuple[str, dict[str, Any], float, int]] = {
     "zeros, %": ("zeros", {"length": TRAINING_LENGTH}, 100, 1),
     "row sum": ("row_sum", {"length": TRAINING_LENGTH}, 1, 2),
     "dead heads, %": ("dead_head", {"length": TRAINING_LENGTH}, 100, 1),
+}
+
+# folder of results/sinks -> arms, seeds, steps; they were trained on 1,024 tokens
+LARGER = {
+    "35M": (("softmax", "softpick", "scaled_softpick"), (1, 2, 3), 1600),
+    "120M": (("softmax", "softpick"), (1,), 3000),
+}
+LARGER_LENGTH = 1024
+LARGER_COLUMNS: dict[str, tuple[str, dict[str, Any], float, int]] = {
+    **{
+        f"sinks at {n}, %": ("sink_rate", SINKS | {"length": n}, 100, 1)
+        for n in (16, 64, 256, 1024)
+    },
+    "value norm of bos / others, at 64": ("first_value_ratio", {"length": 64}, 1, 2),
+    "largest activation": ("largest_activation", {"length": LARGER_LENGTH}, 1, 0),
+    "kurtosis": ("kurtosis", {"length": LARGER_LENGTH}, 1, 0),
+    "kurtosis at 64": ("kurtosis", {"length": 64}, 1, 0),
+    "zeros, %": ("zeros", {"length": LARGER_LENGTH}, 100, 1),
+    "row sum": ("row_sum", {"length": LARGER_LENGTH}, 1, 2),
+    "dead heads, %": ("dead_head", {"length": LARGER_LENGTH}, 100, 1),
 }
 
 Record = dict[str, Any]
@@ -156,14 +177,16 @@ def starts() -> None:
     print()
 
 
-def interventions(analysis: list[Record], length: int) -> None:
+def interventions(
+    analysis: list[Record], length: int, arms: tuple[str, ...] = ARMS, size: str = ""
+) -> None:
     """Change of loss after each intervention, and softmax's sink rate before and after, by seed."""
-    header(f"at {length} tokens", *NAMES)
+    header(f"{size} at {length} tokens".strip(), *NAMES)
     found: dict[tuple[str, str], list[Record]] = {}
     for r in analysis:
         if r["metric"] == "intervention" and r["length"] == length:
             found.setdefault((r["arm"], r["name"]), []).append(r)
-    for arm in ARMS:
+    for arm in arms:
         changes = (
             [r["value"] - r["before"] for r in found[arm, name] if r["value"] is not None]
             for name in NAMES
@@ -230,6 +253,29 @@ def learning_rates() -> None:
     print()
 
 
+def larger() -> None:
+    """The larger models: every number seed by seed, and ratios and gaps to softmax of the same seed (H10)."""
+    header("size, arm", *LARGER_COLUMNS, "softmax's kurtosis / the arm's", "loss", "loss gap")
+    for size, (arms, seeds, steps) in LARGER.items():
+        analysis = read(f"{size}/analysis.jsonl")
+        loss = {
+            arm: [at(read(f"{size}/{arm}-seed{i}.jsonl"), "validation_loss", steps) for i in seeds]
+            for arm in arms
+        }
+        kurtosis = {
+            arm: values(analysis, arm, "kurtosis", length=LARGER_LENGTH).values() for arm in arms
+        }
+        for arm in arms:
+            cells = [
+                each((x * factor for x in values(analysis, arm, metric, **keys).values()), digits)
+                for metric, keys, factor, digits in LARGER_COLUMNS.values()
+            ]
+            ratios = [a / b for a, b in zip(kurtosis["softmax"], kurtosis[arm], strict=True)]
+            gaps = [a - b for a, b in zip(loss[arm], loss["softmax"], strict=True)]
+            row(f"{size}, {arm}", *cells, each(ratios, 1), each(loss[arm], 3), each(gaps, 3, "+"))
+    print()
+
+
 def draw() -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, len(STATISTICS), figsize=(13, 3.8))
@@ -271,6 +317,9 @@ def main() -> None:
         interventions(analysis, length)
     lengths()
     learning_rates()
+    larger()
+    for size, (arms, _, _) in LARGER.items():
+        interventions(read(f"{size}/analysis.jsonl"), 64, arms, size)
     draw()
 
 
