@@ -38,6 +38,8 @@ class Program:
         self.barriers: list[Any] = []
         # number -> [threads that came, times it was complete]
         self.named: dict[int, list[int]] = {}
+        # what its watchdog watches
+        self.progress: Any = None
 
 
 class Machine:

@@ -260,6 +260,7 @@ def pass_turn(p):
 
 
 def trap_without_progress(progress):
+    current.worker.program.progress = progress
     # a deadlock is found by the machine
     switch(lambda: int(progress.data) == -1, lambda: f"progress, now {int(progress.data)}")
 

@@ -78,6 +78,8 @@ class Kernel:
         if machine.flights:
             raise Fault(f"{len(machine.flights)} loads are left")
         for program in programs:
+            if program.progress is not None and int(program.progress.data) != -1:
+                raise Fault("progress was stored after -1, which the watchdog may have missed")
             for barrier in (x for array in program.barriers for x in array.barriers):
                 if barrier.missing != barrier.count or barrier.bytes:
                     raise Fault(f"left at the end: {barrier}")

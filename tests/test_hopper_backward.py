@@ -279,6 +279,7 @@ def test_nan_of_a_query_reaches_its_gradient():
         ("distance -= BQ", "distance -= BQ // 2"),
         # the two writers
         ("w % NUM_UNITS", "w % 2"),
+        ("    store_scalar(progress, -1)\n", "    if (n & 1) == PARITY:\n        store_scalar(progress, n - 1)\n    else:\n        store_scalar(progress, -1)\n"),
     ],
 )  # fmt: skip
 def test_a_fault_is_found(old, new):

@@ -284,6 +284,8 @@ FAULTS = {
     "queries released early": (
         "    mbarrier.wait(q_full.index(C), w & 1)\n",
         "    mbarrier.wait(q_full.index(C), w & 1)\n    mbarrier.arrive(q_empty.index(C), count=1)\n",
+        "    mbarrier.arrive(q_empty.index(C), count=1)\n    last",
+        "    last",
     ),
     "output stored without a fence": ("                fence_async_shared()\n                tma_store(", "                tma_store("),
     "output overwritten": ("            tma_store_wait(0)\n", ""),
@@ -299,7 +301,8 @@ FAULTS = {
 @pytest.mark.skipif(IS_HOPPER, reason="faults may hang a GPU")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(name):
-    old, new = FAULTS[name]
+    texts = FAULTS[name]
+    faults = dict(zip(texts[::2], texts[1::2], strict=True))
     inputs = overflowing(400, 64, HQ=2)
     shape = select_forward_shape(64, 1024 if name == "too few turns" else 2048)
     # keys must be what the loading warp waits for
@@ -307,7 +310,7 @@ def test_a_planted_fault_is_found(name):
     for seed, window_size in itertools.product(range(3), (None, 100)):
         options = {"cu_seqlens": BOUNDS, "window_size": window_size, "seed": seed}
         try:
-            check(inputs, normalizer="softpick", shape=shape, faults={old: new}, **options)
+            check(inputs, normalizer="softpick", shape=shape, faults=faults, **options)
         except (Fault, AssertionError):
             return
     pytest.fail("not found")

@@ -219,7 +219,6 @@ def writer(
                         tma_store(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
                     else:
                         tma_add(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
-                # before the buffers are free, so that no store follows the last one of the other warp
                 store_scalar(progress, n + 1)
                 tma_store_wait(0)
                 for c in gl.static_range(2):
@@ -236,6 +235,5 @@ def writer(
         w += 1
         mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)
         num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
-    # the last to add, so that nothing is stored after it
-    if ((n - 1) & 1) == PARITY:
-        store_scalar(progress, -1)
+    # both writers, so that -1 is what is stored last
+    store_scalar(progress, -1)
