@@ -170,10 +170,13 @@ def by_seed(analysis: list[Record]) -> None:
 
 
 def starts() -> None:
+    """When a signal starts (H9)."""
     header("arm, seed", *(f"{STATISTICS[name][0]}: starts at step" for name in STARTING))
-    for arm in ARMS:
-        for seed, records in zip(SEEDS, trained(arm), strict=True):
-            row(f"{arm}, {seed}", *(f"{start(records, name):,}" for name in STARTING))
+    runs = {(arm, i): r for arm in ARMS for i, r in zip(SEEDS, trained(arm), strict=True)}
+    for size, (arms, seeds, _) in LARGER.items():
+        runs |= {(f"{size} {a}", i): read(f"{size}/{a}-seed{i}.jsonl") for a in arms for i in seeds}
+    for (arm, seed), records in runs.items():
+        row(f"{arm}, {seed}", *(f"{start(records, name):,}" for name in STARTING))
     print()
 
 
