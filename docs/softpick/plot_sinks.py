@@ -44,38 +44,34 @@ STATISTICS = {
 }
 # those that start, and whether the middle is that of logarithms
 STARTING = {"sink_rate_0.3": False, "first_value_ratio": True, "largest_first_activation": True}
-# title -> metric, keys, factor, digits
 SINKS = {"eps": 0.3}
-COLUMNS: dict[str, tuple[str, dict[str, Any], float, int]] = {
-    "sinks at 16 tokens, %": ("sink_rate", SINKS | {"length": 16}, 100, 1),
-    "at 64": ("sink_rate", SINKS | {"length": 64}, 100, 1),
-    "at 256": ("sink_rate", SINKS | {"length": 256}, 100, 1),
-    "value norm of bos / others": ("first_value_ratio", {"length": 64}, 1, 2),
-    "largest activation": ("largest_activation", {"length": TRAINING_LENGTH}, 1, 0),
-    "kurtosis": ("kurtosis", {"length": TRAINING_LENGTH}, 1, 0),
-    "zeros, %": ("zeros", {"length": TRAINING_LENGTH}, 100, 1),
-    "row sum": ("row_sum", {"length": TRAINING_LENGTH}, 1, 2),
-    "dead heads, %": ("dead_head", {"length": TRAINING_LENGTH}, 100, 1),
-}
 
+
+def columns(*lengths: int) -> dict[str, tuple[str, dict[str, Any], float, int]]:
+    """Title -> metric, keys, factor, digits; the last length is that of training."""
+    of_training = {"length": lengths[-1]}
+    return {
+        **{
+            f"sinks at {n} tokens, %": ("sink_rate", SINKS | {"length": n}, 100, 1) for n in lengths
+        },
+        "value norm of bos / others, at 64": ("first_value_ratio", {"length": 64}, 1, 2),
+        "largest activation": ("largest_activation", of_training, 1, 0),
+        "kurtosis": ("kurtosis", of_training, 1, 0),
+        "zeros, %": ("zeros", of_training, 100, 1),
+        "row sum": ("row_sum", of_training, 1, 2),
+        "dead heads, %": ("dead_head", of_training, 100, 1),
+    }
+
+
+COLUMNS = columns(16, 64, TRAINING_LENGTH)
 # folder of results/sinks -> arms, seeds, steps; they were trained on 1,024 tokens
 LARGER = {
     "35M": (("softmax", "softpick", "scaled_softpick"), (1, 2, 3), 1600),
     "120M": (("softmax", "softpick"), (1,), 3000),
 }
 LARGER_LENGTH = 1024
-LARGER_COLUMNS: dict[str, tuple[str, dict[str, Any], float, int]] = {
-    **{
-        f"sinks at {n}, %": ("sink_rate", SINKS | {"length": n}, 100, 1)
-        for n in (16, 64, 256, 1024)
-    },
-    "value norm of bos / others, at 64": ("first_value_ratio", {"length": 64}, 1, 2),
-    "largest activation": ("largest_activation", {"length": LARGER_LENGTH}, 1, 0),
-    "kurtosis": ("kurtosis", {"length": LARGER_LENGTH}, 1, 0),
-    "kurtosis at 64": ("kurtosis", {"length": 64}, 1, 0),
-    "zeros, %": ("zeros", {"length": LARGER_LENGTH}, 100, 1),
-    "row sum": ("row_sum", {"length": LARGER_LENGTH}, 1, 2),
-    "dead heads, %": ("dead_head", {"length": LARGER_LENGTH}, 100, 1),
+LARGER_COLUMNS = columns(16, 64, 256, LARGER_LENGTH) | {
+    "kurtosis at 64": ("kurtosis", {"length": 64}, 1, 0)
 }
 
 Record = dict[str, Any]
@@ -154,16 +150,21 @@ def finished(analysis: list[Record]) -> None:
     print()
 
 
+def kurtosis_ratios(analysis: list[Record], arm: str, length: int) -> list[float]:
+    """Softmax's kurtosis over the arm's, by seed."""
+    softmax, own = (
+        values(analysis, name, "kurtosis", length=length).values() for name in ("softmax", arm)
+    )
+    return [a / b for a, b in zip(softmax, own, strict=True)]
+
+
 def by_seed(analysis: list[Record]) -> None:
     """What the thresholds ask seed by seed."""
     header("arm", "sinks at 64 tokens, %", "softmax's kurtosis / the arm's", "loss gap")
-    kurtosis = {
-        arm: values(analysis, arm, "kurtosis", length=TRAINING_LENGTH).values() for arm in ARMS
-    }
     loss = {arm: [at(r, "validation_loss", STEPS) for r in trained(arm)] for arm in ARMS}
     for arm in ARMS:
         sinks = [100 * x for x in values(analysis, arm, "sink_rate", **SINKS, length=64).values()]
-        ratios = [a / b for a, b in zip(kurtosis["softmax"], kurtosis[arm], strict=True)]
+        ratios = kurtosis_ratios(analysis, arm, TRAINING_LENGTH)
         gaps = [a - b for a, b in zip(loss[arm], loss["softmax"], strict=True)]
         row(arm, each(sinks, 1), each(ratios, 1), f"{spread(gaps, 3)} ({each(gaps, 3, '+')})")
     print()
@@ -265,15 +266,12 @@ def larger() -> None:
             arm: [at(read(f"{size}/{arm}-seed{i}.jsonl"), "validation_loss", steps) for i in seeds]
             for arm in arms
         }
-        kurtosis = {
-            arm: values(analysis, arm, "kurtosis", length=LARGER_LENGTH).values() for arm in arms
-        }
         for arm in arms:
             cells = [
                 each((x * factor for x in values(analysis, arm, metric, **keys).values()), digits)
                 for metric, keys, factor, digits in LARGER_COLUMNS.values()
             ]
-            ratios = [a / b for a, b in zip(kurtosis["softmax"], kurtosis[arm], strict=True)]
+            ratios = kurtosis_ratios(analysis, arm, LARGER_LENGTH)
             gaps = [a - b for a, b in zip(loss[arm], loss["softmax"], strict=True)]
             row(f"{size}, {arm}", *cells, each(ratios, 1), each(loss[arm], 3), each(gaps, 3, "+"))
     print()

@@ -124,7 +124,7 @@ def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.const
 
 @gluon.jit
 def _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C: gl.constexpr):
-    """Gives half of a tile of dq to the writer, in an order in which four numbers of a thread are neighbours."""
+    """Gives half of a tile of dq to the tile's writer, in an order in which four numbers of a thread are neighbours."""
     mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)
     b_dq = b_dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1, 16, 256])
     dq_s.index(C).store(b_dq)
@@ -241,7 +241,6 @@ def _consumer(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = BQ // 64
     base2_scale = scale * RCP_LN2
-    operand: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), 2)  # fmt: skip
     n = 0
     w = 0
     mbarrier.wait(keys_full.index(0), w & 1)
@@ -252,6 +251,7 @@ def _consumer(
         b_k = 0
         b_v = 0
         if D == 64:
+            operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
             b_k = k_s.index(C).reshape([64, D]).load(operand)
             b_v = v_s.index(C).reshape([64, D]).load(operand)
         distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
