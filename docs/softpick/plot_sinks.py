@@ -10,6 +10,8 @@ analysis.jsonl    of each model's records.jsonl of flame.analyze, what is neithe
 lengths.jsonl     the same of a second analysis, at lengths beyond that of training
 learning_rates.jsonl   validation losses of configs/sweeps/learning_rate_10M.toml; those of 2e-3 are the sweep's
 35M/, 120M/       ARM-seedN.jsonl and analysis.jsonl of the larger models
+35M/learning_rates.jsonl   of configs/sweeps/learning_rate.toml; those of 1e-3 are from sinks_35M.toml
+T1024/            of configs/sweeps/sinks_T1024.toml: ARM-seedN.jsonl to step 1,500 of 2,400, analysis.jsonl of five models
 """
 
 import json
@@ -73,6 +75,8 @@ LARGER_LENGTH = 1024
 LARGER_COLUMNS = columns(16, 64, 256, LARGER_LENGTH) | {
     "kurtosis at 64": ("kurtosis", {"length": 64}, 1, 0)
 }
+# last step of training whose records were kept for sinks_T1024.toml
+LAST_STEP_OF_T1024 = 1500
 
 Record = dict[str, Any]
 
@@ -244,9 +248,9 @@ def lengths() -> None:
     print()
 
 
-def learning_rates() -> None:
+def learning_rates(name: str, last_step: int) -> None:
     """Validation loss at each rate, and the minimum between the rates (H7, H11)."""
-    records = [r for r in read("learning_rates.jsonl") if r["step"] == STEPS]
+    records = [r for r in read(name) if r["step"] == last_step]
     rates = sorted({r["learning_rate"] for r in records})
     header("arm", *(f"{rate:g}" for rate in rates), "minimum", "at the rate")
     for arm in ("softmax", "softpick"):
@@ -254,6 +258,39 @@ def learning_rates() -> None:
         minimum = fitted_minimum(losses)
         rate, loss = minimum or (math.nan, math.nan)
         row(arm, *(f"{losses[x]:.4f}" for x in rates), f"{loss:.4f}", f"{rate:.2e}")
+    print()
+
+
+def cells_by_seed(
+    analysis: list[Record], arm: str, columns: dict[str, tuple[str, dict[str, Any], float, int]]
+) -> list[str]:
+    """Cells of an arm, each with the value of every seed."""
+    return [
+        each((x * factor for x in values(analysis, arm, metric, **keys).values()), digits)
+        for metric, keys, factor, digits in columns.values()
+    ]
+
+
+def trained_on_longer_sequences() -> None:
+    """The shape of `finished`, trained on 1,024 tokens: while training by seed, then the models that were analysed."""
+    header("while training", "sinks, %", "kurtosis", "largest activation")
+    for arm in LARGER["35M"][0]:
+        runs = [read(f"T1024/{arm}-seed{seed}.jsonl") for seed in SEEDS]
+        cells = (
+            each((factor * at(r, name, LAST_STEP_OF_T1024) for r in runs), digits)
+            for name, factor, digits in (
+                ("sink_rate_0.3", 100, 1),
+                ("kurtosis", 1, 0),
+                ("largest_activation", 1, 0),
+            )
+        )
+        row(arm, *cells)
+    print()
+    columns = LARGER_COLUMNS | {"loss": ("loss", {"length": LARGER_LENGTH}, 1, 3)}
+    header("finished", *columns)
+    analysis = read("T1024/analysis.jsonl")
+    for arm in ("softmax", "softpick"):
+        row(arm, *cells_by_seed(analysis, arm, columns))
     print()
 
 
@@ -267,10 +304,7 @@ def larger() -> None:
             for arm in arms
         }
         for arm in arms:
-            cells = [
-                each((x * factor for x in values(analysis, arm, metric, **keys).values()), digits)
-                for metric, keys, factor, digits in LARGER_COLUMNS.values()
-            ]
+            cells = cells_by_seed(analysis, arm, LARGER_COLUMNS)
             ratios = kurtosis_ratios(analysis, arm, LARGER_LENGTH)
             gaps = [a - b for a, b in zip(loss[arm], loss["softmax"], strict=True)]
             row(f"{size}, {arm}", *cells, each(ratios, 1), each(loss[arm], 3), each(gaps, 3, "+"))
@@ -317,8 +351,10 @@ def main() -> None:
     for length in (64, TRAINING_LENGTH):
         interventions(analysis, length)
     lengths()
-    learning_rates()
+    learning_rates("learning_rates.jsonl", STEPS)
+    learning_rates("35M/learning_rates.jsonl", LARGER["35M"][2])
     larger()
+    trained_on_longer_sequences()
     for size, (arms, _, _) in LARGER.items():
         interventions(read(f"{size}/analysis.jsonl"), 64, arms, size)
     draw()
