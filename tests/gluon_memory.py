@@ -115,11 +115,15 @@ def arrive(barrier, *, count=1, pred=True):
     if pred:
         switch()
         barrier.update(count, 0)
+        # what follows comes late if others go first
+        switch()
 
 
 def expect(barrier, num_bytes, pred=True):
     if pred:
+        switch()
         barrier.update(1, num_bytes)
+        switch()
 
 
 class Descriptor:

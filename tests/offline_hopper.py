@@ -77,6 +77,23 @@ def forward_call(D: int, shape: ForwardShape, case: tuple) -> None:
     )
 
 
+def early_arrivals(ptx: str) -> list[str]:
+    """Arrivals at mbarriers, of one thread for all, with another memory operation since the threads met."""
+    meets = re.compile(r"\bbar(?:rier)?\.(?:sync|warp\.sync|cta\.sync)")
+    memory = re.compile(
+        r"\b(?:wgmma|st\.shared|ld\.shared|stmatrix|ldmatrix|cp\.async|mbarrier|fence)\b"
+    )
+    early, have_met = [], False
+    for line in ptx.splitlines():
+        if meets.search(line):
+            have_met = True
+        elif "mbarrier.arrive" in line and ".expect_tx" not in line and not have_met:
+            early.append(line.strip())
+        elif memory.search(line):
+            have_met = False
+    return early
+
+
 def report(launch) -> dict[str, Any]:
     """What a compiled kernel takes, and what ptxas says of it."""
     ptx = launch.kernel.asm["ptx"]
@@ -89,6 +106,7 @@ def report(launch) -> dict[str, Any]:
         "ptxas": [x for x in log.splitlines() if _COMPLAINT.search(x)],
         "is_examined": "registers" in log,
         "barriers": foreign_barriers(ptx),
+        "early_arrivals": early_arrivals(ptx),
     }
 
 

@@ -243,46 +243,57 @@ def test_nan_of_a_query_reaches_its_gradient():
         assert got[name][0, :101].isnan().any(-1).all(), name
 
 
+# fmt: off
+FAULTS = [
+    # a buffer is released early
+    ("    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n    mbarrier.arrive(tile_empty.index(stage), count=1)\n", "    mbarrier.arrive(tile_empty.index(stage), count=1)\n    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n"),
+    ("        tma_store_wait(0)\n        mbarrier.arrive(keys_empty", "        mbarrier.arrive(keys_empty"),
+    ("        b_dq = warpgroup_mma_wait(1, [b_dq])\n        mbarrier.arrive(ds_empty.index(C), count=1)\n", "        mbarrier.arrive(ds_empty.index(C), count=1)\n        b_dq = warpgroup_mma_wait(1, [b_dq])\n"),
+    # a wait or a fence is missing
+    ("    mbarrier.wait(dq_empty.index(buffer), ((n // 2) & 1) ^ 1)\n", ""),
+    ("            mbarrier.wait(ds_empty.index(1 - C), (n & 1) ^ 1)\n", "            pass\n"),
+    ("    mbarrier.wait(tile_full.index(stage), (n // 2) & 1)\n", ""),
+    ("            mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)\n", ""),
+    ("                tma_store_wait(0)\n                for c", "                for c"),
+    ("    fence_async_shared()\n    mbarrier.arrive(dq_full", "    mbarrier.arrive(dq_full"),
+    ("    fence_async_shared()\n    named_sync(DS_BARRIER, 256)\n    # not left", "    named_sync(DS_BARRIER, 256)\n    # not left"),
+    ("    named_sync(DS_BARRIER, 256)\n    # not left", "    # not left"),
+    ("        named_sync(DS_BARRIER, 256)\n        i_b", "        i_b"),
+    # dq of one tile only
+    ("    buffer = (n & 1) * 2 + C\n", "    buffer = C\n"),
+    # something is announced before it is there
+    ("    fence_async_shared()\n    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n", "    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n    fence_async_shared()\n"),
+    ("        store_scalar(word(unit_s, w, POSITION), i_t)\n        # before a thread of the warp arrives for all\n        group_barrier()\n        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n        store_scalar(word(unit_s, w, POSITION), i_t)\n        group_barrier()\n"),
+    ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n"),
+    # the order of additions
+    ("                wait_turn(turns + tile, turn)\n", ""),
+    ("        turn = i_t // BT\n", "        turn = 0\n"),
+    ("        turn = i_t // BT\n", "        turn = i_t // BT + 1\n"),
+    ("                pass_turn(turns + tile)\n", "                tma_store_wait(0)\n"),
+    # the queue of units, and its end
+    ("    # no unit is left\n    mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)\n", ""),
+    ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n", ""),
+    ("        w += 1\n        i = take_number(next_unit)\n", "        w += 1\n        i = take_number(next_unit) + 1\n"),
+    ("        mbarrier.wait(unit_full.index(w % NUM_UNITS), (w // NUM_UNITS) & 1)\n        num_tiles", "        num_tiles"),
+    # the mask, and what is past the ends
+    ("d >= 63", "d >= -64"),
+    ("m_s = visible(o_q", "m_s = visible(1 + o_q"),
+    # a tile, a head or a key too few
+    ("tile -= G * NQ + 1", "tile -= G * NQ"),
+    ("distance -= BQ", "distance -= BQ // 2"),
+    # the two writers
+    ("w % NUM_UNITS * UNIT_WORDS", "w % 2 * UNIT_WORDS"),
+    ("    store_scalar(progress, -1)\n", "    if (n & 1) == PARITY:\n        store_scalar(progress, n - 1)\n    else:\n        store_scalar(progress, -1)\n"),
+]
+# fmt: on
+
+
 @needs_simulator
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        # a buffer is released early
-        ("    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n    mbarrier.arrive(tile_empty.index(stage), count=1)\n", "    mbarrier.arrive(tile_empty.index(stage), count=1)\n    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n"),
-        ("        tma_store_wait(0)\n        mbarrier.arrive(keys_empty", "        mbarrier.arrive(keys_empty"),
-        # a wait or a fence is missing
-        ("    mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)\n", ""),
-        ("    mbarrier.wait(tile_full.index(stage), (n // 2) & 1)\n", ""),
-        ("            mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)\n", ""),
-        ("                tma_store_wait(0)\n                for c", "                for c"),
-        ("        if h + 1 == HALVES:\n            fence_async_shared()\n", ""),
-        ("    named_sync(DS_BARRIER, 256)\n    # not left", "    # not left"),
-        ("        named_sync(DS_BARRIER, 256)\n        i_b", "        i_b"),
-        # ds of one tile only
-        ("ds_s.index((stage * 2 + C) * HALVES + h).store", "ds_s.index(C * HALVES + h).store"),
-        # the order of additions
-        ("                wait_turn(turns + tile, turn)\n", ""),
-        ("        turn = i_t // BT\n", "        turn = 0\n"),
-        ("        turn = i_t // BT\n", "        turn = i_t // BT + 1\n"),
-        ("                pass_turn(turns + tile)\n", "                tma_store_wait(0)\n"),
-        # the queue of units, and its end
-        ("    # no unit is left\n    mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)\n", ""),
-        ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n", ""),
-        ("        mbarrier.wait(dq_empty.index(0), (n & 1) ^ 1)\n        mbarrier.arrive(dq_full", "        mbarrier.arrive(dq_full"),
-        ("        w += 1\n        i = take_number(next_unit)\n", "        w += 1\n        i = take_number(next_unit) + 1\n"),
-        ("        mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)\n        num_tiles", "        num_tiles"),
-        # the mask, and what is past the ends
-        ("d >= 63", "d >= -64"),
-        ("m_s = visible(o_q", "m_s = visible(1 + o_q"),
-        # a tile, a head or a key too few
-        ("tile -= G * NQ + 1", "tile -= G * NQ"),
-        ("distance -= BQ", "distance -= BQ // 2"),
-        # the two writers
-        ("w % NUM_UNITS", "w % 2"),
-        ("    store_scalar(progress, -1)\n", "    if (n & 1) == PARITY:\n        store_scalar(progress, n - 1)\n    else:\n        store_scalar(progress, -1)\n"),
-    ],
-)  # fmt: skip
-def test_a_fault_is_found(old, new):
+    "fault", with_slow(FAULTS, FAULTS[::4]), ids=lambda fault: fault[0].strip()[:50]
+)
+def test_a_fault_is_found(fault):
+    old, new = fault
     cases = (
         {"T": 330, "HQ": 2, "H": 1, "normalizer": "softmax"},
         {"T": 200, "D": 128, "HQ": 2},

@@ -106,7 +106,7 @@ def _weights(
 
 
 @gluon.jit
-def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr):
+def _dq_product(ds_s, k_s, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr):
     """[64, 64] of a tile of dq: 64 of its columns where it has 64 queries, else the C-th 64 queries; as a running product."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     b_dq = gl.zeros([64, 64], gl.float32, layout)
@@ -115,19 +115,25 @@ def _dq_product(ds_s, k_s, i, C: gl.constexpr, D: gl.constexpr, HALVES: gl.const
         k = k_s.index(zero + c).reshape([64, D])
         if HALVES == 1:
             k = k.slice(C * 64, 64, 1)
-            ds = ds_s.index(i * 2 + c)
+            ds = ds_s.index(c)
         else:
-            ds = ds_s.index((i * 2 + c) * 2 + C)
+            ds = ds_s.index(c * 2 + C)
         b_dq = warpgroup_mma(ds.permute((1, 0)), k, b_dq, use_acc=c == 1, is_async=True)
     return b_dq
 
 
 @gluon.jit
-def _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C: gl.constexpr):
-    """Gives half of a tile of dq to the tile's writer, in an order in which four numbers of a thread are neighbours."""
-    mbarrier.wait(dq_empty.index(C), (n & 1) ^ 1)
+def _store_dq(b_dq, dq_s, dq_empty, n, C: gl.constexpr):
+    """Stores half of a tile of dq for the tile's writer, in an order in which four numbers of a thread are neighbours."""
+    buffer = (n & 1) * 2 + C
+    mbarrier.wait(dq_empty.index(buffer), ((n // 2) & 1) ^ 1)
     b_dq = b_dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1, 16, 256])
-    dq_s.index(C).store(b_dq)
+    dq_s.index(buffer).store(b_dq)
+
+
+@gluon.jit
+def _hand_over_dq(dq_full, n, C: gl.constexpr):
+    """Gives the writer what `_store_dq` stored. The fence waits for the stores, so other work belongs in between."""
     fence_async_shared()
     mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)
 
@@ -143,7 +149,7 @@ def _keys(b_x, keys_s, C: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _tile_of_queries(
-    b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
+    b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
     n, distance, scale, W, HAS_LAST: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
@@ -162,12 +168,13 @@ def _tile_of_queries(
     v = _keys(b_v, v_s, C, D)
     mbarrier.wait(tile_full.index(stage), (n // 2) & 1)
     if HAS_LAST:
-        b_dq = _dq_product(ds_s, k_s, stage ^ 1, C, D, HALVES)
+        b_dq = _dq_product(ds_s, k_s, C, D, HALVES)
     b_r = _transposed_product(k, q_s, stage * HALVES, D)
     if HAS_LAST:
         # dq of the tile before, scores
         b_dq = warpgroup_mma_wait(1, [b_dq])
-        _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n - 1, C)
+        mbarrier.arrive(ds_empty.index(C), count=1)
+        _store_dq(b_dq, dq_s, dq_empty, n - 1, C)
     b_r = warpgroup_mma_wait(0, [b_r])
     for h in gl.static_range(HALVES):
         if h > 0:
@@ -186,18 +193,22 @@ def _tile_of_queries(
         b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
         if h + 1 < HALVES:
             b_r = _transposed_product(k, q_s, stage * HALVES + h + 1, D)
+        if h == 0 and HAS_LAST:
+            _hand_over_dq(dq_full, n - 1, C)
         # dk of the half before, dp, dv, scores of the next half: ds is computed beside dv
         if h > 0:
             b_dk, b_dp = warpgroup_mma_wait(HALVES - h, [b_dk, b_dp])
         else:
             b_dp = warpgroup_mma_wait(HALVES - h, [b_dp])
         b_ds = grad_from_exponential(b_e, b_dp, _row(rows, 2, h), NORMALIZER).to(q_s.dtype)
-        ds_s.index((stage * 2 + C) * HALVES + h).store(b_ds)
-        if h + 1 == HALVES:
-            fence_async_shared()
+        if h == 0:
+            # the other consumer's dq of the tile before reads it; this one's is done
+            mbarrier.wait(ds_empty.index(1 - C), (n & 1) ^ 1)
+        ds_s.index(C * HALVES + h).store(b_ds)
         q = q_s.index(stage * HALVES + h).reshape([64, D])
         b_dk = warpgroup_mma(gl.convert_layout(b_ds, weights_layout), q, b_dk, is_async=True)
-    # the other consumer needs these ds for dq
+    # the other consumer needs these ds for dq; after dk, which need not wait for the fence
+    fence_async_shared()
     named_sync(DS_BARRIER, 256)
     # not left running: ptxas has no registers for its ds beside the products of the next tile, and would serialise all
     b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])
@@ -231,7 +242,7 @@ def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride
 def _consumer(
     dk_desc, dv_desc, dk, dv,
     q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-    keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
+    keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
     scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
     C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
@@ -257,7 +268,7 @@ def _consumer(
         distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
         g = 0
         b_dk, b_dv = _tile_of_queries(
-            b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
+            b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
             n, distance, base2_scale, W, False,
             C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
         )  # fmt: skip
@@ -268,13 +279,15 @@ def _consumer(
                 g = 0
                 distance -= BQ
             b_dk, b_dv = _tile_of_queries(
-                b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty,
+                b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
                 n, distance, base2_scale, W, True,
                 C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
             )  # fmt: skip
-        b_dq = _dq_product(ds_s, k_s, n & 1, C, D, HALVES)
+        b_dq = _dq_product(ds_s, k_s, C, D, HALVES)
         b_dq = warpgroup_mma_wait(0, [b_dq])
-        _hand_over_dq(b_dq, dq_s, dq_full, dq_empty, n, C)
+        mbarrier.arrive(ds_empty.index(C), count=1)
+        _store_dq(b_dq, dq_s, dq_empty, n, C)
+        _hand_over_dq(dq_full, n, C)
         # both consumers are done with keys and values: the gradients take their memory
         named_sync(DS_BARRIER, 256)
         i_b = load_scalar(word(unit_s, w, BATCH))
@@ -289,10 +302,6 @@ def _consumer(
         w += 1
         mbarrier.wait(keys_full.index(0), w & 1)
         num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
-    if C == 0:
-        # instead of the first dq of a unit
-        mbarrier.wait(dq_empty.index(0), (n & 1) ^ 1)
-        mbarrier.arrive(dq_full.index((n & 1) * 2), count=1)
 
 
 @gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
@@ -311,40 +320,43 @@ def normalized_attn_bwd_kernel_hopper(
     q_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], do_desc.layout)
     rows_s = gl.allocate_shared_memory(gl.float32, [2, 4, BQ], rows_desc.layout)
-    # of two tiles: one consumer may be a tile ahead of the other's products
-    ds_s = gl.allocate_shared_memory(dtype, [4 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 16, 256], dq_desc.layout)
+    # of one tile, which both consumers read for dq
+    ds_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
+    # of two tiles, one for each writer
+    dq_s = gl.allocate_shared_memory(gl.float32, [4, 1, 16, 256], dq_desc.layout)
     unit_s = gl.allocate_shared_memory(gl.int32, [NUM_UNITS * UNIT_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
     progress = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    # the last barrier of *_full is for tiles of which the loader zeroes a part
+    unit_full = allocate_barriers(NUM_UNITS, 1)
+    # the last barrier of keys_full and tile_full is for tiles of which the loader zeroes a part
     keys_full = allocate_barriers(2, 1)
     keys_empty = allocate_barriers(1, 2)
     tile_full = allocate_barriers(3, 1)
     tile_empty = allocate_barriers(2, 2)
-    # of tiles with an even number, and of the others
+    # two of tiles with an even number, and two of the others
     dq_full = allocate_barriers(4, 1)
-    dq_empty = allocate_barriers(2, 1)
+    dq_empty = allocate_barriers(4, 1)
+    ds_empty = allocate_barriers(2, 1)
     store_scalar(progress, 0)
     fence_async_shared()
     gl.warp_specialize([
         (_consumer, (
             dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
+            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
             scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
             0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
         (_consumer, (
             dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty,
+            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
             scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
             1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
         (loader, (
             q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
-            keys_full, keys_empty, tile_full, tile_empty,
+            unit_full, keys_full, keys_empty, tile_full, tile_empty,
             n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
             D, BQ, IS_VARLEN, HAS_WINDOW)),
         (writer, (
-            dq_desc, counters + 1, dq_s, unit_s, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
+            dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
         (writer, (
-            dq_desc, counters + 1, dq_s, unit_s, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
+            dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
         (trap_without_progress, (progress,)),
     ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip

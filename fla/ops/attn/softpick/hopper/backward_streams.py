@@ -46,7 +46,7 @@ POSITION = gl.constexpr(8)  # of the first key in its sequence
 
 @gluon.jit
 def word(unit_s, w, NUMBER: gl.constexpr):
-    """A number of the w-th unit of the program. NUM_UNITS of them have room: writers and consumers are never further apart."""
+    """A number of the w-th unit of the program. NUM_UNITS of them have room, which is enough by BACKWARD.md, section 2."""
     return unit_s.index(w % NUM_UNITS * UNIT_WORDS + NUMBER)
 
 
@@ -76,7 +76,7 @@ def _zero_past(blocks, first, num_rows, N: gl.constexpr):
 @gluon.jit
 def loader(
     q_desc, do_desc, k_desc, v_desc, rows_desc, units, next_unit,
-    q_s, do_s, k_s, v_s, rows_s, unit_s, keys_full, keys_empty, tile_full, tile_empty,
+    q_s, do_s, k_s, v_s, rows_s, unit_s, unit_full, keys_full, keys_empty, tile_full, tile_empty,
     n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
     D: gl.constexpr, BQ: gl.constexpr,
     IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
@@ -130,6 +130,7 @@ def loader(
         store_scalar(word(unit_s, w, POSITION), i_t)
         # before a thread of the warp arrives for all
         group_barrier()
+        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)
         is_cut = _is_cut(i_t + BT, S, IS_VARLEN)
         full = keys_full.index(is_cut)
         mbarrier.expect(full, BT * D * 4)
@@ -179,12 +180,13 @@ def loader(
     mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)
     store_scalar(word(unit_s, w, NUM_TILES), 0)
     group_barrier()
+    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)
     mbarrier.arrive(keys_full.index(0), count=1)
 
 
 @gluon.jit
 def writer(
-    dq_desc, turns, dq_s, unit_s, dq_full, dq_empty, progress, G, W, NQ,
+    dq_desc, turns, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ,
     PARITY: gl.constexpr, BQ: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """Adds the two halves of each tile of dq to the accumulator [tiles * 2, 16, 256] when its turn has come.
@@ -195,8 +197,7 @@ def writer(
     """
     n = 0
     w = 0
-    # the first dq of a unit says that its words are there
-    mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)
+    mbarrier.wait(unit_full.index(0), 0)
     num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
     while num_tiles > 0:
         num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
@@ -216,13 +217,13 @@ def writer(
                 for c in gl.static_range(2):
                     mbarrier.wait(dq_full.index(PARITY * 2 + c), (n // 2) & 1)
                     if turn == 0:
-                        tma_store(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
+                        tma_store(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(PARITY * 2 + c))
                     else:
-                        tma_add(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(c))
+                        tma_add(dq_desc, [tile * 2 + c, 0, 0], dq_s.index(PARITY * 2 + c))
                 store_scalar(progress, n + 1)
                 tma_store_wait(0)
                 for c in gl.static_range(2):
-                    mbarrier.arrive(dq_empty.index(c), count=1)
+                    mbarrier.arrive(dq_empty.index(PARITY * 2 + c), count=1)
                 pass_turn(turns + tile)
             n += 1
             g += 1
@@ -233,7 +234,7 @@ def writer(
                 if HAS_WINDOW:
                     first_key -= BQ
         w += 1
-        mbarrier.wait(dq_full.index((n & 1) * 2), (n // 2) & 1)
+        mbarrier.wait(unit_full.index(w % NUM_UNITS), (w // NUM_UNITS) & 1)
         num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
     # both writers, so that -1 is what is stored last
     store_scalar(progress, -1)
