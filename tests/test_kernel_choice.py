@@ -74,26 +74,43 @@ def test_other_inputs_go_to_triton(sizes, expected, launched, device):
 @pytest.mark.parametrize(
     ("sizes", "options", "expected"),
     [
-        ({}, {}, ["fwd", "bwd"]),
-        ({"head_first": True}, {"head_first": True}, ["fwd", "bwd"]),
-        ({"H": 1}, {}, ["bwd"]),
-        ({"H": 1, "T": 30}, {}, ["fwd", "bwd"]),
+        ({}, {}, ["bwd"]),
+        ({"head_first": True, "T": 40}, {"head_first": True}, ["fwd", "bwd"]),
+        ({"H": 1, "T": 40}, {}, ["fwd", "bwd"]),
+        ({"H": 1, "D": 128}, {}, ["fwd", "bwd"]),
         ({"D": 128}, {}, ["fwd", "bwd"]),
-        ({"D": 96}, {}, []),
-        ({"dtype": torch.float16}, {}, []),
+        ({"D": 96, "T": 38}, {}, []),
+        ({"D": 96, "T": 40}, {}, ["fwd", "bwd"]),
+        ({"D": 48, "T": 40}, {}, ["bwd"]),
+        ({"D": 32, "T": 40}, {}, []),
+        ({"D": 64, "V": 128, "T": 40}, {}, []),
+        ({"dtype": torch.float16, "D": 128}, {}, ["fwd", "bwd"]),
+        ({"dtype": torch.float32}, {}, []),
         ({"B": 1}, {}, []),
-        ({"B": 8, "T": 19}, {}, []),
+        ({"B": 8, "T": 18}, {}, []),
         ({"S": 30}, {}, []),
-        ({}, {"window_size": 20}, []),
-        ({"B": 1, "T": 40}, {"cu_seqlens": [0, 10, 40]}, []),
+        ({}, {"window_size": 10}, ["bwd"]),
+        ({"D": 128}, {"window_size": 10}, ["fwd", "bwd"]),
+        ({"B": 8}, {"window_size": 9}, []),
+        # 25 at 64 are fewer than 40
+        ({"B": 1, "T": 75}, {"cu_seqlens": [0, 10, 70, 75]}, []),
+        ({"B": 1, "T": 120}, {"cu_seqlens": [0, 10, 70, 120]}, ["fwd", "bwd"]),
+        ({"B": 1, "T": 75, "D": 128}, {"cu_seqlens": [0, 10, 70, 75]}, ["fwd", "bwd"]),
+        ({"B": 1, "T": 40, "D": 128}, {"cu_seqlens": [0, 10, 20, 25, 30, 40]}, []),
+        ({"B": 1, "T": 120}, {"cu_seqlens": [0, 10, 70, 120], "window_size": 50}, []),
     ],
 )
 def test_choice(sizes, options, expected, launched, monkeypatch, device):
     sizes = {"T": 20, "D": 64, "HQ": 2, "B": 2, "dtype": torch.bfloat16} | sizes
-    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 2 * 2 * 20 * 20 * 64)
-    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_LENGTH", 20)
+    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 2 * 2 * 20 * 64 * 10)
+    # about a hundredth of the lengths: 20 for 2,048, 40 for 4,096, 10 for 1,024
+    shortest = {
+        kind: {D: length // 102 for D, length in lengths.items()}
+        for kind, lengths in kernel_choice.SHORTEST.items()
+    }
+    monkeypatch.setattr(kernel_choice, "SHORTEST", shortest)
     if "cu_seqlens" in options:
-        options = {"cu_seqlens": torch.tensor(options["cu_seqlens"], device=device)}
+        options = options | {"cu_seqlens": torch.tensor(options["cu_seqlens"], device=device)}
     inputs = draw(sizes.pop("T"), sizes.pop("D"), **sizes, device=device)
     assert launches(launched, inputs, **options) == expected
 
@@ -115,12 +132,15 @@ def test_unaligned_rows_rows_without_keys_and_other_cards_go_to_triton(
 
 def test_the_table_names_every_choice(capsys):
     kernel_table.main()
-    *rows, last = capsys.readouterr().out.splitlines()
-    assert "at least 68,719,476,736, in forward twice that if HQ > H." in last
-    assert sum("Gluon" in row for row in rows) == 6
+    table, choice = capsys.readouterr().out.split("\n\n")
+    assert "of at least 34,359,738,368." in choice
+    for line in choice.splitlines()[1:7]:
+        assert " at 128" in line
+    assert sum("Gluon" in row for row in table.splitlines()) == 11
     served = {x[:4] for x in kernel_table.choices() if x[4] == "Gluon"}
     assert served == {
         ("sm_90", kernel, "bfloat16, float16", D)
         for kernel in ("fwd", "dq", "dkv")
-        for D in ("64", "128")
+        for D in ("48", "64", "80, 96, 112", "128")
+        if (kernel, D) != ("fwd", "48")
     }

@@ -17,13 +17,19 @@ from fla.ops.attn.softpick.tiles import descriptor_strides
 # dq and dkv are one
 HOPPER_KERNELS = frozenset({"fwd", "dq", "dkv"})
 MAX_HOPPER_HEAD_DIM = 128
-# Head dimensions at which Hopper's kernels were measured, and were faster than Triton's.
-MEASURED_HEAD_DIMS = (64, 128)
-# Least B * HQ * T * S * K for them. Below it a call takes the GPU less than a millisecond, and the host may take longer
-# to launch it: it makes up to 8 tensor descriptors. Forward of grouped heads was slower up to twice that.
-MIN_HOPPER_WORK = 2**36
-# Shortest sequences that were timed.
-MIN_HOPPER_LENGTH = 2048
+# Kind of call, then forward or backward -> K = V -> the least length at which Hopper's kernel was timed and was faster
+# than Triton's. The length is S, window_size, or the mean length of packed sequences.
+SHORTEST: dict[tuple[str, str], dict[int, int]] = {
+    ("dense", "fwd"): {64: 4096, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
+    ("dense", "bwd"): {48: 4096, 64: 2048, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
+    ("window", "fwd"): {128: 1024},
+    ("window", "bwd"): {64: 1024, 128: 1024},
+    ("packed", "fwd"): {64: 4096, 128: 1024},
+    ("packed", "bwd"): {64: 4096, 128: 1024},
+}
+# Least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length. Smaller calls take the GPU
+# less than a millisecond, and the host may take longer to launch them: it makes up to 8 tensor descriptors.
+MIN_HOPPER_WORK = 2**35
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
 
@@ -87,10 +93,43 @@ def hopper_refusal(
     return None
 
 
-def is_faster_on_hopper(kernel: str, dtype: torch.dtype, K: int, V: int) -> bool:
-    """True for the kinds of input at which Hopper's kernels were measured, and were faster, if `_is_for_hopper` agrees."""
-    is_measured = dtype == torch.bfloat16 and K == V and K in MEASURED_HEAD_DIMS
-    return kernel in HOPPER_KERNELS and is_measured
+def shortest_on_hopper(kernel: str, kind: str, dtype: torch.dtype, K: int, V: int) -> int | None:
+    """The least length in `SHORTEST`, or None where Hopper's kernel was not timed or not faster.
+
+    Args:
+        kernel: As in `serving_kernel`.
+        kind: "dense", "window" or "packed".
+        dtype: Of queries, keys and values.
+        K: Head dimension of queries and keys.
+        V: Head dimension of values.
+    """
+    if kernel not in HOPPER_KERNELS or dtype == torch.float32 or K != V:
+        return None
+    return SHORTEST[kind, "fwd" if kernel == "fwd" else "bwd"].get(K)
+
+
+def _is_faster_on_hopper(
+    kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    window_size: int | None,
+    time: int,
+) -> bool:
+    """True for large inputs of a kind at which Hopper's kernel was faster."""
+    S = k.shape[time]
+    if q.shape[time] != S or (cu_seqlens is not None and window_size is not None):
+        return False
+    if cu_seqlens is not None:
+        kind, length = "packed", S // max(len(cu_seqlens) - 1, 1)
+    elif window_size is not None:
+        kind, length = "window", min(window_size, S)
+    else:
+        kind, length = "dense", S
+    shortest = shortest_on_hopper(kernel, kind, q.dtype, q.shape[-1], v.shape[-1])
+    seen = S // 2 if kind == "dense" else length
+    return shortest is not None and length >= shortest and q.numel() * seen >= MIN_HOPPER_WORK
 
 
 def _is_for_hopper(
@@ -105,14 +144,8 @@ def _is_for_hopper(
         return False
     if _serving == "faster":
         q, k, v = (tensors[name] for name in ("q", "k", "v"))
-        time, head = (2, 1) if head_first else (1, 2)
-        T, S = q.shape[time], k.shape[time]
-        is_measured = cu_seqlens is None and window_size is None and T == S >= MIN_HOPPER_LENGTH
-        is_grouped = q.shape[head] != k.shape[head]
-        least = MIN_HOPPER_WORK * (2 if is_grouped and kernel == "fwd" else 1)
-        if not is_measured or q.numel() * S < least:
-            return False
-        if not is_faster_on_hopper(kernel, q.dtype, q.shape[-1], v.shape[-1]):
+        time = 2 if head_first else 1
+        if not _is_faster_on_hopper(kernel, q, k, v, cu_seqlens, window_size, time):
             return False
     return not hopper_refusal(kernel, window_size, head_first, **tensors)
 
@@ -171,6 +204,6 @@ def serving_kernel(row: str, kernel: str, dtype: torch.dtype, K: int, V: int) ->
         K: Head dimension of queries and keys.
         V: Head dimension of values.
     """
-    if row == "sm_90" and is_faster_on_hopper(kernel, dtype, K, V):
+    if row == "sm_90" and shortest_on_hopper(kernel, "dense", dtype, K, V) is not None:
         return "Gluon"
     return "Triton"

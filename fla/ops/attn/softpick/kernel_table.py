@@ -13,7 +13,8 @@ from fla.ops.attn.softpick.launch_shapes import TABLE, select_launch_shape
 def choices() -> Iterator[tuple[str, str, str, str, str, str]]:
     """Card, kernel, dtypes, head dimensions, whose kernel serves them, and its launch shape, for every column of `TABLE`."""
     columns = (
-        ("64", 64), ("16, 32, 48", 48), ("128", 128), ("80, 96, 112", 96), ("up to 256", 256), ("no multiple of 16", 40)
+        ("64", 64), ("16, 32", 32), ("48", 48), ("128", 128), ("80, 96, 112", 96), ("up to 256", 256),
+        ("no multiple of 16", 40),
     )  # fmt: skip
     for row, shapes in TABLE.items():
         for kernel, kind in shapes:
@@ -32,9 +33,14 @@ def main() -> None:
     for row, kernel, dtypes, head, whose, shape in choices():
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
     sys.stdout.write(
-        "Gluon serves bfloat16 calls without cu_seqlens and window_size, with T = S of at least "
-        f"{kernel_choice.MIN_HOPPER_LENGTH:,} and B * HQ * T * S * K of at least "
-        f"{kernel_choice.MIN_HOPPER_WORK:,}, in forward twice that if HQ > H. Triton serves all others.\n"
+        "\nGluon serves calls with T = S and a length (S, window_size, or the mean of packed sequences) of at least\n"
+    )
+    for (kind, direction), shortest in kernel_choice.SHORTEST.items():
+        lengths = ", ".join(f"{length:,} at {D}" for D, length in shortest.items())
+        sys.stdout.write(f"{kind:7} {direction:4} {lengths}\n")
+    sys.stdout.write(
+        f"and with B * HQ * T * K times that length (dense: half of it) of at least {kernel_choice.MIN_HOPPER_WORK:,}.\n"
+        "Triton serves all others.\n"
     )
 
 
