@@ -17,10 +17,11 @@ from fla.ops.attn.softpick.tiles import descriptor_strides
 # dq and dkv are one
 HOPPER_KERNELS = frozenset({"fwd", "dq", "dkv"})
 MAX_HOPPER_HEAD_DIM = 128
-# Kind of call, then forward or backward -> K = V -> the least length at which Hopper's kernel was timed and was faster
-# than Triton's. The length is S, window_size, or the mean length of packed sequences.
+# Kind of call, then forward or backward -> K = V -> the least length at which Hopper's kernel was timed in bfloat16,
+# and was faster than Triton's. Float16 and grouped heads follow. The length is S, window_size, or the mean length of
+# packed sequences. The timings: docs/softpick/KERNELS.md, section 5.
 SHORTEST: dict[tuple[str, str], dict[int, int]] = {
-    ("dense", "fwd"): {64: 4096, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
+    ("dense", "fwd"): {64: 16384, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
     ("dense", "bwd"): {48: 4096, 64: 2048, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
     ("window", "fwd"): {128: 1024},
     ("window", "bwd"): {64: 1024, 128: 1024},
@@ -94,7 +95,7 @@ def hopper_refusal(
 
 
 def shortest_on_hopper(kernel: str, kind: str, dtype: torch.dtype, K: int, V: int) -> int | None:
-    """The least length in `SHORTEST`, or None where Hopper's kernel was not timed or not faster.
+    """The least length in `SHORTEST`, or None where Triton's kernel serves all lengths.
 
     Args:
         kernel: As in `serving_kernel`.

@@ -33,14 +33,14 @@ def main() -> None:
     for row, kernel, dtypes, head, whose, shape in choices():
         sys.stdout.write(f"{row:7} {kernel:6} {dtypes:17} {head:17} {whose:6} {shape}\n")
     sys.stdout.write(
-        "\nGluon serves calls with T = S and a length (S, window_size, or the mean of packed sequences) of at least\n"
+        "\nGluon serves 16-bit calls with K = V and T = S from these lengths on (S, window_size, or the mean if packed):\n"
     )
     for (kind, direction), shortest in kernel_choice.SHORTEST.items():
         lengths = ", ".join(f"{length:,} at {D}" for D, length in shortest.items())
         sys.stdout.write(f"{kind:7} {direction:4} {lengths}\n")
     sys.stdout.write(
         f"and with B * HQ * T * K times that length (dense: half of it) of at least {kernel_choice.MIN_HOPPER_WORK:,}.\n"
-        "Triton serves all others.\n"
+        "Triton serves all others, such as packed sequences with a window.\n"
     )
 
 
