@@ -19,7 +19,7 @@ HOPPER_KERNELS = frozenset({"fwd", "dq", "dkv"})
 MAX_HOPPER_HEAD_DIM = 128
 # Kind of call, then forward or backward -> K = V -> the least length at which Hopper's kernel was timed in bfloat16,
 # and was faster than Triton's. Float16 and grouped heads follow. The length is S, window_size, or the mean length of
-# packed sequences. The timings: docs/softpick/KERNELS.md, section 5.
+# packed sequences. benchmarks/bench_choice.py times them; docs/softpick/KERNELS.md, section 5, has the figures.
 SHORTEST: dict[tuple[str, str], dict[int, int]] = {
     ("dense", "fwd"): {64: 16384, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
     ("dense", "bwd"): {48: 4096, 64: 2048, 80: 4096, 96: 4096, 112: 4096, 128: 2048},

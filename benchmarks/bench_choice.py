@@ -1,0 +1,152 @@
+"""Times Hopper's kernels against Triton's, for every kind of call: python benchmarks/bench_choice.py
+
+What `fla.ops.attn.softpick.kernel_choice.SHORTEST` rests on. softpick, causal, 16,384 tokens, random normal inputs,
+medians of `triton.testing.do_bench`, both kernels in one process. Each row is one call: the TFLOP/s of Hopper's kernel,
+and its speed divided by that of Triton's, forward and backward. TFLOP/s count the products of visible pairs of queries
+and keys, 2 forward and 5 backward. A call on which the two disagree is not timed, and the exit code is 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from bench_attn import describe
+from triton.testing import do_bench
+
+from fla.ops.attn.softpick import parallel_softpick_attn
+from fla.ops.attn.softpick.kernel_choice import hopper_serving
+
+TOKENS = 2**14
+# largest relative L2 difference of an output or a gradient between the two
+MAX_DIFFERENCE = 1e-2
+KINDS = ("dense", "window", "packed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """A kind of call; length is T, the window, or the mean length of packed sequences, as in `SHORTEST`."""
+
+    kind: str
+    D: int
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+    # query heads per key head
+    G: int = 1
+
+    @property
+    def num_heads(self) -> int:
+        return 32 if self.D <= 64 else 16
+
+    @property
+    def row_length(self) -> int:
+        return self.length if self.kind == "dense" else TOKENS
+
+    def bounds(self) -> list[int]:
+        """Where the sequences of a row start and end: one of T tokens, or with "packed" random ones, the same in every run."""
+        if self.kind != "packed":
+            return [0, self.row_length]
+        generator = torch.Generator().manual_seed(1)
+        inner = torch.randperm(TOKENS - 1, generator=generator)[: TOKENS // self.length - 1] + 1
+        return [0, *sorted(inner.tolist()), TOKENS]
+
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it sees, in all sequences of one head."""
+        bounds = self.bounds()
+        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        window = self.length if self.kind == "window" else TOKENS
+        # a triangle, and behind it `window` keys a query
+        seen = sum(
+            min(n, window) * (min(n, window) + 1) // 2 + max(n - window, 0) * window
+            for n in lengths
+        )
+        return seen * (TOKENS // self.row_length)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind:6} {dtype:8} D {self.D:3} heads {self.num_heads}/{self.num_heads // self.G:<2} length {self.length:5}"
+
+
+def calls() -> Iterator[Call]:
+    """What is timed, in order."""
+    for D in (32, 48, 64, 80, 96, 112, 128):
+        for length in (1024, 2048, 4096, 16384):
+            yield Call(kind="dense", D=D, length=length)
+    for D in (64, 128):
+        for length in (1024, 2048, 4096, 16384):
+            yield Call(kind="dense", D=D, length=length, dtype=torch.float16)
+            yield Call(kind="dense", D=D, length=length, G=4)
+        for length in (1024, 4096):
+            yield Call(kind="window", D=D, length=length)
+        for length in (512, 1024, 4096):
+            yield Call(kind="packed", D=D, length=length)
+        yield Call(kind="packed", D=D, length=1024, dtype=torch.float16)
+        yield Call(kind="packed", D=D, length=1024, G=4)
+
+
+def measure(call: Call) -> tuple[float, float, float, float]:
+    """Forward and backward of Triton's kernels, then of Hopper's, in milliseconds.
+
+    Raises:
+        RuntimeError: They disagree.
+    """
+    B, T, HQ = TOKENS // call.row_length, call.row_length, call.num_heads
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(B, T, heads, call.D, device="cuda", dtype=call.dtype)
+
+    inputs = [draw(heads).requires_grad_() for heads in (HQ, HQ // call.G, HQ // call.G)]
+    do = draw(HQ)
+    options = {}
+    if call.kind == "window":
+        options["window_size"] = call.length
+    if call.kind == "packed":
+        options["cu_seqlens"] = torch.tensor(call.bounds(), dtype=torch.int32, device="cuda")
+    times, results = [], []
+    for serving in ("none", "all"):
+        with hopper_serving(serving):
+            forward = partial(parallel_softpick_attn, *inputs, **options)
+            o = forward()
+            backward = partial(torch.autograd.grad, o, inputs, do, retain_graph=True)
+            results.append((o.detach(), *backward()))
+            times += [do_bench(f, return_mode="median") for f in (forward, backward)]
+    for name, a, b in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+        difference = ((a.float() - b.float()).norm() / a.float().norm()).item()
+        if not difference <= MAX_DIFFERENCE:
+            raise RuntimeError(f"{name} differs by {difference:.1e}")
+    return tuple(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    head_dims = sorted({call.D for call in calls()})
+    parser.add_argument("--head-dims", type=int, nargs="+", default=head_dims, choices=head_dims)
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        sys.exit("bench_choice.py needs a GPU of architecture sm_90")
+    print(describe(), "\n")
+    print(f"{'':46} {'forward: TFL/s, ratio':>22} {'backward: TFL/s, ratio':>23}")
+    has_failed = False
+    for call in calls():
+        if call.kind not in args.kinds or call.D not in args.head_dims:
+            continue
+        try:
+            triton_forward, triton_backward, forward, backward = measure(call)
+        except RuntimeError as error:
+            has_failed = True
+            print(f"{call} not timed: {error}", flush=True)
+            continue
+        gflop = 4 * call.pairs() * call.num_heads * call.D / 1e9
+        print(
+            f"{call} {gflop / forward:15.0f} {triton_forward / forward:6.2f} "
+            f"{2.5 * gflop / backward:16.0f} {triton_backward / backward:6.2f}",
+            flush=True,
+        )
+    sys.exit(1 if has_failed else 0)
+
+
+if __name__ == "__main__":
+    main()
