@@ -75,8 +75,10 @@ LARGER_LENGTH = 1024
 LARGER_COLUMNS = columns(16, 64, 256, LARGER_LENGTH) | {
     "kurtosis at 64": ("kurtosis", {"length": 64}, 1, 0)
 }
-# last step of training whose records were kept for sinks_T1024.toml
-LAST_STEP_OF_T1024 = 1500
+# of sinks_T1024.toml: what was trained, the last step whose records were kept, and what was analysed when finished
+T1024_ARMS = ("softmax", "softpick", "scaled_softpick")
+T1024_LAST_STEP = 1500
+T1024_ANALYSED = ("softmax", "softpick")
 
 Record = dict[str, Any]
 
@@ -274,10 +276,10 @@ def cells_by_seed(
 def trained_on_longer_sequences() -> None:
     """The shape of `finished`, trained on 1,024 tokens: while training by seed, then the models that were analysed."""
     header("while training", "sinks, %", "kurtosis", "largest activation")
-    for arm in LARGER["35M"][0]:
+    for arm in T1024_ARMS:
         runs = [read(f"T1024/{arm}-seed{seed}.jsonl") for seed in SEEDS]
         cells = (
-            each((factor * at(r, name, LAST_STEP_OF_T1024) for r in runs), digits)
+            each((factor * at(r, name, T1024_LAST_STEP) for r in runs), digits)
             for name, factor, digits in (
                 ("sink_rate_0.3", 100, 1),
                 ("kurtosis", 1, 0),
@@ -289,7 +291,7 @@ def trained_on_longer_sequences() -> None:
     columns = LARGER_COLUMNS | {"loss": ("loss", {"length": LARGER_LENGTH}, 1, 3)}
     header("finished", *columns)
     analysis = read("T1024/analysis.jsonl")
-    for arm in ("softmax", "softpick"):
+    for arm in T1024_ANALYSED:
         row(arm, *cells_by_seed(analysis, arm, columns))
     print()
 

@@ -116,9 +116,10 @@ def _is_faster_on_hopper(
     v: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     window_size: int | None,
-    time: int,
+    head_first: bool,
 ) -> bool:
     """True for large inputs of a kind at which Hopper's kernel was faster."""
+    time = 2 if head_first else 1
     S = k.shape[time]
     if q.shape[time] != S or (cu_seqlens is not None and window_size is not None):
         return False
@@ -145,8 +146,7 @@ def _is_for_hopper(
         return False
     if _serving == "faster":
         q, k, v = (tensors[name] for name in ("q", "k", "v"))
-        time = 2 if head_first else 1
-        if not _is_faster_on_hopper(kernel, q, k, v, cu_seqlens, window_size, time):
+        if not _is_faster_on_hopper(kernel, q, k, v, cu_seqlens, window_size, head_first):
             return False
     return not hopper_refusal(kernel, window_size, head_first, **tensors)
 
