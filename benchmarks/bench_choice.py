@@ -1,22 +1,23 @@
 """Times Hopper's kernels against Triton's, for every kind of call: python benchmarks/bench_choice.py
 
 What `fla.ops.attn.softpick.kernel_choice.SHORTEST` rests on. softpick, causal, 16,384 tokens, random normal inputs,
-medians of `triton.testing.do_bench`, both kernels in one process. Each row is one call: the TFLOP/s of Hopper's kernel,
-and its speed divided by that of Triton's, forward and backward. TFLOP/s count the products of visible pairs of queries
-and keys, 2 forward and 5 backward. A call on which the two disagree is not timed, and the exit code is 1.
+medians of `triton.testing.do_bench`, all in one process. Each row is one call: the TFLOP/s of Hopper's kernel, its
+speed divided by that of Triton's, and by that of FlashAttention-4 (softmax, deterministic) if flash-attn-4 is installed;
+forward, then backward. TFLOP/s count the products of visible pairs of queries and keys, 2 forward and 5 backward. A
+call on which the kernels disagree is not timed, and the exit code is 1.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bench_attn import describe
+from bench_attn import describe, flash_attention_4_version
 from triton.testing import do_bench
 
-from fla.ops.attn.softpick import parallel_softpick_attn
+from fla.ops.attn.softpick import parallel_softmax_attn, parallel_softpick_attn
 from fla.ops.attn.softpick.kernel_choice import hopper_serving
 
 TOKENS = 2**14
@@ -86,8 +87,39 @@ def calls() -> Iterator[Call]:
         yield Call(kind="packed", D=D, length=1024, G=4)
 
 
-def measure(call: Call) -> tuple[float, float, float, float]:
-    """Forward and backward of Triton's kernels, then of Hopper's, in milliseconds.
+def flash_attention_4(
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention of FlashAttention-4, deterministic."""
+    from flash_attn.cute import (  # pyright: ignore[reportMissingImports]  # no requirement
+        flash_attn_func,
+        flash_attn_varlen_func,
+    )
+
+    if call.kind == "packed":
+        bounds = call.bounds()
+        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+        o, _ = flash_attn_varlen_func(
+            q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest, max_seqlen_k=longest, causal=True, deterministic=True,
+        )  # fmt: skip
+        return o[None]
+    window = (call.length - 1, 0) if call.kind == "window" else (None, None)
+    o, _ = flash_attn_func(q, k, v, causal=True, window_size=window, deterministic=True)
+    return o
+
+
+def require_agreement(name: str, results: list[list[torch.Tensor]]) -> None:
+    """Raises RuntimeError if two lists of an output and its gradients differ."""
+    for tensor, a, b in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+        difference = ((a.float() - b.float()).norm() / a.float().norm()).item()
+        if not difference <= MAX_DIFFERENCE:
+            raise RuntimeError(f"{tensor} of {name} differs by {difference:.1e}")
+
+
+def measure(call: Call) -> list[tuple[float, float]]:
+    """Milliseconds of forward and backward of Triton's kernels, of Hopper's, and of FlashAttention-4 if installed.
 
     Raises:
         RuntimeError: They disagree.
@@ -104,23 +136,34 @@ def measure(call: Call) -> tuple[float, float, float, float]:
         options["window_size"] = call.length
     if call.kind == "packed":
         options["cu_seqlens"] = torch.tensor(call.bounds(), dtype=torch.int32, device="cuda")
-    forward = partial(parallel_softpick_attn, *inputs, **options)
-    to_time, results = [], []
-    for serving in ("none", "all"):
+    softpick = partial(parallel_softpick_attn, *inputs, **options)
+    to_time = []
+
+    def run(attention: Callable[[], torch.Tensor], serving: str, is_timed: bool = True) -> list[torch.Tensor]:  # fmt: skip
+        """The output and the gradients; notes what to time."""
         with hopper_serving(serving):
-            o = forward()
+            o = attention()
             backward = partial(torch.autograd.grad, o, inputs, do, retain_graph=True)
-            results.append((o.detach(), *backward()))
-            to_time += [(serving, forward), (serving, backward)]
-    for name, a, b in zip(("o", "dq", "dk", "dv"), *results, strict=True):
-        difference = ((a.float() - b.float()).norm() / a.float().norm()).item()
-        if not difference <= MAX_DIFFERENCE:
-            raise RuntimeError(f"{name} differs by {difference:.1e}")
+            if is_timed:
+                to_time.append((serving, attention, backward))
+            return [o.detach(), *backward()]
+
+    require_agreement("softpick", [run(softpick, "none"), run(softpick, "all")])
+    if flash_attention_4_version():
+        softmax = partial(parallel_softmax_attn, *inputs, **options)
+        peer = partial(flash_attention_4, call, *inputs)
+        require_agreement("FA4", [run(softmax, "none", is_timed=False), run(peer, "none")])
     times = []
-    for serving, f in to_time:
+    for serving, forward, backward in to_time:
         with hopper_serving(serving):
-            times.append(do_bench(f, return_mode="median"))
-    return tuple(times)
+            times.append(tuple(do_bench(f, return_mode="median") for f in (forward, backward)))
+    return times
+
+
+def columns(gflop: float, triton_ms: float, ms: float, peer_ms: float | None) -> str:
+    """TFLOP/s of Hopper's kernel, and its speed against the others'."""
+    against_peer = f"{peer_ms / ms:6.2f}" if peer_ms else "     -"
+    return f"{gflop / ms:10.0f} {triton_ms / ms:6.2f} {against_peer}"
 
 
 def main() -> None:
@@ -132,21 +175,23 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         sys.exit("bench_choice.py needs a GPU of architecture sm_90")
     print(describe(), "\n")
-    print(f"{'':46} {'forward: TFL/s, ratio':>22} {'backward: TFL/s, ratio':>23}")
+    titles = f"{'TFL/s':>10} {'Triton':>6} {'FA4':>6}"
+    print(f"{'':46}{titles:24}{titles:24}")
     has_failed = False
     for call in calls():
         if call.kind not in args.kinds or call.D not in args.head_dims:
             continue
         try:
-            triton_forward, triton_backward, forward, backward = measure(call)
+            times = measure(call)
         except RuntimeError as error:
             has_failed = True
             print(f"{call} not timed: {error}", flush=True)
             continue
         gflop = 4 * call.pairs() * call.num_heads * call.D / 1e9
+        (of_triton, of_hopper), peer = times[:2], times[2] if len(times) > 2 else (None, None)
         print(
-            f"{call} {gflop / forward:15.0f} {triton_forward / forward:6.2f} "
-            f"{2.5 * gflop / backward:16.0f} {triton_backward / backward:6.2f}",
+            f"{call}{columns(gflop, of_triton[0], of_hopper[0], peer[0])}"
+            f"{columns(2.5 * gflop, of_triton[1], of_hopper[1], peer[1])}",
             flush=True,
         )
     sys.exit(1 if has_failed else 0)

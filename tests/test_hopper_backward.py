@@ -246,22 +246,28 @@ def test_nan_of_a_query_reaches_its_gradient():
 # fmt: off
 FAULTS = [
     # a buffer is released early
-    ("    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n    mbarrier.arrive(tile_empty.index(stage), count=1)\n", "    mbarrier.arrive(tile_empty.index(stage), count=1)\n    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])\n"),
+    ("    b_dk, b_dv = warpgroup_mma_wait(1 if HAS_NEXT else 0, [b_dk, b_dv])\n    mbarrier.arrive(tile_empty.index(stage), count=1)\n", "    mbarrier.arrive(tile_empty.index(stage), count=1)\n    b_dk, b_dv = warpgroup_mma_wait(1 if HAS_NEXT else 0, [b_dk, b_dv])\n"),
     ("        tma_store_wait(0)\n        mbarrier.arrive(keys_empty", "        mbarrier.arrive(keys_empty"),
-    ("        b_dq = warpgroup_mma_wait(1, [b_dq])\n        mbarrier.arrive(ds_empty.index(C), count=1)\n", "        mbarrier.arrive(ds_empty.index(C), count=1)\n        b_dq = warpgroup_mma_wait(1, [b_dq])\n"),
+    ("        b_dq = warpgroup_mma_wait(0, [b_dq])\n        mbarrier.arrive(ds_empty.index(C), count=1)\n        store", "        mbarrier.arrive(ds_empty.index(C), count=1)\n        b_dq = warpgroup_mma_wait(0, [b_dq])\n        store"),
+    ("                b_dq = warpgroup_mma_wait(0, [b_dq])\n                mbarrier.arrive(ds_empty.index(h), count=1)\n", "                mbarrier.arrive(ds_empty.index(h), count=1)\n                b_dq = warpgroup_mma_wait(0, [b_dq])\n"),
     # a wait or a fence is missing
     ("    mbarrier.wait(dq_empty.index(buffer), ((n // 2) & 1) ^ 1)\n", ""),
     ("            mbarrier.wait(ds_empty.index(1 - C), (n & 1) ^ 1)\n", "            pass\n"),
-    ("    mbarrier.wait(tile_full.index(stage), (n // 2) & 1)\n", ""),
+    ("            mbarrier.wait(ds_empty.index(h), (n & 1) ^ 1)\n", "            pass\n"),
+    ("                mbarrier.wait(ds_full.index(h), n & 1)\n", ""),
+    ("            mbarrier.wait(ds_empty.index(HALVES - 1), n & 1)\n", "            pass\n"),
+    ("    mbarrier.wait(tile_full.index(n & 1), (n // 2) & 1)\n", ""),
     ("            mbarrier.wait(tile_empty.index(stage), ((n // 2) & 1) ^ 1)\n", ""),
     ("                tma_store_wait(0)\n                for c", "                for c"),
     ("    fence_async_shared()\n    mbarrier.arrive(dq_full", "    mbarrier.arrive(dq_full"),
-    ("    fence_async_shared()\n    named_sync(DS_BARRIER, 256)\n    # not left", "    named_sync(DS_BARRIER, 256)\n    # not left"),
-    ("    named_sync(DS_BARRIER, 256)\n    # not left", "    # not left"),
-    ("        named_sync(DS_BARRIER, 256)\n        i_b", "        i_b"),
+    ("        fence_async_shared()\n        if D == 128:\n            named_sync", "        if D == 128:\n            fence_async_shared()\n            named_sync"),
+    ("        fence_async_shared()\n        if D == 128:\n            named_sync", "        if D == 128:\n            named_sync"),
+    ("            named_sync(DS_BARRIER, 256)\n        else:\n            mbarrier.arrive(ds_full", "            pass\n        else:\n            mbarrier.arrive(ds_full"),
+    ("            named_sync(DS_BARRIER, 256)\n        else:\n            mbarrier.wait(ds_empty", "            pass\n        else:\n            mbarrier.wait(ds_empty"),
     # dq of one tile only
     ("    buffer = (n & 1) * 2 + C\n", "    buffer = C\n"),
-    # something is announced before it is there
+    # something is announced before it is there, or twice
+    ("            if has_dq:\n", "            if n > 0:\n"),
     ("    fence_async_shared()\n    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n", "    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n    fence_async_shared()\n"),
     ("        store_scalar(word(unit_s, w, POSITION), i_t)\n        # before a thread of the warp arrives for all\n        group_barrier()\n        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n        store_scalar(word(unit_s, w, POSITION), i_t)\n        group_barrier()\n"),
     ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n"),

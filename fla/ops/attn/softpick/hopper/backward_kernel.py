@@ -2,25 +2,33 @@
 
 A program takes units of 128 keys of one key head and streams the queries that see them. Two consumers of a warpgroup
 each compute 64 of the keys; products are transposed, keys in rows. Weights go from registers into dv, score gradients
-into dk. Score gradients also go to shared memory, where both consumers take all of them for a half of dq. One warp
-loads, two add dq in global memory, a fourth one traps if nothing moves: `backward_streams.py`.
+into dk. Score gradients also go to shared memory, since dq needs those of all keys. At head dimension 64 a warpgroup of
+its own computes dq. At 128 the consumers need its registers and compute a half each. One warp loads, two add dq in
+global memory, a fourth one traps if nothing moves: `backward_streams.py`.
 
 Products that read both operands in shared memory are bound by its bandwidth. So keys and values stay in registers at
 head dimension 64, where there is room.
 
-The product of dq of a tile runs beside the scores of the next one: the consumer waits for what it needs in the order in
-which products were issued, which the comments list.
+The scores of the next queries are computed beside dk, or beside the end of the tile. A consumer waits for what it needs
+in the order in which products were issued, which the comments list.
 
 Legend: as in `backward_streams.py`, `backward_terms.py` and `parallel_bwd_dkv.py`, and
     *_s                shared memory
     *_full *_empty     mbarriers: data has come; it may be overwritten
     rows_s             [2, 4, BQ] numbers of the queries: -lse2, 2**-lse2, -delta, 2**-rescale
-    C                  number of the consumer
+    C                  number of the consumer, or of the half of a tile of dq
     D                  head dimension in shared memory, K and V padded with zeros
+    HALVES             BQ // 64: blocks of 64 queries in a tile; 2 at head dimension 64, 1 at 128
 """
 
 import triton.language as tl
 
+from fla.ops.attn.softpick.hopper.backward_dq import (
+    dq_group,
+    dq_product,
+    hand_over_dq,
+    store_dq,
+)
 from fla.ops.attn.softpick.hopper.backward_streams import (
     BATCH,
     DISTANCE,
@@ -106,39 +114,6 @@ def _weights(
 
 
 @gluon.jit
-def _dq_product(ds_s, k_s, C: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr):
-    """[64, 64] of a tile of dq: 64 of its columns where it has 64 queries, else the C-th 64 queries; as a running product."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    b_dq = gl.zeros([64, 64], gl.float32, layout)
-    zero = opaque(0)
-    for c in gl.static_range(2):
-        k = k_s.index(zero + c).reshape([64, D])
-        if HALVES == 1:
-            k = k.slice(C * 64, 64, 1)
-            ds = ds_s.index(c)
-        else:
-            ds = ds_s.index(c * 2 + C)
-        b_dq = warpgroup_mma(ds.permute((1, 0)), k, b_dq, use_acc=c == 1, is_async=True)
-    return b_dq
-
-
-@gluon.jit
-def _store_dq(b_dq, dq_s, dq_empty, n, C: gl.constexpr):
-    """Stores half of a tile of dq for the tile's writer, in an order in which four numbers of a thread are neighbours."""
-    buffer = (n & 1) * 2 + C
-    mbarrier.wait(dq_empty.index(buffer), ((n // 2) & 1) ^ 1)
-    b_dq = b_dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1, 16, 256])
-    dq_s.index(buffer).store(b_dq)
-
-
-@gluon.jit
-def _hand_over_dq(dq_full, n, C: gl.constexpr):
-    """Gives the writer what `_store_dq` stored. The fence waits for the stores, so other work belongs in between."""
-    fence_async_shared()
-    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)
-
-
-@gluon.jit
 def _keys(b_x, keys_s, C: gl.constexpr, D: gl.constexpr):
     """The consumer's 64 keys or values as a product's first operand: b_x, or in shared memory above 64 columns."""
     if D == 64:
@@ -148,14 +123,23 @@ def _keys(b_x, keys_s, C: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def _scores_of_tile(k, q_s, tile_full, n, D: gl.constexpr, HALVES: gl.constexpr):
+    """Products of keys with the first 64 queries of tile n, once it is there; running."""
+    mbarrier.wait(tile_full.index(n & 1), (n // 2) & 1)
+    return _transposed_product(k, q_s, (n & 1) * HALVES, D)
+
+
+@gluon.jit
 def _tile_of_queries(
-    b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
-    n, distance, scale, W, HAS_LAST: gl.constexpr,
+    b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
+    tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+    n, distance, has_dq, scale, W, HAS_NEXT: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
-    """Weights, dv, ds and dk of tile n; with HAS_LAST also dq of the tile before.
+    """Weights, dv, ds and dk of tile n, of which b_r are the first scores; with HAS_NEXT also those of tile n + 1.
 
+    Where consumers compute dq: with HAS_NEXT also dq of tile n; has_dq says that dq of tile n - 1 is to be handed over.
     The first query of the tile is `distance` positions after the first key. Comments list the products that run, in
     their order.
     """
@@ -166,20 +150,12 @@ def _tile_of_queries(
     rows = rows_s.index(stage)
     k = _keys(b_k, k_s, C, D)
     v = _keys(b_v, v_s, C, D)
-    mbarrier.wait(tile_full.index(stage), (n // 2) & 1)
-    if HAS_LAST:
-        b_dq = _dq_product(ds_s, k_s, C, D, HALVES)
-    b_r = _transposed_product(k, q_s, stage * HALVES, D)
-    if HAS_LAST:
-        # dq of the tile before, scores
-        b_dq = warpgroup_mma_wait(1, [b_dq])
-        mbarrier.arrive(ds_empty.index(C), count=1)
-        _store_dq(b_dq, dq_s, dq_empty, n - 1, C)
-    b_r = warpgroup_mma_wait(0, [b_r])
     for h in gl.static_range(HALVES):
-        if h > 0:
-            # dv and scores, dk
-            b_dv, b_r = warpgroup_mma_wait(1, [b_dv, b_r])
+        # dv and dk of the half before, scores
+        if h == 0:
+            b_r = warpgroup_mma_wait(0, [b_r])
+        else:
+            b_dv, b_dk, b_r = warpgroup_mma_wait(0, [b_dv, b_dk, b_r])
         d = distance + h * 64
         is_full = d >= 63
         if HAS_WINDOW:
@@ -191,29 +167,40 @@ def _tile_of_queries(
         do = do_s.index(stage * HALVES + h).reshape([64, D])
         b_dp = _transposed_product(v, do_s, stage * HALVES + h, D)
         b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
-        if h + 1 < HALVES:
-            b_r = _transposed_product(k, q_s, stage * HALVES + h + 1, D)
-        if h == 0 and HAS_LAST:
-            _hand_over_dq(dq_full, n - 1, C)
-        # dk of the half before, dp, dv, scores of the next half: ds is computed beside dv
-        if h > 0:
-            b_dk, b_dp = warpgroup_mma_wait(HALVES - h, [b_dk, b_dp])
-        else:
-            b_dp = warpgroup_mma_wait(HALVES - h, [b_dp])
+        if D == 128:  # noqa: SIM102
+            if has_dq:
+                hand_over_dq(dq_full, n - 1, C)
+        # dp, dv: ds is computed beside dv
+        b_dp = warpgroup_mma_wait(1, [b_dp])
         b_ds = grad_from_exponential(b_e, b_dp, _row(rows, 2, h), NORMALIZER).to(q_s.dtype)
-        if h == 0:
+        if D == 128:
             # the other consumer's dq of the tile before reads it; this one's is done
             mbarrier.wait(ds_empty.index(1 - C), (n & 1) ^ 1)
+        else:
+            mbarrier.wait(ds_empty.index(h), (n & 1) ^ 1)
         ds_s.index(C * HALVES + h).store(b_ds)
         q = q_s.index(stage * HALVES + h).reshape([64, D])
         b_dk = warpgroup_mma(gl.convert_layout(b_ds, weights_layout), q, b_dk, is_async=True)
-    # the other consumer needs these ds for dq; after dk, which need not wait for the fence
-    fence_async_shared()
-    named_sync(DS_BARRIER, 256)
-    # not left running: ptxas has no registers for its ds beside the products of the next tile, and would serialise all
-    b_dk, b_dv = warpgroup_mma_wait(0, [b_dk, b_dv])
+        if h + 1 < HALVES:
+            b_r = _transposed_product(k, q_s, stage * HALVES + h + 1, D)
+        elif HAS_NEXT:
+            b_r = _scores_of_tile(k, q_s, tile_full, n + 1, D, HALVES)
+        # others need these ds for dq; after products that need not wait for the fence
+        fence_async_shared()
+        if D == 128:
+            named_sync(DS_BARRIER, 256)
+        else:
+            mbarrier.arrive(ds_full.index(h), count=1)
+    # dv, dk, scores of the next tile
+    b_dk, b_dv = warpgroup_mma_wait(1 if HAS_NEXT else 0, [b_dk, b_dv])
     mbarrier.arrive(tile_empty.index(stage), count=1)
-    return b_dk, b_dv
+    if D == 128 and HAS_NEXT:
+        # not before dk is done: ptxas has no registers for its ds beside those of dq, and would serialise all products
+        b_dq = dq_product(ds_s, k_s, C, D, HALVES)
+        b_dq = warpgroup_mma_wait(0, [b_dq])
+        mbarrier.arrive(ds_empty.index(C), count=1)
+        store_dq(b_dq, dq_s, dq_empty, n, C)
+    return b_r, b_dk, b_dv
 
 
 @gluon.jit
@@ -242,7 +229,7 @@ def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride
 def _consumer(
     dk_desc, dv_desc, dk, dv,
     q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-    keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
+    keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
     scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
     C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
@@ -266,30 +253,37 @@ def _consumer(
             b_k = k_s.index(C).reshape([64, D]).load(operand)
             b_v = v_s.index(C).reshape([64, D]).load(operand)
         distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
+        num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
         g = 0
-        b_dk, b_dv = _tile_of_queries(
-            b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
-            n, distance, base2_scale, W, False,
-            C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
-        )  # fmt: skip
-        for _ in range(1, load_scalar(word(unit_s, w, NUM_STEPS))):
+        b_r = _scores_of_tile(_keys(b_k, k_s, C, D), q_s, tile_full, n, D, HALVES)
+        for step in range(num_steps - 1):
+            b_r, b_dk, b_dv = _tile_of_queries(
+                b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
+                tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+                n, distance, step > 0, base2_scale, W, True,
+                C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
+            )  # fmt: skip
             n += 1
             g += 1
             if g == G:
                 g = 0
                 distance -= BQ
-            b_dk, b_dv = _tile_of_queries(
-                b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
-                n, distance, base2_scale, W, True,
-                C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
-            )  # fmt: skip
-        b_dq = _dq_product(ds_s, k_s, C, D, HALVES)
-        b_dq = warpgroup_mma_wait(0, [b_dq])
-        mbarrier.arrive(ds_empty.index(C), count=1)
-        _store_dq(b_dq, dq_s, dq_empty, n, C)
-        _hand_over_dq(dq_full, n, C)
-        # both consumers are done with keys and values: the gradients take their memory
-        named_sync(DS_BARRIER, 256)
+        _, b_dk, b_dv = _tile_of_queries(
+            b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
+            tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+            n, distance, num_steps > 1, base2_scale, W, False,
+            C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
+        )  # fmt: skip
+        # the gradients take the memory of keys and values, so all must be done with them
+        if D == 128:
+            b_dq = dq_product(ds_s, k_s, C, D, HALVES)
+            b_dq = warpgroup_mma_wait(0, [b_dq])
+            mbarrier.arrive(ds_empty.index(C), count=1)
+            store_dq(b_dq, dq_s, dq_empty, n, C)
+            hand_over_dq(dq_full, n, C)
+            named_sync(DS_BARRIER, 256)
+        else:
+            mbarrier.wait(ds_empty.index(HALVES - 1), n & 1)
         i_b = load_scalar(word(unit_s, w, BATCH))
         i_h = load_scalar(word(unit_s, w, HEAD))
         row = load_scalar(word(unit_s, w, ROW))
@@ -335,28 +329,56 @@ def normalized_attn_bwd_kernel_hopper(
     # two of tiles with an even number, and two of the others
     dq_full = allocate_barriers(4, 1)
     dq_empty = allocate_barriers(4, 1)
+    # of halves of a tile at head dimension 64, of the consumers' dq at 128
+    ds_full = allocate_barriers(2, 2)
     ds_empty = allocate_barriers(2, 1)
     store_scalar(progress, 0)
     fence_async_shared()
-    gl.warp_specialize([
-        (_consumer, (
-            dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-            0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
-        (_consumer, (
-            dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-            keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_empty,
-            scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-            1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
-        (loader, (
-            q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
-            unit_full, keys_full, keys_empty, tile_full, tile_empty,
-            n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-            D, BQ, IS_VARLEN, HAS_WINDOW)),
-        (writer, (
-            dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
-        (writer, (
-            dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
-        (trap_without_progress, (progress,)),
-    ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
+    if D == 128:
+        gl.warp_specialize([
+            (_consumer, (
+                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+                0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (_consumer, (
+                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+                1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (loader, (
+                q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
+                unit_full, keys_full, keys_empty, tile_full, tile_empty,
+                n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+                D, BQ, IS_VARLEN, HAS_WINDOW)),
+            (writer, (
+                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
+            (writer, (
+                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
+            (trap_without_progress, (progress,)),
+        ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consumer, (
+                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+                0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (_consumer, (
+                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+                1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (dq_group, (
+                ds_s, k_s, dq_s, unit_s, keys_full, dq_full, dq_empty, ds_full, ds_empty, D, HALVES)),
+            (loader, (
+                q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
+                unit_full, keys_full, keys_empty, tile_full, tile_empty,
+                n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+                D, BQ, IS_VARLEN, HAS_WINDOW)),
+            (writer, (
+                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
+            (writer, (
+                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
+            (trap_without_progress, (progress,)),
+        ], [4, 4, 1, 1, 1, 1], [208, 72, 24, 24, 24, 24])  # fmt: skip
