@@ -11,7 +11,8 @@ lengths.jsonl     the same of a second analysis, at lengths beyond that of train
 learning_rates.jsonl   validation losses of configs/sweeps/learning_rate_10M.toml; those of 2e-3 are the sweep's
 35M/, 120M/       ARM-seedN.jsonl and analysis.jsonl of the larger models
 35M/learning_rates.jsonl   of configs/sweeps/learning_rate.toml; those of 1e-3 are from sinks_35M.toml
-T1024/            of configs/sweeps/sinks_T1024.toml: ARM-seedN.jsonl to step 1,500 of 2,400, analysis.jsonl of five models
+T1024/            of configs/sweeps/sinks_T1024.toml: ARM-seedN.jsonl, those of softmax and two seeds of softpick to step
+                  1,500 of 2,400, and analysis.jsonl
 """
 
 import json
@@ -68,17 +69,18 @@ def columns(*lengths: int) -> dict[str, tuple[str, dict[str, Any], float, int]]:
 COLUMNS = columns(16, 64, TRAINING_LENGTH)
 # folder of results/sinks -> arms, seeds, steps; they were trained on 1,024 tokens
 LARGER = {
-    "35M": (("softmax", "softpick", "scaled_softpick"), (1, 2, 3), 1600),
+    "35M": (("softmax", "softpick", "scaled_softpick", "gated"), (1, 2, 3), 1600),
     "120M": (("softmax", "softpick"), (1,), 3000),
 }
 LARGER_LENGTH = 1024
 LARGER_COLUMNS = columns(16, 64, 256, LARGER_LENGTH) | {
     "kurtosis at 64": ("kurtosis", {"length": 64}, 1, 0)
 }
-# of sinks_T1024.toml: what was trained, the last step whose records were kept, and what was analysed when finished
+# of sinks_T1024.toml: arms with three seeds, the last step whose records all of them have, and what was analysed when finished;
+# of the last two arms one seed
 T1024_ARMS = ("softmax", "softpick", "scaled_softpick")
 T1024_LAST_STEP = 1500
-T1024_ANALYSED = ("softmax", "softpick")
+T1024_ANALYSED = (*T1024_ARMS, "gated", "relu_softpick")
 
 Record = dict[str, Any]
 
@@ -359,6 +361,7 @@ def main() -> None:
     trained_on_longer_sequences()
     for size, (arms, _, _) in LARGER.items():
         interventions(read(f"{size}/analysis.jsonl"), 64, arms, size)
+    interventions(read("T1024/analysis.jsonl"), 64, T1024_ANALYSED, "T1024")
     draw()
 
 
