@@ -258,17 +258,20 @@ def bench(
 
 
 def plot(results: list[Result], path: Path, title: str) -> None:
-    """Time and memory of forward and backward against T, a row of panels for each head dimension and group."""
+    """Speed of forward and backward, and memory, against T; a row of panels for each head dimension and group."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator
 
+    palette = plt.get_cmap("tab10").colors
+    others = (name for name in OPERATORS if name != "softpick")
+    # red is softpick in every picture of the project
+    colors = dict(zip(others, palette[:3] + palette[4:], strict=False)) | {"softpick": palette[3]}
     kinds = sorted({(r.D, r.HQ // r.H) for r in results})
     figure, axes = plt.subplots(
         len(kinds), 3, figsize=(13, 3.4 * len(kinds)), squeeze=False, layout="constrained"
     )
     columns = (
-        ("forward_ms", "forward, ms"),
-        ("backward_ms", "backward, ms"),
+        ("forward_tflops", "forward, TFLOP/s"),
+        ("backward_tflops", "backward, TFLOP/s"),
         ("peak_mib", "peak memory, MiB"),
     )
     for (D, G), row in zip(kinds, axes, strict=True):
@@ -280,8 +283,13 @@ def plot(results: list[Result], path: Path, title: str) -> None:
                     if (r.operator, r.D, r.HQ // r.H) == (name, D, G)
                 )
                 if points:
-                    style = "o-" if name == "softpick" else "o--"
-                    ax.plot(*zip(*points, strict=True), style, label=name, markersize=3)
+                    ax.plot(
+                        *zip(*points, strict=True),
+                        "o-",
+                        label=name,
+                        markersize=3,
+                        color=colors[name],
+                    )
             ax.set(
                 xscale="log",
                 xlabel="T",
@@ -289,15 +297,10 @@ def plot(results: list[Result], path: Path, title: str) -> None:
                 title=f"D {D}, {NUM_HEADS[D]} query heads, {NUM_HEADS[D] // G} key heads",
             )
             ax.set_xticks(sorted({r.T for r in results}), sorted({r.T for r in results}))
-            if field == "peak_mib":
-                ax.set_ylim(bottom=0)
-            else:
-                ax.set_yscale("log")
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter("{x:g}")
+            ax.set_ylim(bottom=0)
             ax.minorticks_off()
             ax.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
@@ -336,7 +339,7 @@ def main() -> None:
     default = [name for name in OPERATORS if name not in missing]
     parser.add_argument("--operators", nargs="+", default=default, choices=OPERATORS)
     parser.add_argument("--csv", type=Path, help="file for the rows")
-    parser.add_argument("--plot", type=Path, help="PNG file for time and memory against T")
+    parser.add_argument("--plot", type=Path, help="PNG file for speed and memory against T")
     parser.add_argument(
         "--kernels", choices=SERVED, default="chosen",
         help="which kernels serve our operators: chosen by kernel_choice.py, or one kind wherever it can",

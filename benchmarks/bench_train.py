@@ -85,9 +85,13 @@ def run(model: str, arm: str, seq_len: int, steps: int, loss: str, extra: list[s
         RuntimeError: The run failed; the message is the end of what it printed.
     """
     with tempfile.TemporaryDirectory() as folder:
+        config = json.loads((ROOT / f"configs/{ARMS[arm]}_transformer_{model}.json").read_text())
+        config["max_position_embeddings"] = max(config["max_position_embeddings"], seq_len)
+        model_path = Path(folder) / "model.json"
+        model_path.write_text(json.dumps(config))
         flags = {
             "job.dump_folder": f"{folder}/run",
-            "model.config": str(ROOT / f"configs/{ARMS[arm]}_transformer_{model}.json"),
+            "model.config": str(model_path),
             "training.batch_size": str(TOKENS[model] // seq_len),
             "training.seq_len": str(seq_len),
             "training.steps": str(steps),

@@ -21,7 +21,7 @@ MAX_HOPPER_HEAD_DIM = 128
 # and was faster than Triton's. Float16 and grouped heads follow. The length is S, window_size, or the mean length of
 # packed sequences. benchmarks/bench_choice.py times them; docs/softpick/KERNELS.md, section 5, has the figures.
 SHORTEST: dict[tuple[str, str], dict[int, int]] = {
-    ("dense", "fwd"): {64: 16384, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
+    ("dense", "fwd"): {64: 4096, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
     ("dense", "bwd"): {48: 4096, 64: 2048, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
     ("window", "fwd"): {128: 1024},
     ("window", "bwd"): {64: 1024, 128: 1024},
