@@ -156,6 +156,7 @@ _LANGUAGE: Any = types.SimpleNamespace(
 )  # fmt: skip
 # of gluon_api.py
 API: dict[str, Any] = {
+    "KEYS_IN_REGISTERS": gluon_api.KEYS_IN_REGISTERS.value,
     "TensorDescriptor": memory.Descriptor,
     "allocate_barriers": _allocate_barriers,
     "copysign": torch.copysign,

@@ -113,7 +113,11 @@ def check(call: Call, got: dict[str, torch.Tensor]) -> None:
         expected = torch.where(lse < 0, (exact * do).sum(-1), expected)
     if call.arguments["dlse"] is not None:
         expected = expected - call.arguments["dlse"] / math.log(2)
-    torch.testing.assert_close(delta.double(), expected, rtol=1e-4, atol=1e-4)
+    # float32 holds e^s - 1 to about 2**-24, which the weights divide by the denominator
+    magnify = torch.where(lse == -math.inf, 0.0, (-lse.double()).exp2())
+    reach = do.norm(dim=-1) * call.arguments["v"].double().norm(dim=-1).max()
+    limit = 1e-4 * (1 + expected.abs()) + 2**-22 * magnify * reach
+    assert ((delta.double() - expected).abs() <= limit).all()
 
 
 FP16 = torch.float16

@@ -7,7 +7,7 @@ its own computes dq. At 128 the consumers need its registers and compute a half 
 global memory, a fourth one traps if nothing moves: `backward_streams.py`.
 
 Products that read both operands in shared memory are bound by its bandwidth. So keys and values stay in registers at
-head dimension 64, where there is room.
+head dimension 64, where there is room; with Triton 3.9 values alone.
 
 The scores of the next queries are computed beside dk, or beside the end of the tile. A consumer waits for what it needs
 in the order in which products were issued, which the comments list.
@@ -45,6 +45,7 @@ from fla.ops.attn.softpick.hopper.backward_streams import (
 )
 from fla.ops.attn.softpick.hopper.backward_terms import grad_from_exponential, signed_exponential
 from fla.ops.attn.softpick.hopper.gluon_api import (
+    KEYS_IN_REGISTERS,
     allocate_barriers,
     fence_async_shared,
     gl,
@@ -114,9 +115,9 @@ def _weights(
 
 
 @gluon.jit
-def _keys(b_x, keys_s, C: gl.constexpr, D: gl.constexpr):
-    """The consumer's 64 keys or values as a product's first operand: b_x, or in shared memory above 64 columns."""
-    if D == 64:
+def _keys(b_x, keys_s, C: gl.constexpr, D: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """The consumer's 64 keys or values as a product's first operand: b_x, or in shared memory."""
+    if IN_REGISTERS:
         return b_x
     else:
         return keys_s.index(opaque(0) + C).reshape([64, D])
@@ -148,8 +149,8 @@ def _tile_of_queries(
     HALVES: gl.constexpr = BQ // 64
     stage = n & 1
     rows = rows_s.index(stage)
-    k = _keys(b_k, k_s, C, D)
-    v = _keys(b_v, v_s, C, D)
+    k = _keys(b_k, k_s, C, D, D == 64 and KEYS_IN_REGISTERS)
+    v = _keys(b_v, v_s, C, D, D == 64)
     for h in gl.static_range(HALVES):
         # dv and dk of the half before, scores
         if h == 0:
@@ -235,7 +236,7 @@ def _consumer(
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
-    """Computes dk and dv of the C-th 64 keys of each unit, and half of each tile of dq."""
+    """Computes dk and dv of the C-th 64 keys of each unit, and at head dimension 128 half of each tile of dq."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = BQ // 64
     base2_scale = scale * RCP_LN2
@@ -250,12 +251,14 @@ def _consumer(
         b_v = 0
         if D == 64:
             operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-            b_k = k_s.index(C).reshape([64, D]).load(operand)
+            if KEYS_IN_REGISTERS:
+                b_k = k_s.index(C).reshape([64, D]).load(operand)
             b_v = v_s.index(C).reshape([64, D]).load(operand)
         distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
         num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
         g = 0
-        b_r = _scores_of_tile(_keys(b_k, k_s, C, D), q_s, tile_full, n, D, HALVES)
+        k = _keys(b_k, k_s, C, D, D == 64 and KEYS_IN_REGISTERS)
+        b_r = _scores_of_tile(k, q_s, tile_full, n, D, HALVES)
         for step in range(num_steps - 1):
             b_r, b_dk, b_dv = _tile_of_queries(
                 b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
@@ -306,7 +309,7 @@ def normalized_attn_bwd_kernel_hopper(
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
-    """Takes units until none is left; two consumers, a loader, two writers and a watchdog."""
+    """Takes units until none is left; two consumers, at head dimension 64 a dq group, a loader, two writers, a watchdog."""
     HALVES: gl.constexpr = BQ // 64
     dtype: gl.constexpr = q_desc.dtype
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
@@ -314,7 +317,7 @@ def normalized_attn_bwd_kernel_hopper(
     q_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], do_desc.layout)
     rows_s = gl.allocate_shared_memory(gl.float32, [2, 4, BQ], rows_desc.layout)
-    # of one tile, which both consumers read for dq
+    # of one tile and both consumers
     ds_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     # of two tiles, one for each writer
     dq_s = gl.allocate_shared_memory(gl.float32, [4, 1, 16, 256], dq_desc.layout)

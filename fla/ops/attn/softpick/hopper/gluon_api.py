@@ -8,6 +8,7 @@ Python with its own versions of these names. What differs between the versions o
     TMA additions      `async_atomic_add` from 3.8 on; the compiler of 3.6 has them under no name of Gluon
     reinterpretation   `_reinterpret` of shared memory before 3.9, `reinterpret` since
     group barrier      `thread_barrier` in 3.6, `barrier` later
+    registers          3.9 has another major version of ptxas, which needs more of them
 """
 
 # Triton's annotations refuse what its compiler accepts: an int for a constexpr, arguments of builtins.
@@ -15,6 +16,7 @@ Python with its own versions of these names. What differs between the versions o
 # pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportAssignmentType=false
 # pyright: reportOperatorIssue=false
 
+import triton
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
+    "KEYS_IN_REGISTERS",
     "TensorDescriptor",
     "allocate_barriers",
     "copysign",
@@ -56,6 +59,9 @@ __all__ = [
     "warpgroup_mma_wait",
     "zero_rows",
 ]
+
+# whether ptxas has registers for 64 keys beside the products of the backward kernel; else it serialises these
+KEYS_IN_REGISTERS = gl.constexpr([int(x) for x in triton.__version__.split(".")[:2]] < [3, 9])
 
 if hasattr(tma, "async_load"):
     # (descriptor, coordinates, barrier, shared memory), (descriptor, coordinates, shared memory)
