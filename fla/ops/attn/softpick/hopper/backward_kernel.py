@@ -228,15 +228,16 @@ def _store_keys(block_s, desc, p, b_x, i_b, i_h, row, num_keys, stride_t, stride
 
 @gluon.jit
 def _consumer(
-    dk_desc, dv_desc, dk, dv,
-    q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-    keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-    scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-    C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
+    arguments, C: gl.constexpr, K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
     IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
     """Computes dk and dv of the C-th 64 keys of each unit, and at head dimension 128 half of each tile of dq."""
+    (
+        dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+        keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+        scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+    ) = arguments  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     HALVES: gl.constexpr = BQ // 64
     base2_scale = scale * RCP_LN2
@@ -337,51 +338,33 @@ def normalized_attn_bwd_kernel_hopper(
     ds_empty = allocate_barriers(2, 1)
     store_scalar(progress, 0)
     fence_async_shared()
+    consumer = (
+        dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
+        keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
+        scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
+    )  # fmt: skip
+    load = (
+        q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
+        unit_full, keys_full, keys_empty, tile_full, tile_empty,
+        n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+    )  # fmt: skip
+    write = (dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ)
     if D == 128:
         gl.warp_specialize([
-            (_consumer, (
-                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-                0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
-            (_consumer, (
-                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-                1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
-            (loader, (
-                q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
-                unit_full, keys_full, keys_empty, tile_full, tile_empty,
-                n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-                D, BQ, IS_VARLEN, HAS_WINDOW)),
-            (writer, (
-                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
-            (writer, (
-                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
+            (_consumer, (consumer, 0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (_consumer, (consumer, 1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (loader, (load, D, BQ, IS_VARLEN, HAS_WINDOW)),
+            (writer, (write, 0, BQ, HAS_WINDOW)),
+            (writer, (write, 1, BQ, HAS_WINDOW)),
             (trap_without_progress, (progress,)),
         ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (
-                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-                0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
-            (_consumer, (
-                dk_desc, dv_desc, dk, dv, q_s, do_s, k_s, v_s, rows_s, ds_s, dq_s, unit_s,
-                keys_full, keys_empty, tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-                scale, sdk_t, sdk_h, sdv_t, sdv_h, G, W,
-                1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
-            (dq_group, (
-                ds_s, k_s, dq_s, unit_s, keys_full, dq_full, dq_empty, ds_full, ds_empty, D, HALVES)),
-            (loader, (
-                q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
-                unit_full, keys_full, keys_empty, tile_full, tile_empty,
-                n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-                D, BQ, IS_VARLEN, HAS_WINDOW)),
-            (writer, (
-                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 0, BQ, HAS_WINDOW)),
-            (writer, (
-                dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ, 1, BQ, HAS_WINDOW)),
+            (_consumer, (consumer, 0, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (_consumer, (consumer, 1, K, V, D, BQ, NORMALIZER, IS_VARLEN, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)),
+            (dq_group, (ds_s, k_s, dq_s, unit_s, keys_full, dq_full, dq_empty, ds_full, ds_empty, D, HALVES)),
+            (loader, (load, D, BQ, IS_VARLEN, HAS_WINDOW)),
+            (writer, (write, 0, BQ, HAS_WINDOW)),
+            (writer, (write, 1, BQ, HAS_WINDOW)),
             (trap_without_progress, (progress,)),
         ], [4, 4, 1, 1, 1, 1], [208, 72, 24, 24, 24, 24])  # fmt: skip

@@ -75,12 +75,8 @@ def _zero_past(blocks, first, num_rows, N: gl.constexpr):
 
 @gluon.jit
 def loader(
-    q_desc, do_desc, k_desc, v_desc, rows_desc, units, next_unit,
-    q_s, do_s, k_s, v_s, rows_s, unit_s, unit_full, keys_full, keys_empty, tile_full, tile_empty,
-    n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-    D: gl.constexpr, BQ: gl.constexpr,
-    IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
-):  # fmt: skip
+    arguments, D: gl.constexpr, BQ: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr
+):
     """Loads keys and values of each unit, then its queries, their gradients and row numbers.
 
     The last tile of queries comes first, and of each tile all G heads.
@@ -88,6 +84,11 @@ def loader(
     Rows of a following sequence are zeroed, so that not even a NaN of it counts. Such tiles land at the last barrier
     of *_full, and the loader itself arrives at their stage's afterwards.
     """
+    (
+        q_desc, do_desc, k_desc, v_desc, rows_desc, units, next_unit, q_s, do_s, k_s, v_s, rows_s, unit_s,
+        unit_full, keys_full, keys_empty, tile_full, tile_empty,
+        n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+    ) = arguments  # fmt: skip
     HALVES: gl.constexpr = BQ // 64
     n = 0
     w = 0
@@ -185,16 +186,14 @@ def loader(
 
 
 @gluon.jit
-def writer(
-    dq_desc, turns, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ,
-    PARITY: gl.constexpr, BQ: gl.constexpr, HAS_WINDOW: gl.constexpr,
-):  # fmt: skip
+def writer(arguments, PARITY: gl.constexpr, BQ: gl.constexpr, HAS_WINDOW: gl.constexpr):
     """Adds the two halves of each tile of dq to the accumulator [tiles * 2, 16, 256] when its turn has come.
 
     One of two warps, which take every second tile: while one waits until its tile has arrived in global memory, the
     other one adds the next tile. The counter of a tile says how many tiles of keys have been added; the first one is
     stored. BACKWARD.md proves that the turn comes.
     """
+    dq_desc, turns, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ = arguments
     n = 0
     w = 0
     mbarrier.wait(unit_full.index(0), 0)
