@@ -20,16 +20,16 @@ MAX_FORWARD_SPILLS = {
 }
 MAX_BACKWARD_SPILLS = {
     "3.6": {
-        64: {"packed": 6, "everything": 6, "others": 2},
-        128: {"packed": 10, "everything": 10, "others": 6},
+        64: {"packed": 12, "everything": 12, "relu_softpick": 8, "others": 4},
+        128: {"packed": 22, "everything": 24, "others": 18},
     },
     "3.8": {
-        64: {"everything": 6, "others": 0},
-        128: {"packed": 6, "everything": 22, "float16": 10, "others": 0},
+        64: {"packed": 6, "everything": 12, "float16": 4, "others": 0},
+        128: {"packed": 4, "everything": 30, "float16": 12, "rectified": 8, "others": 0},
     },
     "3.9": {
-        64: {"others": 42},
-        128: {"packed": 24, "everything": 26, "relu_softpick": 36, "others": 16},
+        64: {"packed": 20, "everything": 22, "relu_softpick": 32, "others": 10},
+        128: {"packed": 28, "everything": 32, "others": 20},
     },
 }
 
