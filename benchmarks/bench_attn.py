@@ -300,7 +300,14 @@ def plot(results: list[Result], path: Path, title: str) -> None:
             ax.set_ylim(bottom=0)
             ax.minorticks_off()
             ax.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    # a row may lack an operator that failed there
+    drawn = {
+        label: handle
+        for ax in axes.flat
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    names = [name for name in OPERATORS if name in drawn]
+    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=5)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
@@ -345,6 +352,10 @@ def main() -> None:
         help="which kernels serve our operators: chosen by kernel_choice.py, or one kind wherever it can",
     )  # fmt: skip
     args = parser.parse_args()
+    for name in ("groups", "lengths", "tokens"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f"--{name} must be positive, got {value}")
     if not torch.cuda.is_available():
         sys.exit("bench_attn.py needs a GPU")
     for T in args.lengths:

@@ -138,6 +138,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--loss", nargs="+", default=["cross_entropy"], help="--training.loss")
     args, extra = parser.parse_known_args()
+    if args.steps < 8:
+        parser.error(
+            f"--steps must be at least 8, so that the first ones can be left out, got {args.steps}"
+        )
     for model in args.models:
         if args.seq_len < 1 or TOKENS[model] % args.seq_len:
             parser.error(

@@ -149,6 +149,8 @@ def tma_load(descriptor, at, barrier, destination, pred=True):
         return
     if destination.shape != descriptor.block_shape:
         raise Fault(f"loads {descriptor.block_shape} into {destination.shape}")
+    if destination._unfenced.any():
+        raise Fault("loads over stores that no fence has followed")
     source, block = descriptor.clip(at)
     destination.data.fill_(float("nan"))
 

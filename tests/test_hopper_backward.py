@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from gluon_machine import Fault
-from gluon_simulator import simulate
+from gluon_simulator import API, simulate
 from numerics import (
     HAS_GPU,
     assert_no_worse_than_eager,
@@ -199,6 +199,13 @@ ORDERS = [
 
 
 @needs_simulator
+def test_keys_from_shared_memory():
+    call = prepare(200, HQ=2, H=1)
+    with mock.patch.dict(API, {"KEYS_IN_REGISTERS": not API["KEYS_IN_REGISTERS"]}):
+        check(call, run(call))
+
+
+@needs_simulator
 @pytest.mark.parametrize("case", with_slow(ORDERS, ORDERS[:2]), ids=_name)
 def test_number_of_programs_and_their_order_change_no_bit(case):
     call = prepare(**case)
@@ -272,6 +279,9 @@ FAULTS = [
     ("    buffer = (n & 1) * 2 + C\n", "    buffer = C\n"),
     # something is announced before it is there, or twice
     ("            if has_dq:\n", "            if n > 0:\n"),
+    ("n, distance, num_steps > 1, base2_scale", "n, distance, True, base2_scale"),
+    # rows of packed sequences are stored without a descriptor, and the next keys loaded over them
+    ("    # for the store from it, or the next load into it\n    fence_async_shared()\n", ""),
     ("    fence_async_shared()\n    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n", "    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n    fence_async_shared()\n"),
     ("        store_scalar(word(unit_s, w, POSITION), i_t)\n        # before a thread of the warp arrives for all\n        group_barrier()\n        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n        store_scalar(word(unit_s, w, POSITION), i_t)\n        group_barrier()\n"),
     ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n"),
@@ -309,6 +319,8 @@ def test_a_fault_is_found(fault):
         {"T": 200, "D": 128, "HQ": 2},
         # many units of one tile
         {"T": 60, "HQ": 12},
+        {"T": 60, "D": 128, "HQ": 12},
+        {"T": 200, "cu_seqlens": [0, 70, 200], "HQ": 2, "H": 1},
     )
     for case in cases:
         call = prepare(**case, dtype=FP16)
