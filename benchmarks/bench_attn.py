@@ -110,13 +110,17 @@ def flash_attention_4_version() -> str | None:
         return None
 
 
-def flash_attention_4(*, deterministic: bool) -> Attention:
+def flash_attention_4(*, deterministic: bool, window_size: int | None = None) -> Attention:
     """FlashAttention-4, the package flash-attn-4; deterministic: its gradients agree bitwise between runs, as ours do."""
+    # FA4 counts the keys before the query's own
+    window = (None, None) if window_size is None else (window_size - 1, 0)
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]  # no requirement
 
-        o, _ = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
+        o, _ = flash_attn_func(
+            q, k, v, causal=True, window_size=window, deterministic=deterministic
+        )
         return o
 
     return attention

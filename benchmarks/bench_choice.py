@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bench_attn import describe, flash_attention_4_version
+from bench_attn import describe, flash_attention_4, flash_attention_4_version
 from triton.testing import do_bench
 
 from fla.ops.attn.softpick import parallel_softmax_attn, parallel_softpick_attn
@@ -89,27 +89,21 @@ def calls() -> Iterator[Call]:
         yield Call(kind="packed", D=D, length=1024, G=4)
 
 
-def flash_attention_4(
-    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def peer(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Softmax attention of FlashAttention-4, deterministic."""
-    from flash_attn.cute import (  # pyright: ignore[reportMissingImports]  # no requirement
-        flash_attn_func,
-        flash_attn_varlen_func,
-    )
+    if call.kind != "packed":
+        window_size = call.length if call.kind == "window" else None
+        return flash_attention_4(deterministic=True, window_size=window_size)(q, k, v)
+    from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  # no requirement
 
-    if call.kind == "packed":
-        bounds = call.bounds()
-        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
-        o, _ = flash_attn_varlen_func(
-            q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest, max_seqlen_k=longest, causal=True, deterministic=True,
-        )  # fmt: skip
-        return o[None]
-    window = (call.length - 1, 0) if call.kind == "window" else (None, None)
-    o, _ = flash_attn_func(q, k, v, causal=True, window_size=window, deterministic=True)
-    return o
+    bounds = call.bounds()
+    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    o, _ = flash_attn_varlen_func(
+        q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest, max_seqlen_k=longest, causal=True, deterministic=True,
+    )  # fmt: skip
+    return o[None]
 
 
 def require_agreement(name: str, results: list[list[torch.Tensor]]) -> None:
@@ -140,7 +134,6 @@ def measure(call: Call) -> list[tuple[float, float]]:
         options["cu_seqlens"] = torch.tensor(call.bounds(), dtype=torch.int32, device="cuda")
     softpick = partial(parallel_softpick_attn, *inputs, **options)
     softmax = partial(parallel_softmax_attn, *inputs, **options)
-    peer = partial(flash_attention_4, call, *inputs)
 
     def run(
         attention: Callable[[], torch.Tensor], serving: str
@@ -156,7 +149,10 @@ def measure(call: Call) -> list[tuple[float, float]]:
     to_time = [of_triton, of_hopper]
     if flash_attention_4_version():
         try:
-            (_, expected), (of_peer, got) = run(softmax, "none"), run(peer, "none")
+            (_, expected), (of_peer, got) = (
+                run(softmax, "none"),
+                run(partial(peer, call, *inputs), "none"),
+            )
             require_agreement("FA4", [expected, got])
             to_time.append(of_peer)
         except (AssertionError, ImportError, RuntimeError) as error:
