@@ -157,6 +157,7 @@ _LANGUAGE: Any = types.SimpleNamespace(
 # of gluon_api.py
 API: dict[str, Any] = {
     "KEYS_IN_REGISTERS": gluon_api.KEYS_IN_REGISTERS.value,
+    "NVMMASharedLayout": _nothing,
     "TensorDescriptor": memory.Descriptor,
     "allocate_barriers": _allocate_barriers,
     "copysign": torch.copysign,

@@ -20,7 +20,6 @@ from numerics import (
 
 from fla.ops.attn.softpick import NORMALIZERS, naive_normalized_attn
 from fla.ops.attn.softpick.hopper import backward
-from fla.ops.attn.softpick.hopper.launch import refuse_others
 from fla.ops.attn.softpick.normalizers import WITH_SMALL_DENOMINATORS
 
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -283,8 +282,8 @@ FAULTS = [
     # rows of packed sequences are stored without a descriptor, and the next keys loaded over them
     ("    # for the store from it, or the next load into it\n    fence_async_shared()\n", ""),
     ("    fence_async_shared()\n    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n", "    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n    fence_async_shared()\n"),
-    ("        store_scalar(word(unit_s, w, POSITION), i_t)\n        # before a thread of the warp arrives for all\n        group_barrier()\n        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n        store_scalar(word(unit_s, w, POSITION), i_t)\n        group_barrier()\n"),
-    ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n    store_scalar(word(unit_s, w, NUM_TILES), 0)\n    group_barrier()\n"),
+    ("        store_scalar(word(unit_s, w, \"position\"), i_t)\n        # before a thread of the warp arrives for all\n        group_barrier()\n        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "        mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n        store_scalar(word(unit_s, w, \"position\"), i_t)\n        group_barrier()\n"),
+    ("    store_scalar(word(unit_s, w, \"num_tiles\"), 0)\n    group_barrier()\n    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n", "    mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)\n    store_scalar(word(unit_s, w, \"num_tiles\"), 0)\n    group_barrier()\n"),
     # the order of additions
     ("                wait_turn(turns + tile, turn)\n", ""),
     ("        turn = i_t // BT\n", "        turn = 0\n"),
@@ -292,7 +291,7 @@ FAULTS = [
     ("                pass_turn(turns + tile)\n", "                tma_store_wait(0)\n"),
     # the queue of units, and its end
     ("    # no unit is left\n    mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)\n", ""),
-    ("    store_scalar(word(unit_s, w, NUM_TILES), 0)\n", ""),
+    ("    store_scalar(word(unit_s, w, \"num_tiles\"), 0)\n", ""),
     ("        w += 1\n        i = take_number(next_unit)\n", "        w += 1\n        i = take_number(next_unit) + 1\n"),
     ("        mbarrier.wait(unit_full.index(w % NUM_UNITS), (w // NUM_UNITS) & 1)\n        num_tiles", "        num_tiles"),
     # the mask, and what is past the ends
@@ -333,28 +332,3 @@ def test_a_fault_is_found(fault):
             if not all(torch.equal(x, expected[name]) for name, x in got.items()):
                 return
     pytest.fail("nothing was found")
-
-
-def test_what_is_refused_is_named():
-    x = torch.zeros(1, 10, 2, 64, dtype=torch.bfloat16)
-    for message, change in {
-        "float16 or bfloat16": x.float(),
-        "multiples of 16 up to 128, got K = 144": torch.zeros(1, 10, 2, 144, dtype=x.dtype),
-        "multiples of 16 up to 128, got K = 40": torch.zeros(1, 10, 2, 40, dtype=x.dtype),
-        "at least one element": x[:, :0],
-        "multiples of 16 bytes": torch.zeros(1, 10, 2, 65, dtype=x.dtype)[..., :64],
-    }.items():
-        with pytest.raises(NotImplementedError, match=message):
-            refuse_others("dkv", None, False, q=change, k=change, v=change, do=change)
-    with pytest.raises(NotImplementedError, match="a window of at least one key"):
-        refuse_others("dkv", 0, False, q=x, k=x, v=x, do=x)
-    with pytest.raises(NotImplementedError, match="as many keys as queries, got 9 and 10"):
-        refuse_others("dkv", None, False, q=x, k=x[:, :9], v=x[:, :9], do=x)
-    apart = torch.zeros(1, 10, 2, 128, dtype=x.dtype)[..., ::2]
-    with pytest.raises(NotImplementedError, match="do with a contiguous last dimension"):
-        refuse_others("dkv", None, False, q=x, k=x, v=x, do=apart)
-    refuse_others("dkv", None, False, q=x, k=x, v=x, do=x)
-    refuse_others("dkv", None, True, q=x, k=x, v=x, do=x)
-    call = prepare(20, K=40, V=40)
-    with pytest.raises(NotImplementedError, match="multiples of 16 up to 128"):
-        run(call)

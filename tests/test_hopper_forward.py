@@ -245,36 +245,6 @@ def test_nan_stays_in_its_sequence(name):
     assert spoiled[0][0, 131].isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dtype": torch.float32}, "float16 or bfloat16"),
-        ({"V": 32}, "K = V"),
-        ({"D": 144}, "up to 128"),
-        ({"D": 40}, "multiples of 16"),
-    ],
-)
-def test_refusals(change, message):
-    sizes = {"D": 64} | change
-    inputs = draw(10, sizes.pop("D"), **({"dtype": torch.bfloat16} | sizes), device=DEVICE)
-    with pytest.raises(NotImplementedError, match=message):
-        launch(inputs, normalizer="softpick")
-
-
-def test_rows_without_keys_are_refused():
-    with pytest.raises(NotImplementedError, match="a window of at least one key, got 0"):
-        launch(drawn(64, 64), normalizer="softpick", window_size=0)
-    with pytest.raises(NotImplementedError, match="as many keys as queries, got 20 and 130"):
-        launch(drawn(130, 64, S=20), normalizer="softpick")
-
-
-def test_unaligned_rows_are_refused():
-    inputs = drawn(10, 64)
-    wide = torch.zeros(1, 10, 1, 68, dtype=torch.bfloat16, device=DEVICE)
-    with pytest.raises(NotImplementedError, match="multiples of 16 bytes"):
-        launch(inputs._replace(k=wide[..., :64]), normalizer="softpick")
-
-
 FAULTS = {
     "keys released before the product": (
         "            b_r = warpgroup_mma_wait(1, [b_r])\n            mbarrier.arrive(k_empty.index(n % KST), count=1)\n",

@@ -104,7 +104,7 @@ REFUSED = {
     "bounds-falling": (call(cu_seqlens=bounds(0, 3, 2, 4)), r"got \[0, 3, 2, 4\]"),
     "sink-of-another-length": (
         call(sink_bias=zeros(3)),
-        r"sink_bias must be .* one score for each of the 2 query heads on cpu, got .* shape \(3,\)",
+        r"sink_bias must be .* one score for each of the 2 query heads on (cpu|cuda:\d+), got .* shape \(3,\)",
     ),
     "sink-of-integers": (
         call(sink_bias=zeros(2, dtype=torch.int64)),
@@ -112,7 +112,7 @@ REFUSED = {
     ),
     "sink-on-another-device": (
         call(sink_bias=zeros(2).to("meta")),
-        r"sink_bias must be .* on cpu, got torch.float32 of shape \(2,\) on meta",
+        r"sink_bias must be .* on (cpu|cuda:\d+), got torch.float32 of shape \(2,\) on meta",
     ),
     "one-bound": (call(cu_seqlens=bounds(0)), "cu_seqlens must rise from 0 to T = 4"),
 }
@@ -120,8 +120,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("attn", [naive_normalized_attn, parallel_normalized_attn])
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case, attn):
+def test_refused(case, attn, device):
     kwargs, message = REFUSED[case]
+    kwargs = {
+        name: x.to(device) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x
+        for name, x in kwargs.items()
+    }
     with pytest.raises(ValueError, match=message):
         attn(**kwargs)
 

@@ -112,7 +112,8 @@ def test_choice(sizes, options, expected, launched, monkeypatch, device):
     if "cu_seqlens" in options:
         options = options | {"cu_seqlens": torch.tensor(options["cu_seqlens"], device=device)}
     inputs = draw(sizes.pop("T"), sizes.pop("D"), **sizes, device=device)
-    assert launches(launched, inputs, **options) == expected
+    with kernel_choice.hopper_serving("faster"):
+        assert launches(launched, inputs, **options) == expected
 
 
 def test_unaligned_rows_rows_without_keys_and_other_cards_go_to_triton(
@@ -128,6 +129,34 @@ def test_unaligned_rows_rows_without_keys_and_other_cards_go_to_triton(
         assert launched == []
         monkeypatch.setattr(kernel_choice, "architecture", lambda device: "sm_100")
         assert launches(launched, draw(5, 64, dtype=torch.float16, device=device)) == []
+
+
+def test_what_hopper_kernels_refuse_is_named(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "architecture", lambda device: "sm_90")
+    x = torch.zeros(1, 10, 2, 64, dtype=torch.bfloat16)
+
+    def refusal(window_size=None, head_first=False, **changes):
+        tensors = {"q": x, "k": x, "v": x, "do": x} | changes
+        return kernel_choice.hopper_refusal("dkv", window_size, head_first, **tensors) or "nothing"
+
+    for message, change in {
+        "float16 or bfloat16": x.float(),
+        "multiples of 16 up to 128, got K = 144": torch.zeros(1, 10, 2, 144, dtype=x.dtype),
+        "multiples of 16 up to 128, got K = 40": torch.zeros(1, 10, 2, 40, dtype=x.dtype),
+        "at least one element": x[:, :0],
+        "multiples of 16 bytes": torch.zeros(1, 10, 2, 65, dtype=x.dtype)[..., :64],
+    }.items():
+        assert message in refusal(q=change, k=change, v=change, do=change)
+    assert "a window of at least one key, got 0" in refusal(window_size=0)
+    assert "as many keys as queries, got 9 and 10" in refusal(k=x[:, :9], v=x[:, :9])
+    apart = torch.zeros(1, 10, 2, 128, dtype=x.dtype)[..., ::2]
+    assert "do with a contiguous last dimension" in refusal(do=apart)
+    unaligned = torch.zeros(1, 10, 2, 68, dtype=x.dtype)[..., :64]
+    assert "k with rows that start at multiples of 16 bytes" in refusal(k=unaligned)
+    assert "k with rows that start at multiples of 16 bytes" in refusal(k=x.expand(2, -1, -1, -1))
+    assert refusal() == refusal(head_first=True) == "nothing"
+    narrow = kernel_choice.hopper_refusal("fwd", None, False, q=x, k=x, v=x[..., :32])
+    assert narrow == "K = V, got K = 64 and V = 32"
 
 
 def test_the_table_names_every_choice(capsys):

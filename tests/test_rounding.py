@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from numerics import check_attention, draw, outputs_and_gradients, quick_normalizers
 
-from fla.ops.attn.softpick import launch_shapes, parallel_normalized_attn
+from fla.ops.attn.softpick import kernel_choice, launch_shapes, parallel_normalized_attn
 from fla.ops.attn.softpick.decoding import normalized_attn_decode
 from fla.ops.attn.softpick.tiles import round_for_dot
 
@@ -17,8 +17,10 @@ LOWER_HALVES = 0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF
 
 @pytest.fixture
 def by_bits(monkeypatch):
-    """Kernels launched in the test round by integer arithmetic."""
+    """Kernels launched in the test are Triton's and round by integer arithmetic."""
     monkeypatch.setattr(launch_shapes, "WITHOUT_BF16_CAST", set(launch_shapes.TABLE))
+    with kernel_choice.hopper_serving("none"):
+        yield
 
 
 @triton.jit

@@ -6,6 +6,7 @@ Decided before the launch, by card, kind and size of the input. The whole answer
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -48,6 +49,7 @@ def hopper_serving(what: str) -> Iterator[None]:
         _serving = before
 
 
+@cache
 def hopper_refusal_of_kind(kernel: str, row: str, dtype: torch.dtype, K: int, V: int) -> str | None:
     """What a Hopper kernel would need, or None if it takes this.
 
@@ -87,7 +89,8 @@ def hopper_refusal(
     for name, x in tensors.items():
         if x.numel() == 0:
             return f"{name} with at least one element"
-        if x.data_ptr() % 16 or any(s <= 0 or s % 8 for s in descriptor_strides(x, head_first)):
+        b, t, h = descriptor_strides(x, head_first)
+        if x.data_ptr() % 16 or (b | t | h) % 8 or min(b, t, h) <= 0:
             return f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()}"
         if x.stride(-1) != 1:
             return f"{name} with a contiguous last dimension, got strides {x.stride()}"

@@ -183,14 +183,17 @@ def strides_bth(x: torch.Tensor, head_first: bool) -> tuple[int, int, int]:
 
     A kernel takes the tuple as one argument, which the host passes faster than three, or than a NamedTuple.
     """
-    b, t, h = (0, 2, 1) if head_first else (0, 1, 2)
-    return x.stride(b), x.stride(t), x.stride(h)
+    b, t, h, _ = x.stride()
+    return (b, h, t) if head_first else (b, t, h)
 
 
 def descriptor_strides(x: torch.Tensor, head_first: bool) -> list[int]:
     """Strides of batch, time and head, in elements; 16 for a dimension of size 1, whose stride is never used."""
-    order = (0, 2, 1) if head_first else (0, 1, 2)
-    return [x.stride(i) if x.shape[i] > 1 else 16 for i in order]
+    B, T, H, _ = x.shape
+    b, t, h, _ = x.stride()
+    if head_first:
+        T, H, t, h = H, T, h, t
+    return [b if B > 1 else 16, t if T > 1 else 16, h if H > 1 else 16]
 
 
 def row_descriptor(x: torch.Tensor, head_first: bool, BT: int, BD: int) -> TensorDescriptor | None:

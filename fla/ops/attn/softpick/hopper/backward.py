@@ -15,7 +15,6 @@ from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor
 from fla.ops.attn.softpick.hopper.launch import (
     block_descriptor,
     padded_head_dim,
-    refuse_others,
     shared_layout,
 )
 from fla.ops.attn.softpick.launch_shapes import num_processors
@@ -46,6 +45,8 @@ def hopper_normalized_attn_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the kernels on the inputs and outputs of forward; `parallel_normalized_attn_bwd` for sm_90.
 
+    `hopper_refusal` is None for the inputs.
+
     Args:
         q: As given to forward, like ``k``, ``v`` and the arguments from ``scale`` on.
         k: Keys.
@@ -64,11 +65,7 @@ def hopper_normalized_attn_bwd(
     Returns:
         Gradients of ``q``, ``k`` and ``v``, then ``row_stats`` ``[B, HQ, T, 2]`` float32: ``-log2 Z`` (-inf where
         ``Z`` is 0) and ``delta = <o, do> - dlse / ln(2)``.
-
-    Raises:
-        NotImplementedError: The kernels do not take these inputs; the message says what they need.
     """
-    refuse_others("dkv", window_size, head_first, q=q, k=k, v=v, do=do)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     K, V, G = q.shape[-1], v.shape[-1], HQ // H
@@ -83,16 +80,17 @@ def hopper_normalized_attn_bwd(
         packed = packed_sequences(cu_seqlens, T)
         units, tiles = packed.numbered_tiles(BT, BQ), packed.numbered_tiles(BQ, BQ)
         NT, NQ = len(units), len(tiles)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for x in dk, dv:
-        x.narrow(time, 0, FIRST * BT).zero_()
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    if FIRST:
+        for x in dk, dv:
+            x.narrow(time, 0, FIRST * BT).zero_()
     num_tiles = B * HQ * NQ
     row_stats = lse.new_empty((*lse.shape, 2))
     row_numbers = lse.new_empty(num_tiles * 4, BQ)
     # nothing is read that has not been stored: the first to add to a tile stores it
     accumulator = lse.new_empty(num_tiles * 2, 16, 256)
-    # the next unit, and the turn of each tile of queries
-    counters = torch.zeros(num_tiles + 1, dtype=torch.int32, device=q.device)
+    # the next unit, and the turn of each tile of queries; the row numbers' kernel zeroes them
+    counters = torch.empty(num_tiles + 1, dtype=torch.int32, device=q.device)
     has_rescale = q.dtype == torch.float16 and normalizer in WITH_SMALL_DENOMINATORS
     rescaled_q = torch.empty_like(q) if has_rescale else q
     with torch.cuda.device_of(q):
@@ -106,6 +104,7 @@ def hopper_normalized_attn_bwd(
             dlse,
             row_stats,
             row_numbers,
+            counters,
             rescaled_q,
             sq=strides_bth(q, head_first),
             so=strides_bth(o, head_first),
@@ -164,6 +163,10 @@ def hopper_normalized_attn_bwd(
             HAS_RESCALE=has_rescale,
             num_warps=4,
         )
+        if not has_rescale:
+            # dq takes its memory
+            row_numbers = None
+        dq = torch.empty_like(q)
         dq_kernel[(num_tiles, D * BQ // 4096)](
             accumulator,
             row_numbers,

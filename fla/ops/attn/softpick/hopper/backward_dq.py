@@ -4,7 +4,7 @@ Halves of a tile of dq: 64 of its 128 queries at head dimension 64, 64 of its 12
 Legend: as in `backward_kernel.py`.
 """
 
-from fla.ops.attn.softpick.hopper.backward_streams import NUM_STEPS, NUM_TILES, word
+from fla.ops.attn.softpick.hopper.backward_streams import word
 from fla.ops.attn.softpick.hopper.gluon_api import (
     fence_async_shared,
     gl,
@@ -58,9 +58,9 @@ def dq_group(
     n = 0
     w = 0
     mbarrier.wait(keys_full.index(0), w & 1)
-    num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
     while num_tiles > 0:
-        for _ in range(load_scalar(word(unit_s, w, NUM_STEPS))):
+        for _ in range(load_scalar(word(unit_s, w, "num_steps"))):
             for h in gl.static_range(HALVES):
                 mbarrier.wait(ds_full.index(h), n & 1)
                 b_dq = dq_product(ds_s, k_s, h, D, HALVES)
@@ -71,4 +71,4 @@ def dq_group(
             n += 1
         w += 1
         mbarrier.wait(keys_full.index(0), w & 1)
-        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+        num_tiles = load_scalar(word(unit_s, w, "num_tiles"))

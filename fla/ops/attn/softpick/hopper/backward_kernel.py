@@ -30,14 +30,7 @@ from fla.ops.attn.softpick.hopper.backward_dq import (
     store_dq,
 )
 from fla.ops.attn.softpick.hopper.backward_streams import (
-    BATCH,
-    DISTANCE,
-    HEAD,
-    NUM_KEYS,
-    NUM_STEPS,
-    NUM_TILES,
     NUM_UNITS,
-    ROW,
     UNIT_WORDS,
     loader,
     word,
@@ -244,7 +237,7 @@ def _consumer(
     n = 0
     w = 0
     mbarrier.wait(keys_full.index(0), w & 1)
-    num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
     while num_tiles > 0:
         b_dk = gl.zeros([64, D], gl.float32, layout)
         b_dv = gl.zeros([64, D], gl.float32, layout)
@@ -255,8 +248,8 @@ def _consumer(
             if KEYS_IN_REGISTERS:
                 b_k = k_s.index(C).reshape([64, D]).load(operand)
             b_v = v_s.index(C).reshape([64, D]).load(operand)
-        distance = load_scalar(word(unit_s, w, DISTANCE)) - C * 64
-        num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
+        distance = load_scalar(word(unit_s, w, "distance")) - C * 64
+        num_steps = load_scalar(word(unit_s, w, "num_steps"))
         g = 0
         k = _keys(b_k, k_s, C, D, D == 64 and KEYS_IN_REGISTERS)
         b_r = _scores_of_tile(k, q_s, tile_full, n, D, HALVES)
@@ -288,10 +281,10 @@ def _consumer(
             named_sync(DS_BARRIER, 256)
         else:
             mbarrier.wait(ds_empty.index(HALVES - 1), n & 1)
-        i_b = load_scalar(word(unit_s, w, BATCH))
-        i_h = load_scalar(word(unit_s, w, HEAD))
-        row = load_scalar(word(unit_s, w, ROW))
-        num_keys = load_scalar(word(unit_s, w, NUM_KEYS))
+        i_b = load_scalar(word(unit_s, w, "batch"))
+        i_h = load_scalar(word(unit_s, w, "head"))
+        row = load_scalar(word(unit_s, w, "row"))
+        num_keys = load_scalar(word(unit_s, w, "num_keys"))
         _store_keys(k_s.index(C), dk_desc, dk, (b_dk * scale).to(q_s.dtype), i_b, i_h, row, num_keys, sdk_t, sdk_h, C, K, D, IS_VARLEN)  # fmt: skip
         _store_keys(v_s.index(C), dv_desc, dv, b_dv.to(q_s.dtype), i_b, i_h, row, num_keys, sdv_t, sdv_h, C, V, D, IS_VARLEN)  # fmt: skip
         tma_store_wait(0)
@@ -299,7 +292,7 @@ def _consumer(
         n += 1
         w += 1
         mbarrier.wait(keys_full.index(0), w & 1)
-        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+        num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
 
 
 @gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip

@@ -45,6 +45,7 @@ def row_numbers_kernel(
     dlse,
     row_stats,
     row_numbers,
+    counters,
     rescaled_q,
     sq,
     so,
@@ -64,8 +65,13 @@ def row_numbers_kernel(
     HAS_DLSE: tl.constexpr,
     HAS_RESCALE: tl.constexpr,
 ):
-    """Computes row_stats [B, HQ, T, 2] and row_numbers of a tile of queries; with HAS_RESCALE also rescaled_q."""
+    """Computes row_stats [B, HQ, T, 2] and row_numbers of a tile of queries; with HAS_RESCALE also rescaled_q.
+
+    Zeroes the counters [B * HQ * NQ + 1] int32 of the backward kernel.
+    """
     i_bh, bos, i_t, T, tile = _query_tile(tiles, T_max, NQ, BQ, IS_VARLEN)
+    tl.store(counters + tl.program_id(0), 0)
+    tl.store(counters + tl.num_programs(0), 0)
     sq_b, sq_t, sq_h = sq
     so_b, so_t, so_h = so
     sdo_b, sdo_t, sdo_h = sdo

@@ -30,24 +30,31 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
 
 # keys of a unit: 64 for each of two consumers
 BT = gl.constexpr(128)
-# words of a unit in shared memory, which the loader writes for the others
-UNIT_WORDS = gl.constexpr(16)
+# units that have room in shared memory, and words of each, which the loader writes for the others
 NUM_UNITS = gl.constexpr(4)
-NUM_TILES = gl.constexpr(0)  # of queries of a head; 0 where no unit is left
-NUM_STEPS = gl.constexpr(1)  # tiles of all G heads
-DISTANCE = gl.constexpr(2)  # positions from the first key to the first query of the last tile
-BATCH = gl.constexpr(3)
-HEAD = gl.constexpr(4)
-ROW = gl.constexpr(5)  # of the first key, in the tensor
-NUM_KEYS = gl.constexpr(6)  # from the first one to the end of its sequence
-TILE = gl.constexpr(7)  # number of the last tile of the first head in the accumulator
-POSITION = gl.constexpr(8)  # of the first key in its sequence
+UNIT_WORDS = gl.constexpr(16)
+
+
+@gluon.constexpr_function
+def _place(name):
+    """Number of a word; no gl.constexpr for each, since at every launch Triton compares these to what was compiled."""
+    return {
+        "num_tiles": 0,  # of queries of a head; 0 where no unit is left
+        "num_steps": 1,  # tiles of all G heads
+        "distance": 2,  # positions from the first key to the first query of the last tile
+        "batch": 3,
+        "head": 4,
+        "row": 5,  # of the first key, in the tensor
+        "num_keys": 6,  # from the first one to the end of its sequence
+        "tile": 7,  # number of the last tile of the first head in the accumulator
+        "position": 8,  # of the first key in its sequence
+    }[name]
 
 
 @gluon.jit
-def word(unit_s, w, NUMBER: gl.constexpr):
-    """A number of the w-th unit of the program. NUM_UNITS of them have room, which is enough by BACKWARD.md, section 2."""
-    return unit_s.index(w % NUM_UNITS * UNIT_WORDS + NUMBER)
+def word(unit_s, w, NAME: gl.constexpr):
+    """The word of this name of the w-th unit of the program. NUM_UNITS are enough by BACKWARD.md, section 2."""
+    return unit_s.index(w % NUM_UNITS * UNIT_WORDS + _place(NAME))
 
 
 @gluon.jit
@@ -120,15 +127,15 @@ def loader(
         i_b = i_bh // H
         i_hq = i_bh % H
         mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)
-        store_scalar(word(unit_s, w, NUM_TILES), num_tiles)
-        store_scalar(word(unit_s, w, NUM_STEPS), num_tiles * G)
-        store_scalar(word(unit_s, w, DISTANCE), i_j * BQ + S - T - i_t)
-        store_scalar(word(unit_s, w, BATCH), i_b)
-        store_scalar(word(unit_s, w, HEAD), i_hq)
-        store_scalar(word(unit_s, w, ROW), row + i_t)
-        store_scalar(word(unit_s, w, NUM_KEYS), S - i_t)
-        store_scalar(word(unit_s, w, TILE), tile)
-        store_scalar(word(unit_s, w, POSITION), i_t)
+        store_scalar(word(unit_s, w, "num_tiles"), num_tiles)
+        store_scalar(word(unit_s, w, "num_steps"), num_tiles * G)
+        store_scalar(word(unit_s, w, "distance"), i_j * BQ + S - T - i_t)
+        store_scalar(word(unit_s, w, "batch"), i_b)
+        store_scalar(word(unit_s, w, "head"), i_hq)
+        store_scalar(word(unit_s, w, "row"), row + i_t)
+        store_scalar(word(unit_s, w, "num_keys"), S - i_t)
+        store_scalar(word(unit_s, w, "tile"), tile)
+        store_scalar(word(unit_s, w, "position"), i_t)
         # before a thread of the warp arrives for all
         group_barrier()
         mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)
@@ -179,7 +186,7 @@ def loader(
         i = take_number(next_unit)
     # no unit is left
     mbarrier.wait(keys_empty.index(0), (w & 1) ^ 1)
-    store_scalar(word(unit_s, w, NUM_TILES), 0)
+    store_scalar(word(unit_s, w, "num_tiles"), 0)
     group_barrier()
     mbarrier.arrive(unit_full.index(w % NUM_UNITS), count=1)
     mbarrier.arrive(keys_full.index(0), count=1)
@@ -197,15 +204,15 @@ def writer(arguments, PARITY: gl.constexpr, BQ: gl.constexpr, HAS_WINDOW: gl.con
     n = 0
     w = 0
     mbarrier.wait(unit_full.index(0), 0)
-    num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+    num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
     while num_tiles > 0:
-        num_steps = load_scalar(word(unit_s, w, NUM_STEPS))
-        tile = load_scalar(word(unit_s, w, TILE))
-        i_t = load_scalar(word(unit_s, w, POSITION))
+        num_steps = load_scalar(word(unit_s, w, "num_steps"))
+        tile = load_scalar(word(unit_s, w, "tile"))
+        i_t = load_scalar(word(unit_s, w, "position"))
         turn = i_t // BT
         if HAS_WINDOW:
             # first key that the first query of the last tile sees
-            first_key = load_scalar(word(unit_s, w, DISTANCE)) + i_t - W + 1
+            first_key = load_scalar(word(unit_s, w, "distance")) + i_t - W + 1
         g = 0
         for _ in range(num_steps):
             if (n & 1) == PARITY:
@@ -234,6 +241,6 @@ def writer(arguments, PARITY: gl.constexpr, BQ: gl.constexpr, HAS_WINDOW: gl.con
                     first_key -= BQ
         w += 1
         mbarrier.wait(unit_full.index(w % NUM_UNITS), (w // NUM_UNITS) & 1)
-        num_tiles = load_scalar(word(unit_s, w, NUM_TILES))
+        num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
     # both writers, so that -1 is what is stored last
     store_scalar(progress, -1)

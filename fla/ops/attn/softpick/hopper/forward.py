@@ -1,6 +1,6 @@
 """Forward of normalised attention for Hopper: the kernel, its roles in `forward_roles.py`, and its launcher.
 
-Computes what `parallel_fwd.py` does, and returns the same. Refuses what `launch.refuse_others` names.
+Computes what `parallel_fwd.py` does, and returns the same.
 """
 
 # Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a constexpr.
@@ -19,7 +19,6 @@ from fla.ops.attn.softpick.hopper.launch import (
     ForwardShape,
     block_descriptor,
     padded_head_dim,
-    refuse_others,
     select_forward_shape,
 )
 from fla.ops.attn.softpick.naive import EPS
@@ -111,7 +110,7 @@ def hopper_normalized_attn_fwd(
     shape: ForwardShape | None = None,
     programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches the kernel.
+    """Launches the kernel on inputs for which `hopper_refusal` is None.
 
     Args:
         q: ``[B, T, HQ, K]`` (``head_first``: ``[B, HQ, T, K]``), float16 or bfloat16, last dimension contiguous.
@@ -130,11 +129,7 @@ def hopper_normalized_attn_fwd(
     Returns:
         Outputs ``[B, T, HQ, K]`` in the dtype of ``q``, contiguous in the layout given, and the base-2
         lse ``[B, HQ, T]`` in float32: log2 of the denominator, -inf where that is 0.
-
-    Raises:
-        NotImplementedError: The kernel does not take these inputs; the message says what it needs.
     """
-    refuse_others("fwd", window_size, head_first, q=q, k=k, v=v)
     time, head = (2, 1) if head_first else (1, 2)
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     D = q.shape[-1]

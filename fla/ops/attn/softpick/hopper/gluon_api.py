@@ -16,6 +16,8 @@ Python with its own versions of these names. What differs between the versions o
 # pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportAssignmentType=false
 # pyright: reportOperatorIssue=false
 
+from functools import cached_property
+
 import triton
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -28,10 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.nvidia import hopper
 
 __all__ = [
     "KEYS_IN_REGISTERS",
+    "NVMMASharedLayout",
     "TensorDescriptor",
     "allocate_barriers",
     "copysign",
@@ -62,6 +65,25 @@ __all__ = [
 
 # whether ptxas has registers for 64 keys beside the products of the backward kernel; else it serialises these
 KEYS_IN_REGISTERS = gl.constexpr([int(x) for x in triton.__version__.split(".")[:2]] < [3, 9])
+
+
+class TensorDescriptor(hopper.TensorDescriptor):
+    """Without the checks of its base, which take the host five times as long as the rest; `hopper_refusal` makes them."""
+
+    def __post_init__(self):
+        pass
+
+
+class NVMMASharedLayout(gl.NVMMASharedLayout):
+    """Writes its text once: at each launch Triton asks for it, for the type of a descriptor."""
+
+    @cached_property
+    def _text(self) -> str:
+        return super().__repr__()
+
+    def __repr__(self) -> str:
+        return self._text
+
 
 if hasattr(tma, "async_load"):
     # (descriptor, coordinates, barrier, shared memory), (descriptor, coordinates, shared memory)

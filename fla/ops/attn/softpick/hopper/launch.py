@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fla.ops.attn.softpick.hopper.gluon_api import TensorDescriptor, gl
-from fla.ops.attn.softpick.kernel_choice import hopper_refusal
+from fla.ops.attn.softpick.hopper.gluon_api import NVMMASharedLayout, TensorDescriptor
 from fla.ops.attn.softpick.tiles import descriptor_strides
 
 
@@ -60,26 +59,17 @@ def shape_of(kernel: str, D: int) -> str:
     return "one kernel for dq and dkv: 128 keys, tiles of 64 queries above 64, of 128 up to 64"
 
 
-def refuse_others(
-    kernel: str, window_size: int | None, head_first: bool, **tensors: torch.Tensor
-) -> None:
-    """Raises NotImplementedError, which says what is needed, if a Hopper kernel does not take these inputs."""
-    if reason := hopper_refusal(kernel, window_size, head_first, **tensors):
-        raise NotImplementedError(f"the Hopper kernels take {reason}")
-
-
 @cache
-def shared_layout(element_bits: int, rank: int) -> gl.NVMMASharedLayout:
+def shared_layout(element_bits: int, rank: int) -> NVMMASharedLayout:
     """Of TMA blocks: 16-bit ones swizzled for the tensor cores, others not. Kept, since it takes longer than a descriptor."""
     swizzle = 128 if element_bits == 16 else 0
-    return gl.NVMMASharedLayout(
-        swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=rank
-    )
+    return NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=element_bits, rank=rank)
 
 
 def block_descriptor(x: torch.Tensor, head_first: bool, rows: int, BD: int) -> TensorDescriptor:
     """Descriptor of ``x`` as ``[B, T, H, D]`` for blocks of ``rows`` tokens of one head, ``[1, rows, 1, BD]``."""
-    order = (0, 2, 1, 3) if head_first else (0, 1, 2, 3)
-    shape = [x.shape[i] for i in order]
+    B, T, H, D = x.shape
+    if head_first:
+        T, H = H, T
     strides = [*descriptor_strides(x, head_first), 1]
-    return TensorDescriptor(x, shape, strides, [1, rows, 1, BD], shared_layout(16, 4))
+    return TensorDescriptor(x, [B, T, H, D], strides, [1, rows, 1, BD], shared_layout(16, 4))
