@@ -1,10 +1,11 @@
 """Times Hopper's kernels against Triton's, for every kind of call: python benchmarks/bench_choice.py
 
-What `fla.ops.attn.softpick.kernel_choice.SHORTEST` rests on. softpick, causal, 16,384 tokens, random normal inputs,
-medians of `triton.testing.do_bench`, all in one process. Each row is one call: the TFLOP/s of Hopper's kernel, its
-speed divided by that of Triton's, and by that of FlashAttention-4 (softmax, deterministic) if flash-attn-4 is installed;
-forward, then backward. TFLOP/s count the products of visible pairs of queries and keys, 2 forward and 5 backward. A
-call on which the kernels disagree is not timed, and the exit code is 1.
+What `fla.ops.attn.softpick.kernel_choice.SHORTEST` and MIN_HOPPER_WORK rest on. softpick, causal, random normal inputs,
+medians of `triton.testing.do_bench_cudagraph`, all in one process. A CUDA graph leaves the host out, which takes about
+as long to launch either kernels; backward is a forward with its backward, less the forward. Each row is one call: the
+TFLOP/s of Hopper's kernel, its speed divided by that of Triton's, and by that of FlashAttention-4 (softmax,
+deterministic) if flash-attn-4 is installed; forward, then backward. TFLOP/s count the products of visible pairs of
+queries and keys, 2 forward and 5 backward. A call on which the kernels disagree is not timed, and the exit code is 1.
 """
 
 import argparse
@@ -15,16 +16,17 @@ from functools import partial
 
 import torch
 from bench_attn import describe, flash_attention_4, flash_attention_4_version
-from triton.testing import do_bench
+from triton.testing import do_bench_cudagraph
 
 from fla.ops.attn.softpick import parallel_softmax_attn, parallel_softpick_attn
 from fla.ops.attn.softpick.kernel_choice import hopper_serving
 
 TOKENS = 2**14
+FEWER_TOKENS = (2**12, 2**13)
 # largest relative L2 difference of an output or a gradient between the two
 MAX_DIFFERENCE = 1e-2
 KINDS = ("dense", "window", "packed")
-# what Hopper's kernels serve, forward, backward
+# what Hopper's kernels serve, forward, forward and backward
 Timed = tuple[str, Callable[[], object], Callable[[], object]]
 
 
@@ -38,6 +40,7 @@ class Call:
     dtype: torch.dtype = torch.bfloat16
     # query heads per key head
     G: int = 1
+    tokens: int = TOKENS
 
     @property
     def num_heads(self) -> int:
@@ -45,31 +48,33 @@ class Call:
 
     @property
     def row_length(self) -> int:
-        return self.length if self.kind == "dense" else TOKENS
+        return self.length if self.kind == "dense" else self.tokens
 
     def bounds(self) -> list[int]:
         """Where the sequences of a row start and end: one of T tokens, or with "packed" random ones, the same in every run."""
         if self.kind != "packed":
             return [0, self.row_length]
         generator = torch.Generator().manual_seed(1)
-        inner = torch.randperm(TOKENS - 1, generator=generator)[: TOKENS // self.length - 1] + 1
-        return [0, *sorted(inner.tolist()), TOKENS]
+        count = self.tokens // self.length - 1
+        inner = torch.randperm(self.tokens - 1, generator=generator)[:count] + 1
+        return [0, *sorted(inner.tolist()), self.tokens]
 
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees, in all sequences of one head."""
         bounds = self.bounds()
         lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-        window = self.length if self.kind == "window" else TOKENS
+        window = self.length if self.kind == "window" else self.tokens
         # a triangle, and behind it `window` keys a query
         seen = sum(
             min(n, window) * (min(n, window) + 1) // 2 + max(n - window, 0) * window
             for n in lengths
         )
-        return seen * (TOKENS // self.row_length)
+        return seen * (self.tokens // self.row_length)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kind:6} {dtype:8} D {self.D:3} heads {self.num_heads}/{self.num_heads // self.G:<2} length {self.length:5}"
+        heads = f"{self.num_heads}/{self.num_heads // self.G}"
+        return f"{self.kind:6} {dtype:8} D {self.D:3} heads {heads:5} {self.tokens:5} tokens length {self.length:5}"
 
 
 def calls() -> Iterator[Call]:
@@ -87,6 +92,9 @@ def calls() -> Iterator[Call]:
             yield Call(kind="packed", D=D, length=length)
         yield Call(kind="packed", D=D, length=1024, dtype=torch.float16)
         yield Call(kind="packed", D=D, length=1024, G=4)
+        for tokens in FEWER_TOKENS:
+            for length in (1024, 2048, 4096):
+                yield Call(kind="dense", D=D, length=length, tokens=tokens)
 
 
 def peer(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -120,7 +128,7 @@ def measure(call: Call) -> list[tuple[float, float]]:
     Raises:
         RuntimeError: Triton's and Hopper's disagree.
     """
-    B, T, HQ = TOKENS // call.row_length, call.row_length, call.num_heads
+    B, T, HQ = call.tokens // call.row_length, call.row_length, call.num_heads
 
     def draw(heads: int) -> torch.Tensor:
         return torch.randn(B, T, heads, call.D, device="cuda", dtype=call.dtype)
@@ -139,10 +147,13 @@ def measure(call: Call) -> list[tuple[float, float]]:
         attention: Callable[[], torch.Tensor], serving: str
     ) -> tuple[Timed, list[torch.Tensor]]:
         """What to time, and the output and the gradients."""
-        with hopper_serving(serving):
+
+        def both() -> list[torch.Tensor]:
             o = attention()
-            backward = partial(torch.autograd.grad, o, inputs, do, retain_graph=True)
-            return (serving, attention, backward), [o.detach(), *backward()]
+            return [o.detach(), *torch.autograd.grad(o, inputs, do)]
+
+        with hopper_serving(serving):
+            return (serving, attention, both), both()
 
     (of_triton, expected), (of_hopper, got) = run(softpick, "none"), run(softpick, "all")
     require_agreement("softpick", [expected, got])
@@ -159,9 +170,12 @@ def measure(call: Call) -> list[tuple[float, float]]:
             # it asserts what it takes; the other two are timed all the same
             print(f"{call} FA4 not timed: {str(error).splitlines()[:1]}", flush=True)
     times = []
-    for serving, forward, backward in to_time:
+    for serving, forward, both in to_time:
         with hopper_serving(serving):
-            times.append(tuple(do_bench(f, return_mode="median") for f in (forward, backward)))
+            forward_ms, both_ms = (
+                do_bench_cudagraph(f, rep=40, return_mode="median") for f in (forward, both)
+            )
+        times.append((forward_ms, both_ms - forward_ms))
     return times
 
 
@@ -184,7 +198,7 @@ def main() -> None:
         sys.exit("bench_choice.py needs a GPU of architecture sm_90")
     print(describe(), "\n")
     titles = f"{'TFL/s':>10} {'Triton':>6} {'FA4':>6}"
-    print(f"{'':46}{titles:24}{titles:24}")
+    print(f"{'':60}{titles:24}{titles:24}")
     has_failed = False
     for call in chosen:
         try:

@@ -19,19 +19,19 @@ from fla.ops.attn.softpick.tiles import descriptor_strides
 HOPPER_KERNELS = frozenset({"fwd", "dq", "dkv"})
 MAX_HOPPER_HEAD_DIM = 128
 # Kind of call, then forward or backward -> K = V -> the least length at which Hopper's kernel was timed in bfloat16,
-# and was faster than Triton's. Float16 and grouped heads follow. The length is S, window_size, or the mean length of
-# packed sequences. benchmarks/bench_choice.py times them; docs/softpick/KERNELS.md, section 5, has the figures.
+# and was as fast as Triton's or faster. Float16 and grouped heads follow. The length is S, window_size, or the mean length
+# of packed sequences. benchmarks/bench_choice.py times them; docs/softpick/KERNELS.md, section 5, has the figures.
 SHORTEST: dict[tuple[str, str], dict[int, int]] = {
-    ("dense", "fwd"): {64: 4096, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
-    ("dense", "bwd"): {48: 4096, 64: 2048, 80: 4096, 96: 4096, 112: 4096, 128: 2048},
-    ("window", "fwd"): {128: 1024},
+    ("dense", "fwd"): {48: 4096, 64: 2048, 80: 1024, 96: 1024, 112: 1024, 128: 1024},
+    ("dense", "bwd"): {48: 1024, 64: 1024, 80: 1024, 96: 1024, 112: 1024, 128: 1024},
+    ("window", "fwd"): {64: 1024, 128: 1024},
     ("window", "bwd"): {64: 1024, 128: 1024},
-    ("packed", "fwd"): {64: 4096, 128: 1024},
-    ("packed", "bwd"): {64: 4096, 128: 1024},
+    ("packed", "fwd"): {64: 1024, 128: 512},
+    ("packed", "bwd"): {64: 1024, 128: 512},
 }
-# Least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length. Smaller calls take the GPU
-# less than a millisecond, and the host may take longer to launch them: it makes up to 8 tensor descriptors.
-MIN_HOPPER_WORK = 2**35
+# Least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length. Smaller calls are shorter
+# than their launch, which takes the host as long for either.
+MIN_HOPPER_WORK = 2**33
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
 
