@@ -2,6 +2,7 @@
 
     python tests/offline_hopper.py forward       # one JSON object per configuration and case
     python tests/offline_hopper.py backward
+    python tests/offline_hopper.py launch        # the host's time for a descriptor and for each launch, the driver's left out
 
 A process of its own, since one that interprets kernels cannot compile them.
 """
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import timeit
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ from unittest import mock
 import torch
 import triton
 from kernel_resources import resources
-from offline_compilation import CARDS, EVERYTHING, compiled_launches
+from offline_compilation import CARDS, EVERYTHING, compiled_launches, launch_times
 from triton.backends.nvidia.compiler import get_ptxas
 
 from fla.ops.attn.softpick.hopper import backward, forward
-from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, ForwardShape
+from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, ForwardShape, block_descriptor
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -166,10 +168,25 @@ def backward_rows():
                 yield row | report(launch)
 
 
+def launch_rows():
+    q = torch.empty(1, 256, 4, 128, dtype=BF16)
+    make = partial(block_descriptor, q, False, 64, 128)
+    time = min(timeit.repeat(make, number=100, repeat=500)) * 1e4
+    yield {"triton": triton.__version__, "step": "a descriptor", "us": round(time, 1)}
+
+    def call():
+        forward_call(128, FORWARD_SHAPES[128][0][1], FORWARD_CASES["safe"])
+        backward_call(128, BACKWARD_CASES["dense"])
+
+    with mock.patch.object(backward, "num_processors", return_value=132):
+        for name, time in launch_times(CARDS["sm_90"], call).items():
+            yield {"triton": triton.__version__, "step": name, "us": round(time, 1)}
+
+
 if __name__ == "__main__":
-    rows = {"forward": forward_rows, "backward": backward_rows}
+    rows = {"forward": forward_rows, "backward": backward_rows, "launch": launch_rows}
     if len(sys.argv) != 2 or sys.argv[1] not in rows:
-        sys.exit(f"usage: {Path(sys.argv[0]).name} forward|backward")
+        sys.exit(f"usage: {Path(sys.argv[0]).name} {'|'.join(rows)}")
     for row in rows[sys.argv[1]]():
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
