@@ -1,11 +1,11 @@
 """Times Hopper's kernels against Triton's, for every kind of call: python benchmarks/bench_choice.py
 
-What `fla.ops.attn.softpick.kernel_choice.SHORTEST` and MIN_HOPPER_WORK rest on. softpick, causal, random normal inputs,
-medians of `triton.testing.do_bench_cudagraph`, all in one process. A CUDA graph leaves the host out, which takes about
-as long to launch either kernels; backward is a forward with its backward, less the forward. Each row is one call: the
-TFLOP/s of Hopper's kernel, its speed divided by that of Triton's, and by that of FlashAttention-4 (softmax,
-deterministic) if flash-attn-4 is installed; forward, then backward. TFLOP/s count the products of visible pairs of
-queries and keys, 2 forward and 5 backward. A call on which the kernels disagree is not timed, and the exit code is 1.
+What `fla.ops.attn.softpick.kernel_choice.SHORTEST` rests on. softpick, causal, random normal inputs, medians of
+`triton.testing.do_bench_cudagraph`, all in one process. A CUDA graph leaves the host out, whose time differs between
+machines; backward is a forward with its backward, less the forward. Each row is one call: the TFLOP/s of Hopper's
+kernel, its speed divided by that of Triton's, and by that of FlashAttention-4 (softmax, deterministic) if flash-attn-4
+is installed; forward, then backward. TFLOP/s count the products of visible pairs of queries and keys, 2 forward and 5
+backward. A call on which the kernels disagree is not timed, and the exit code is 1.
 """
 
 import argparse

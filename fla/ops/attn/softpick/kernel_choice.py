@@ -29,9 +29,9 @@ SHORTEST: dict[tuple[str, str], dict[int, int]] = {
     ("packed", "fwd"): {64: 1024, 128: 512},
     ("packed", "bwd"): {64: 1024, 128: 512},
 }
-# Least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length. Smaller calls are shorter
-# than their launch, which takes the host as long for either.
-MIN_HOPPER_WORK = 2**33
+# Forward or backward -> least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length.
+# Smaller calls may take the GPU less time than the host, which takes longer to launch Hopper's backward than Triton's.
+MIN_HOPPER_WORK = {"fwd": 2**33, "bwd": 2**35}
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
 
@@ -109,7 +109,11 @@ def shortest_on_hopper(kernel: str, kind: str, dtype: torch.dtype, K: int, V: in
     """
     if kernel not in HOPPER_KERNELS or dtype == torch.float32 or K != V:
         return None
-    return SHORTEST[kind, "fwd" if kernel == "fwd" else "bwd"].get(K)
+    return SHORTEST[kind, _direction(kernel)].get(K)
+
+
+def _direction(kernel: str) -> str:
+    return "fwd" if kernel == "fwd" else "bwd"
 
 
 def _is_faster_on_hopper(
@@ -134,7 +138,9 @@ def _is_faster_on_hopper(
         kind, length = "dense", S
     shortest = shortest_on_hopper(kernel, kind, q.dtype, q.shape[-1], v.shape[-1])
     seen = S // 2 if kind == "dense" else length
-    return shortest is not None and length >= shortest and q.numel() * seen >= MIN_HOPPER_WORK
+    if shortest is None or length < shortest:
+        return False
+    return q.numel() * seen >= MIN_HOPPER_WORK[_direction(kernel)]
 
 
 def _is_for_hopper(

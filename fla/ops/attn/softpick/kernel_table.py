@@ -39,7 +39,8 @@ def main() -> None:
         lengths = ", ".join(f"{length:,} at {D}" for D, length in shortest.items())
         sys.stdout.write(f"{kind:7} {direction:4} {lengths}\n")
     sys.stdout.write(
-        f"and with B * HQ * T * K times that length (dense: half of it) of at least {kernel_choice.MIN_HOPPER_WORK:,}.\n"
+        "and with B * HQ * T * K times that length (dense: half of it) of at least "
+        f"{kernel_choice.MIN_HOPPER_WORK['fwd']:,} in fwd and {kernel_choice.MIN_HOPPER_WORK['bwd']:,} in bwd.\n"
         "Triton serves all others, such as packed sequences with a window.\n"
     )
 
