@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bench_attn import describe, flash_attention_4, flash_attention_4_version
+from bench_attn import Attention, describe, flash_attention_4, flash_attention_4_version
 from triton.testing import do_bench_cudagraph
 
 from fla.ops.attn.softpick import parallel_softmax_attn, parallel_softpick_attn
@@ -97,21 +97,24 @@ def calls() -> Iterator[Call]:
                 yield Call(kind="dense", D=D, length=length, tokens=tokens)
 
 
-def peer(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def peer(call: Call, cu_seqlens: torch.Tensor | None) -> Attention:
     """Softmax attention of FlashAttention-4, deterministic."""
-    if call.kind != "packed":
+    if cu_seqlens is None:
         window_size = call.length if call.kind == "window" else None
-        return flash_attention_4(deterministic=True, window_size=window_size)(q, k, v)
+        return flash_attention_4(deterministic=True, window_size=window_size)
     from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]  # no requirement
 
     bounds = call.bounds()
     longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
-    o, _ = flash_attn_varlen_func(
-        q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest, max_seqlen_k=longest, causal=True, deterministic=True,
-    )  # fmt: skip
-    return o[None]
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        o, _ = flash_attn_varlen_func(
+            q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest, max_seqlen_k=longest, causal=True, deterministic=True,
+        )  # fmt: skip
+        return o[None]
+
+    return attention
 
 
 def require_agreement(name: str, results: list[list[torch.Tensor]]) -> None:
@@ -120,6 +123,16 @@ def require_agreement(name: str, results: list[list[torch.Tensor]]) -> None:
         difference = ((a.float() - b.float()).norm() / a.float().norm()).item()
         if not difference <= MAX_DIFFERENCE:
             raise RuntimeError(f"{tensor} of {name} differs by {difference:.1e}")
+
+
+def time_passes(timed: Timed) -> tuple[float, float]:
+    """Milliseconds of forward and backward."""
+    serving, forward, both = timed
+    with hopper_serving(serving):
+        forward_ms, both_ms = (
+            do_bench_cudagraph(f, rep=40, return_mode="median") for f in (forward, both)
+        )
+    return forward_ms, both_ms - forward_ms
 
 
 def measure(call: Call) -> list[tuple[float, float]]:
@@ -136,10 +149,12 @@ def measure(call: Call) -> list[tuple[float, float]]:
     inputs = [draw(heads).requires_grad_() for heads in (HQ, HQ // call.G, HQ // call.G)]
     do = draw(HQ)
     options = {}
+    cu_seqlens = None
     if call.kind == "window":
         options["window_size"] = call.length
     if call.kind == "packed":
-        options["cu_seqlens"] = torch.tensor(call.bounds(), dtype=torch.int32, device="cuda")
+        cu_seqlens = torch.tensor(call.bounds(), dtype=torch.int32, device="cuda")
+        options["cu_seqlens"] = cu_seqlens
     softpick = partial(parallel_softpick_attn, *inputs, **options)
     softmax = partial(parallel_softmax_attn, *inputs, **options)
 
@@ -157,25 +172,18 @@ def measure(call: Call) -> list[tuple[float, float]]:
 
     (of_triton, expected), (of_hopper, got) = run(softpick, "none"), run(softpick, "all")
     require_agreement("softpick", [expected, got])
-    to_time = [of_triton, of_hopper]
+    times = [time_passes(of_triton), time_passes(of_hopper)]
     if flash_attention_4_version():
         try:
             (_, expected), (of_peer, got) = (
                 run(softmax, "none"),
-                run(partial(peer, call, *inputs), "none"),
+                run(partial(peer(call, cu_seqlens), *inputs), "none"),
             )
             require_agreement("FA4", [expected, got])
-            to_time.append(of_peer)
+            times.append(time_passes(of_peer))
         except (AssertionError, ImportError, RuntimeError) as error:
-            # it asserts what it takes; the other two are timed all the same
+            # it asserts what it takes
             print(f"{call} FA4 not timed: {str(error).splitlines()[:1]}", flush=True)
-    times = []
-    for serving, forward, both in to_time:
-        with hopper_serving(serving):
-            forward_ms, both_ms = (
-                do_bench_cudagraph(f, rep=40, return_mode="median") for f in (forward, both)
-            )
-        times.append((forward_ms, both_ms - forward_ms))
     return times
 
 

@@ -27,6 +27,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(forward, "hopper_normalized_attn_fwd", record("fwd", fwd))
     monkeypatch.setattr(backward, "hopper_normalized_attn_bwd", record("bwd", bwd))
     monkeypatch.setattr(kernel_choice, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(kernel_choice, "num_processors", lambda device: 0)
     return names
 
 
@@ -121,6 +122,18 @@ def test_choice(sizes, options, expected, launched, monkeypatch, device):
         assert launches(launched, inputs, **options) == expected
 
 
+def test_too_few_programs_for_a_card_go_to_triton(launched, monkeypatch, device):
+    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", {"fwd": 0, "bwd": 0})
+    monkeypatch.setattr(kernel_choice, "SHORTEST", dict.fromkeys(kernel_choice.SHORTEST, {64: 1}))
+    # 3 times 128 queries, and 1.5 times 128 keys
+    inputs = draw(192, 64, HQ=2, H=1, dtype=torch.bfloat16, device=device)
+    expected = {1: ["fwd", "bwd"], 2: ["fwd"], 3: ["fwd"], 4: []}
+    with kernel_choice.hopper_serving("faster"):
+        for processors, names in expected.items():
+            monkeypatch.setattr(kernel_choice, "num_processors", lambda device, n=processors: n)
+            assert launches(launched, inputs) == names
+
+
 def test_unaligned_rows_rows_without_keys_and_other_cards_go_to_triton(
     launched, monkeypatch, device
 ):
@@ -156,6 +169,8 @@ def test_what_hopper_kernels_refuse_is_named(monkeypatch):
     assert "as many keys as queries, got 9 and 10" in refusal(k=x[:, :9], v=x[:, :9])
     apart = torch.zeros(1, 10, 2, 128, dtype=x.dtype)[..., ::2]
     assert "do with a contiguous last dimension" in refusal(do=apart)
+    offset = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    assert "k with rows that start at multiples of 16 bytes" in refusal(k=offset)
     unaligned = torch.zeros(1, 10, 2, 68, dtype=x.dtype)[..., :64]
     assert "k with rows that start at multiples of 16 bytes" in refusal(k=unaligned)
     assert "k with rows that start at multiples of 16 bytes" in refusal(k=x.expand(2, -1, -1, -1))
@@ -167,7 +182,7 @@ def test_what_hopper_kernels_refuse_is_named(monkeypatch):
 def test_the_table_names_every_choice(capsys):
     kernel_table.main()
     table, choice = capsys.readouterr().out.split("\n\n")
-    assert "at least 8,589,934,592 in fwd and 34,359,738,368 in bwd." in choice
+    assert "at least 8,589,934,592 in fwd and 34,359,738,368 in bwd,\n" in choice
     for line in choice.splitlines()[1:7]:
         assert " at 128" in line
     assert sum("Gluon" in row for row in table.splitlines()) == 12

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from fla.ops.attn.softpick.launch_shapes import architecture
+from fla.ops.attn.softpick.launch_shapes import architecture, num_processors
 from fla.ops.attn.softpick.parallel_bwd import parallel_normalized_attn_bwd
 from fla.ops.attn.softpick.parallel_fwd import parallel_normalized_attn_fwd
 from fla.ops.attn.softpick.tiles import descriptor_strides
@@ -32,6 +32,9 @@ SHORTEST: dict[tuple[str, str], dict[int, int]] = {
 # Forward or backward -> least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length.
 # Smaller calls may take the GPU less time than the host, which takes longer to launch Hopper's backward than Triton's.
 MIN_HOPPER_WORK = {"fwd": 2**33, "bwd": 2**35}
+# Rows of a head, queries in forward and keys in backward, that a program computes at a time. Calls with fewer programs
+# than the card has multiprocessors were not timed.
+PROGRAM_ROWS = 128
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
 
@@ -91,7 +94,10 @@ def hopper_refusal(
             return f"{name} with at least one element"
         b, t, h = descriptor_strides(x, head_first)
         if x.data_ptr() % 16 or (b | t | h) % 8 or min(b, t, h) <= 0:
-            return f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()}"
+            return (
+                f"{name} with rows that start at multiples of 16 bytes, got strides {x.stride()} "
+                f"and address {x.data_ptr():#x}"
+            )
         if x.stride(-1) != 1:
             return f"{name} with a contiguous last dimension, got strides {x.stride()}"
     return None
@@ -140,7 +146,12 @@ def _is_faster_on_hopper(
     seen = S // 2 if kind == "dense" else length
     if shortest is None or length < shortest:
         return False
-    return q.numel() * seen >= MIN_HOPPER_WORK[_direction(kernel)]
+    direction = _direction(kernel)
+    x = q if direction == "fwd" else k
+    num_programs = x.numel() // x.shape[-1] // PROGRAM_ROWS
+    return q.numel() * seen >= MIN_HOPPER_WORK[direction] and num_programs >= num_processors(
+        q.device.index
+    )
 
 
 def _is_for_hopper(

@@ -164,7 +164,7 @@ def hopper_normalized_attn_bwd(
             num_warps=4,
         )
         if not has_rescale:
-            # dq takes its memory
+            # not beside dq, at the peak of memory
             row_numbers = None
         dq = torch.empty_like(q)
         dq_kernel[(num_tiles, D * BQ // 4096)](
