@@ -3,9 +3,10 @@
 bfloat16, causal, random normal inputs, medians of `triton.testing.do_bench` in one process. Each row is one
 operator at one shape: milliseconds with the spread between the 20th and the 80th percentile, TFLOP/s, peak
 memory of one forward and backward on top of the inputs, and the speed against cuDNN's softmax. TFLOP/s count
-the products below the diagonal only, 4 B HQ T T D / 2 forward and 2.5 times that backward. An operator whose
-outputs or gradients disagree with float64 is not timed, and the exit code is 1. FlashAttention-4 is timed if the package
-flash-attn-4 is installed. The rows so far are kept after Ctrl-C or an error.
+the products below the diagonal only, 4 B HQ T T D / 2 forward and 2.5 times that backward. --graph times CUDA graphs,
+which leave the host out; backward is then forward and backward less forward. An operator whose outputs or gradients
+disagree with float64 is not timed, and the exit code is 1. FlashAttention-4 is timed if the package flash-attn-4 is
+installed. The rows so far are kept after Ctrl-C or an error.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ import triton
 from fla.ops.attn.parallel import parallel_attn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from fla.ops.attn.softpick import (
     naive_softmax_attn,
@@ -170,25 +171,34 @@ def check(f: Attention, reference: Attention, G: int, D: int) -> float:
     return seconds
 
 
-def median_and_spread(f: Callable[[], object]) -> tuple[float, float]:
-    low, median, high = do_bench(f, quantiles=[0.2, 0.5, 0.8])
+def median_and_spread(f: Callable[[], object], is_graph: bool) -> tuple[float, float]:
+    """Milliseconds of f: the median, and from the 20th to the 80th percentile."""
+    time = partial(do_bench_cudagraph, rep=40) if is_graph else do_bench
+    low, median, high = time(f, quantiles=[0.2, 0.5, 0.8])
     return median, high - low
 
 
-def measure(name: str, B: int, T: int, HQ: int, H: int, D: int) -> Result:
+def measure(name: str, B: int, T: int, HQ: int, H: int, D: int, is_graph: bool) -> Result:
     f, _ = OPERATORS[name]
     q, do = (torch.randn(B, T, HQ, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    forward_ms, forward_spread_ms = median_and_spread(lambda: f(*inputs))
+    forward_ms, forward_spread_ms = median_and_spread(lambda: f(*inputs), is_graph)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(f(*inputs), inputs, do)
     peak = torch.cuda.max_memory_allocated() - before
-    o = f(*inputs)
-    backward_ms, backward_spread_ms = median_and_spread(
-        lambda: torch.autograd.grad(o, inputs, do, retain_graph=True)
-    )
+    if is_graph:
+        # a backward runs on the stream of its forward, so both are captured
+        both_ms, backward_spread_ms = median_and_spread(
+            lambda: torch.autograd.grad(f(*inputs), inputs, do), is_graph
+        )
+        backward_ms = both_ms - forward_ms
+    else:
+        o = f(*inputs)
+        backward_ms, backward_spread_ms = median_and_spread(
+            lambda: torch.autograd.grad(o, inputs, do, retain_graph=True), is_graph
+        )
     gflop = 2 * B * HQ * T * T * D / 1e9
     return Result(
         operator=name,
@@ -231,6 +241,7 @@ def bench(
     tokens: int,
     lengths: list[int],
     kind: str,
+    is_graph: bool,
 ) -> None:
     """Prints the rows of one head dimension and group size and adds them to results; leaves out what fails."""
     HQ = NUM_HEADS[D]
@@ -252,7 +263,7 @@ def bench(
         # the reference first, since the others are compared with it
         with hopper_serving(SERVED[kind]):
             rows = [
-                measure(name, B, T, HQ, HQ // G, D)
+                measure(name, B, T, HQ, HQ // G, D, is_graph)
                 for name in sorted(passed, key=lambda name: name != REFERENCE)
             ]
         reference = next((row for row in rows if row.operator == REFERENCE), None)
@@ -355,6 +366,7 @@ def main() -> None:
         "--kernels", choices=SERVED, default="chosen",
         help="which kernels serve our operators: chosen by kernel_choice.py, or one kind wherever it can",
     )  # fmt: skip
+    parser.add_argument("--graph", action="store_true", help="time CUDA graphs")
     args = parser.parse_args()
     for name in ("groups", "lengths", "tokens"):
         value = getattr(args, name)
@@ -370,13 +382,22 @@ def main() -> None:
     for G in args.groups:
         if any(NUM_HEADS[D] % G for D in args.head_dims):
             parser.error(f"--groups must divide the query heads, {NUM_HEADS}, got {G}")
-    title = describe()
+    title = f"{describe()}, in CUDA graphs" if args.graph else describe()
     print(title)
     results = []
     try:
         for D in args.head_dims:
             for G in args.groups:
-                bench(results, args.operators, D, G, args.tokens, args.lengths, args.kernels)
+                bench(
+                    results,
+                    args.operators,
+                    D,
+                    G,
+                    args.tokens,
+                    args.lengths,
+                    args.kernels,
+                    args.graph,
+                )
     finally:
         # also what there is after Ctrl-C or an error
         if args.csv:

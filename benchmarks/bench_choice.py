@@ -15,8 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bench_attn import Attention, describe, flash_attention_4, flash_attention_4_version
-from triton.testing import do_bench_cudagraph
+from bench_attn import (
+    Attention,
+    describe,
+    flash_attention_4,
+    flash_attention_4_version,
+    median_and_spread,
+)
 
 from fla.ops.attn.softpick import parallel_softmax_attn, parallel_softpick_attn
 from fla.ops.attn.softpick.kernel_choice import hopper_serving
@@ -129,9 +134,7 @@ def time_passes(timed: Timed) -> tuple[float, float]:
     """Milliseconds of forward and backward."""
     serving, forward, both = timed
     with hopper_serving(serving):
-        forward_ms, both_ms = (
-            do_bench_cudagraph(f, rep=40, return_mode="median") for f in (forward, both)
-        )
+        forward_ms, both_ms = (median_and_spread(f, is_graph=True)[0] for f in (forward, both))
     return forward_ms, both_ms - forward_ms
 
 
