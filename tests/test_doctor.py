@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from numerics import Inputs, by_formula
+from numerics import HAS_GPU, Inputs, by_formula
 
 from fla.ops.attn.softpick import (
     doctor,
@@ -64,8 +64,8 @@ def test_kernels_of_this_machine_pass(run):
         assert name in text
 
 
-# the quick cases are bfloat16 on a GPU, where 1 % may be the error allowed
-@pytest.mark.parametrize("factor", [1.1, float("nan")])
+# the quick cases are bfloat16 on a GPU, where 1 % may be allowed, and float32 in the interpreter
+@pytest.mark.parametrize("factor", [1.1 if HAS_GPU else 1.01, float("nan")])
 def test_wrong_kernel_fails_and_the_rest_goes_on(run, references, monkeypatch, factor):
     monkeypatch.setattr(
         doctor_accuracy,

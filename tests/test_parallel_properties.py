@@ -207,9 +207,8 @@ def test_offsets_beyond_32_bits(K, device):
 
 
 @pytest.mark.gpu
-def test_peak_memory(device):
-    # FlashAttention-2 keeps and allocates the same tensors, lse among them; ours may add one float32 per row and head,
-    # and on Hopper a counter for each tile of at least 64 rows
+def test_peak_memory(device, pytestconfig):
+    # FlashAttention-2 keeps and allocates the same tensors, lse among them; ours may add one float32 per row and head
     B, T, HQ, K = 2, 4096, 16, 64
     inputs = draw(T, K, B=B, HQ=HQ, dtype=torch.bfloat16, device=device)
 
@@ -227,4 +226,8 @@ def test_peak_memory(device):
             ).transpose(1, 2)
 
     ours = peak(lambda q, k, v: parallel_normalized_attn(q, k, v, normalizer="softpick"))
-    assert ours <= peak(flash_attention_2) + 4 * B * T * HQ * (1 + 1 / 64)
+    allowed = 4 * B * T * HQ
+    if pytestconfig.option.hopper:
+        # a counter for each tile of 128 rows, and the one of the queue, in a block of the allocator
+        allowed += 4 * B * T * HQ // 128 + 512
+    assert ours <= peak(flash_attention_2) + allowed

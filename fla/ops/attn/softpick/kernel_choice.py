@@ -147,11 +147,11 @@ def _is_faster_on_hopper(
     if shortest is None or length < shortest:
         return False
     direction = _direction(kernel)
+    if q.numel() * seen < MIN_HOPPER_WORK[direction]:
+        return False
     x = q if direction == "fwd" else k
     num_programs = x.numel() // x.shape[-1] // PROGRAM_ROWS
-    return q.numel() * seen >= MIN_HOPPER_WORK[direction] and num_programs >= num_processors(
-        q.device.index
-    )
+    return num_programs >= num_processors(q.device.index)
 
 
 def _is_for_hopper(
