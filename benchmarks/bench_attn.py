@@ -171,11 +171,21 @@ def check(f: Attention, reference: Attention, G: int, D: int) -> float:
     return seconds
 
 
-def median_and_spread(f: Callable[[], object], is_graph: bool) -> tuple[float, float]:
-    """Milliseconds of f: the median, and from the 20th to the 80th percentile."""
-    time = partial(do_bench_cudagraph, rep=40) if is_graph else do_bench
-    low, median, high = time(f, quantiles=[0.2, 0.5, 0.8])
+# milliseconds: the median, and from the 20th to the 80th percentile
+Time = tuple[float, float]
+
+
+def median_and_spread(f: Callable[[], object], bench: Callable = do_bench) -> Time:
+    low, median, high = bench(f, quantiles=[0.2, 0.5, 0.8])
     return median, high - low
+
+
+def time_in_graphs(forward: Callable[[], object], both: Callable[[], object]) -> tuple[Time, Time]:
+    """Times of forward and backward. Both are captured for backward, which runs on the stream of its forward."""
+    bench = partial(do_bench_cudagraph, rep=40)
+    forward_ms, forward_spread_ms = median_and_spread(forward, bench)
+    both_ms, both_spread_ms = median_and_spread(both, bench)
+    return (forward_ms, forward_spread_ms), (both_ms - forward_ms, both_spread_ms)
 
 
 def measure(name: str, B: int, T: int, HQ: int, H: int, D: int, is_graph: bool) -> Result:
@@ -183,22 +193,20 @@ def measure(name: str, B: int, T: int, HQ: int, H: int, D: int, is_graph: bool) 
     q, do = (torch.randn(B, T, HQ, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    forward_ms, forward_spread_ms = median_and_spread(lambda: f(*inputs), is_graph)
+    # what the first call makes and keeps, such as masks, is no part of the peak
+    f(*inputs)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     torch.autograd.grad(f(*inputs), inputs, do)
     peak = torch.cuda.max_memory_allocated() - before
     if is_graph:
-        # a backward runs on the stream of its forward, so both are captured
-        both_ms, backward_spread_ms = median_and_spread(
-            lambda: torch.autograd.grad(f(*inputs), inputs, do), is_graph
+        forward, backward = time_in_graphs(
+            lambda: f(*inputs), lambda: torch.autograd.grad(f(*inputs), inputs, do)
         )
-        backward_ms = both_ms - forward_ms
     else:
+        forward = median_and_spread(lambda: f(*inputs))
         o = f(*inputs)
-        backward_ms, backward_spread_ms = median_and_spread(
-            lambda: torch.autograd.grad(o, inputs, do, retain_graph=True), is_graph
-        )
+        backward = median_and_spread(lambda: torch.autograd.grad(o, inputs, do, retain_graph=True))
     gflop = 2 * B * HQ * T * T * D / 1e9
     return Result(
         operator=name,
@@ -207,12 +215,12 @@ def measure(name: str, B: int, T: int, HQ: int, H: int, D: int, is_graph: bool) 
         HQ=HQ,
         H=H,
         D=D,
-        forward_ms=forward_ms,
-        forward_spread_ms=forward_spread_ms,
-        forward_tflops=gflop / forward_ms,
-        backward_ms=backward_ms,
-        backward_spread_ms=backward_spread_ms,
-        backward_tflops=2.5 * gflop / backward_ms,
+        forward_ms=forward[0],
+        forward_spread_ms=forward[1],
+        forward_tflops=gflop / forward[0],
+        backward_ms=backward[0],
+        backward_spread_ms=backward[1],
+        backward_tflops=2.5 * gflop / backward[0],
         peak_mib=peak / 2**20,
     )
 
