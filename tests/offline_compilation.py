@@ -16,6 +16,7 @@ import json
 import sys
 import timeit
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -214,6 +215,30 @@ def decode_rows(card: Card, K: int, dtype: torch.dtype, has_all: bool) -> list[d
     return list(found.values())
 
 
+@contextmanager
+def launches_without_driver(card: Card) -> Iterator[None]:
+    """Within it kernels are compiled for a card, and launched up to the call of its driver."""
+
+    def nothing(*args):
+        pass
+
+    launch_shapes.architecture.cache_clear()
+    with (
+        mock.patch.object(driver, "_active", OfflineDriver(card.target)),
+        # a mock would take longer than the launch
+        mock.patch.object(CompiledKernel, "_init_handles", nothing),
+        mock.patch.object(CompiledKernel, "run", nothing),
+        mock.patch.object(decoding_kernels, "num_processors", return_value=100),
+    ):
+        yield
+    launch_shapes.architecture.cache_clear()
+
+
+def least_time(f: Callable[[], object]) -> float:
+    """Microseconds of a call."""
+    return min(timeit.repeat(f, number=10, repeat=2000)) * 1e5
+
+
 def launch_times(card: Card, call: Callable[[], None]) -> dict[str, float]:
     """Microseconds in which Triton binds the arguments of each launch of `call()` and finds the compiled kernel.
 
@@ -221,24 +246,14 @@ def launch_times(card: Card, call: Callable[[], None]) -> dict[str, float]:
     """
     times: dict[str, float] = {}
 
-    def nothing(*args):
-        pass
-
     def getitem(kernel, grid):
         def launch(*args, **kwargs):
             run = partial(kernel.run, *args, grid=grid, warmup=False, **kwargs)
-            times[kernel.__name__] = min(timeit.repeat(run, number=10, repeat=2000)) * 1e5
+            times[kernel.__name__] = least_time(run)
 
         return launch
 
-    with (
-        mock.patch.object(driver, "_active", OfflineDriver(card.target)),
-        mock.patch.object(KernelInterface, "__getitem__", getitem),
-        # a mock would take longer than the launch
-        mock.patch.object(CompiledKernel, "_init_handles", nothing),
-        mock.patch.object(CompiledKernel, "run", nothing),
-        mock.patch.object(decoding_kernels, "num_processors", return_value=100),
-    ):
+    with launches_without_driver(card), mock.patch.object(KernelInterface, "__getitem__", getitem):
         call()
     return times
 

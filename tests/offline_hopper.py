@@ -2,7 +2,7 @@
 
     python tests/offline_hopper.py forward       # one JSON object per configuration and case
     python tests/offline_hopper.py backward
-    python tests/offline_hopper.py launch        # the host's time for a descriptor and for each launch, the driver's left out
+    python tests/offline_hopper.py launch        # the host's time for descriptors, launches and passes, the driver's left out
 
 A process of its own, since one that interprets kernels cannot compile them.
 """
@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import timeit
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,17 @@ from unittest import mock
 import torch
 import triton
 from kernel_resources import resources
-from offline_compilation import CARDS, EVERYTHING, compiled_launches, launch_times
+from offline_compilation import (
+    CARDS,
+    EVERYTHING,
+    compiled_launches,
+    launch_times,
+    launches_without_driver,
+    least_time,
+)
 from triton.backends.nvidia.compiler import get_ptxas
 
+from fla.ops.attn.softpick import kernel_choice
 from fla.ops.attn.softpick.hopper import backward, forward
 from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, ForwardShape, block_descriptor
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
@@ -169,18 +176,36 @@ def backward_rows():
 
 
 def launch_rows():
+    def row(step, time):
+        return {"triton": triton.__version__, "step": step, "us": round(time, 1)}
+
     q = torch.empty(1, 256, 4, 128, dtype=BF16)
-    make = partial(block_descriptor, q, False, 64, 128)
-    time = min(timeit.repeat(make, number=100, repeat=500)) * 1e4
-    yield {"triton": triton.__version__, "step": "a descriptor", "us": round(time, 1)}
+    yield row("a descriptor", least_time(partial(block_descriptor, q, False, 64, 128)))
 
     def call():
         forward_call(128, FORWARD_SHAPES[128][0][1], FORWARD_CASES["safe"])
         backward_call(128, BACKWARD_CASES["dense"])
 
-    with mock.patch.object(backward, "num_processors", return_value=132):
+    def both_passes(serving):
+        inputs = q, q, q, None, None
+        choose = kernel_choice.normalized_attn_fwd
+        attend = partial(choose, *inputs, 1.0, None, False, True, "softpick")
+        choose = kernel_choice.normalized_attn_bwd
+        differentiate = partial(choose, *inputs, *attend(), q, None, 1.0, None, False, "softpick")
+        yield row(f"forward, {serving}", least_time(attend))
+        yield row(f"backward, {serving}", least_time(differentiate))
+
+    def num_processors(device):
+        return 132
+
+    # a mock would take longer than the call
+    with mock.patch.object(backward, "num_processors", num_processors):
         for name, time in launch_times(CARDS["sm_90"], call).items():
-            yield {"triton": triton.__version__, "step": name, "us": round(time, 1)}
+            yield row(name, time)
+        with launches_without_driver(CARDS["sm_90"]):
+            for serving, whose in {"none": "Triton's kernels", "all": "Gluon's kernels"}.items():
+                with kernel_choice.hopper_serving(serving):
+                    yield from both_passes(f"choosing and launching {whose}")
 
 
 if __name__ == "__main__":
