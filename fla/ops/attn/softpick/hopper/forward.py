@@ -21,6 +21,7 @@ from fla.ops.attn.softpick.hopper.launch import (
     padded_head_dim,
     select_forward_shape,
 )
+from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.normalizers import RCP_LN2
 from fla.ops.attn.softpick.tiles import empty_rows, strides_bth, tiles_of
@@ -31,19 +32,21 @@ L2_BYTES = 2**25
 
 @gluon.jit(do_not_specialize=["n_units", "NT", "BH", "HQ", "G", "GROUP", "T_max", "S_max", "W"])
 def hopper_normalized_attn_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, o, so, lse, sink_bias, flags, scale,
+    q_desc, k_desc, v_desc, o_desc, o, so, lse, sink_bias, numbers, scale,
     tiles, n_units, NT, BH, HQ, G, GROUP, T_max, S_max, W,
     D: gl.constexpr, BD: gl.constexpr, NUM_WG: gl.constexpr, BN: gl.constexpr,
     KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr, REGS: gl.constexpr, LOAD_REGS: gl.constexpr,
     NORMALIZER: gl.constexpr, EPS: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
     HAS_SINK: gl.constexpr, IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr,
 ):  # fmt: skip
-    """Each program computes every num_programs-th unit: NUM_WG times 64 queries of one head."""
+    """Each program draws units from a queue until none is left: NUM_WG times 64 queries of one head."""
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64, 1, BD], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [KST, 1, BN, 1, BD], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [VST, 1, BN, 1, BD], v_desc.layout)
     o_s = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64, 1, BD], o_desc.layout)
+    # the unit of each warpgroup, then whether it has flagged one
+    unit_s = gl.allocate_shared_memory(gl.int32, [2 * NUM_WG, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
     q_full = allocate_barriers(NUM_WG, 1)
     q_empty = allocate_barriers(NUM_WG, 1)
     k_full = allocate_barriers(KST, 1)
@@ -54,13 +57,13 @@ def hopper_normalized_attn_fwd_kernel(
     tail_empty = allocate_barriers(1, 1)
     done = allocate_barriers(1, NUM_WG)
     fence_async_shared()
-    memory = (q_s, k_s, v_s, o_s)
+    memory = (q_s, k_s, v_s, o_s, unit_s)
     barriers = (
         q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, done
     )  # fmt: skip
     work = (tiles, n_units, NT, BH, HQ, G, GROUP, T_max, S_max, W)
-    results = (o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale * RCP_LN2)
-    inputs = (q_desc, k_desc, v_desc, flags, memory, barriers, work)
+    results = (o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale * RCP_LN2)
+    inputs = (q_desc, k_desc, v_desc, numbers, memory, barriers, work)
     # Gluon keeps constants only in a tuple that is written where it is passed
     if NUM_WG == 2:
         gl.warp_specialize(
@@ -108,7 +111,6 @@ def hopper_normalized_attn_fwd(
     safe: bool,
     normalizer: str,
     shape: ForwardShape | None = None,
-    programs: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the kernel on inputs for which `hopper_refusal` is None.
 
@@ -124,7 +126,6 @@ def hopper_normalized_attn_fwd(
         safe: Computes rows again, with a shift, whose unshifted sums leave float32's range.
         normalizer: A name in `normalizers.KERNEL_NORMALIZERS`.
         shape: Launch configuration. Default: the table's.
-        programs: Among which the units are divided. Default: one for each unit, which is the fastest.
 
     Returns:
         Outputs ``[B, T, HQ, K]`` in the dtype of ``q``, contiguous in the layout given, and the base-2
@@ -143,14 +144,11 @@ def hopper_normalized_attn_fwd(
     with torch.cuda.device_of(q):
         NT, tiles = tiles_of(cu_seqlens, T, 64 * shape.NUM_WG, is_last_first=True)
         n_units = NT * B * HQ
-        grid = min(programs or n_units, n_units)
-        flags = None
-        if has_check:
-            # of each unit and each program, written before they are read
-            size = (n_units + grid) * shape.NUM_WG
-            flags = torch.empty(size, dtype=torch.int32, device=q.device)
+        # the queue, then what the kernel writes before it reads: flags of each unit, and the program's unit before it
+        size = n_units * (shape.NUM_WG + 1) if has_check else 0
+        numbers = torch.zeros(1 + size, dtype=torch.int32, device=q.device)
         group = max(1, L2_BYTES // (4 * S * D)) * (HQ // H)
-        hopper_normalized_attn_fwd_kernel[(grid,)](
+        hopper_normalized_attn_fwd_kernel[(min(num_processors(q.device.index), n_units),)](
             block_descriptor(q, head_first, 64, BD),
             block_descriptor(k, head_first, shape.BN, BD),
             block_descriptor(v, head_first, shape.BN, BD),
@@ -159,7 +157,7 @@ def hopper_normalized_attn_fwd(
             strides_bth(o, head_first),
             lse,
             sink_bias,
-            flags,
+            numbers,
             scale,
             tiles=tiles,
             n_units=n_units,

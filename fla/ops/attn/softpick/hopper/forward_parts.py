@@ -14,7 +14,7 @@ Legend, besides that of `parallel_fwd.py`
 
 import triton.language as tl
 
-from fla.ops.attn.softpick.hopper.gluon_api import gl, gluon
+from fla.ops.attn.softpick.hopper.gluon_api import gl, gluon, load_scalar
 from fla.ops.attn.softpick.normalizers import (
     scores_and_sign,
     signed_terms,
@@ -67,9 +67,18 @@ def group_tiles(i_r, T, S, W, BN: gl.constexpr, HAS_WINDOW: gl.constexpr):
 @gluon.jit
 def is_flagged(flags, i, NUM_WG: gl.constexpr):
     """True if one of the NUM_WG flags of the i-th unit is set."""
-    total = gl.load(flags + i * NUM_WG)
+    total = gl.load(flags + i * (NUM_WG + 1))
     for c in gl.static_range(1, NUM_WG):
-        total += gl.load(flags + i * NUM_WG + c)
+        total += gl.load(flags + i * (NUM_WG + 1) + c)
+    return total > 0
+
+
+@gluon.jit
+def any_failed(unit_s, NUM_WG: gl.constexpr):
+    """True if a warpgroup of the program has flagged a unit."""
+    total = load_scalar(unit_s.index(NUM_WG))
+    for c in gl.static_range(1, NUM_WG):
+        total += load_scalar(unit_s.index(NUM_WG + c))
     return total > 0
 
 

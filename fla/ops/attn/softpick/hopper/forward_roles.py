@@ -15,6 +15,7 @@ README.md has the roles, the barriers and why nothing waits for ever. Legend: `f
 import triton.language as tl
 
 from fla.ops.attn.softpick.hopper.forward_parts import (
+    any_failed,
     group_tiles,
     is_flagged,
     query_unit,
@@ -26,11 +27,13 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     gl,
     gluon,
     group_barrier,
+    load_scalar,
     mbarrier,
     named_arrive,
     named_sync,
     positive_part,
-    program_index,
+    store_scalar,
+    take_number,
     tma_load,
     tma_store,
     tma_store_wait,
@@ -46,29 +49,40 @@ from fla.ops.attn.softpick.normalizers import (
 
 
 @gluon.jit
+def announce(i, w, c: gl.constexpr, q_empty, unit_s):
+    """Says to a computing warpgroup, once it has read its queries of the last unit, that its w-th unit is the i-th."""
+    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)
+    store_scalar(unit_s.index(c), i)
+    # before a thread of the warp arrives for all
+    group_barrier()
+
+
+@gluon.jit
 def producer(
     inputs,
     BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr,
     IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CHECK: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: the queries, keys and values of each unit of this program, then again of the flagged ones."""
-    q_desc, k_desc, v_desc, flags, memory, barriers, work = inputs
-    q_s, k_s, v_s, _ = memory
+    """The loading warp: the queries, keys and values of each unit that it draws, then again of the flagged ones."""
+    q_desc, k_desc, v_desc, numbers, memory, barriers, work = inputs
+    q_s, k_s, v_s, _, unit_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, done = barriers
     _, n_units, _, _, _, G, _, _, _, W = work
-    i_program = program_index()
+    flags = numbers + 1
     n = 0
     w = 0
     n_tails = 0
+    i = take_number(numbers)
+    i_last = n_units
     # one loop for both rounds, as the warp has few registers
     for i_round in range(2 if HAS_CHECK else 1):
-        i_first = i_program
         if HAS_CHECK:  # noqa: SIM102
             if i_round == 1:
                 mbarrier.wait(done.index(0), 0)
-                if not is_flagged(flags, n_units + i_first, NUM_WG):
-                    i_first = n_units
-        for i in range(i_first, n_units, gl.num_programs(0)):
+                i = i_last
+                if not any_failed(unit_s, NUM_WG):
+                    i = n_units
+        while i < n_units:
             is_due = True
             if HAS_CHECK:  # noqa: SIM102
                 if i_round == 1:
@@ -77,7 +91,7 @@ def producer(
                 i_b, i_hq, bos, T, S, i_t = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
                 i_h = i_hq // G
                 for c in gl.static_range(NUM_WG):
-                    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)
+                    announce(i, w, c, q_empty, unit_s)
                     mbarrier.expect(q_full.index(c), 64 * BD * 2)
                     at = [i_b, bos + i_t + c * 64, i_hq, 0]
                     tma_load(q_desc, at, q_full.index(c), q_s.index(c))
@@ -105,6 +119,20 @@ def producer(
                         tma_load(v_desc, at, v_full.index(st), v_s.index(st))
                     n += 1
                 w += 1
+            if HAS_CHECK:
+                i_before = flags + i * (NUM_WG + 1) + NUM_WG
+                if i_round == 0:
+                    gl.store(i_before, i_last)
+                    i_last = i
+                    i = take_number(numbers)
+                else:
+                    i = gl.load(i_before)
+            else:
+                i = take_number(numbers)
+        for c in gl.static_range(NUM_WG):
+            announce(n_units, w, c, q_empty, unit_s)
+            mbarrier.arrive(q_full.index(c), count=1)
+        w += 1
 
 
 @gluon.jit
@@ -146,15 +174,15 @@ def skip_tiles(
 
 @gluon.jit
 def attend(
-    sink_bias, memory, barriers, work, scale, n, w, n_tails, T, S, i_t, i_hq,
+    sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
     C: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr,
     KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr, IS_SHIFTED: gl.constexpr,
     EPS: gl.constexpr,
 ):  # fmt: skip
     """(shift, denominator, output times the denominator, n, n_tails) of 64 queries: [64], [64], [64, BD]."""
-    q_s, k_s, v_s, _ = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _, _, _ = barriers
+    q_s, k_s, v_s, _, _ = memory
+    _, q_empty, k_full, k_empty, v_full, v_empty, _, _, _ = barriers
     W = work[9]
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
@@ -171,10 +199,10 @@ def attend(
     if IS_SHIFTED:
         b_m = gl.maximum(b_m + smallest_shift(NORMALIZER), b_c)
 
-    n = skip_tiles(unit_end - end, barriers, n, C, KST, VST, PINGPONG)
-    mbarrier.wait(q_full.index(C), w & 1)
     # in registers: products that read both operands in shared memory are bound by its bandwidth
     q = q_s.index(C).reshape([64, BD]).load(gl.DotOperandLayout(0, S_L, 2))
+    mbarrier.arrive(q_empty.index(C), count=1)
+    n = skip_tiles(unit_end - end, barriers, n, C, KST, VST, PINGPONG)
     mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
     if PINGPONG:
         named_sync(9 + C, 256)
@@ -231,7 +259,6 @@ def attend(
             b_z += b_d
             b_p = gl.convert_layout(positive_part(b_n, q.dtype), P_L)
             n += 1
-    mbarrier.arrive(q_empty.index(C), count=1)
     last = (n - 1) % VST
     mbarrier.wait(v_full.index(last), ((n - 1) // VST) & 1)
     b_o = warpgroup_mma(b_p, v_s.index(last).reshape([BN, BD]), b_o, is_async=True)
@@ -259,73 +286,75 @@ def store_masked_rows(p, stride, x_s, m_t, D: gl.constexpr, BD: gl.constexpr):
 
 @gluon.jit
 def compute_units(
-    o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale, n, w, n_tails,
+    o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale, n, w, n_tails,
     C: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr,
     KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr,
     IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr, IS_REDO: gl.constexpr, EPS: gl.constexpr,
 ):  # fmt: skip
-    """Computes and stores 64 queries of each unit of this program; returns n, w, n_tails and whether some row is to be redone.
+    """Computes and stores 64 queries of each unit that is announced; returns n, w, n_tails and whether some row is to be redone.
 
-    HAS_CHECK: rows whose sums left float32's range keep a lse of NaN, and their unit is flagged. IS_REDO: computes
-    the flagged units again, and stores the rows with a lse of NaN.
+    HAS_CHECK: rows whose sums left float32's range keep a lse of NaN, and their unit is flagged. IS_REDO: the units are
+    the flagged ones; stores the rows with a lse of NaN.
     """
     _, n_units, _, _, HQ, _, _, T_max, _, _ = work
-    i_program = program_index()
     so_b, so_t, so_h = so
     o_s = memory[3].index(C)
+    unit_s = memory[4].index(C)
+    q_full = barriers[0].index(C)
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     rows = gl.arange(0, 64, gl.SliceLayout(1, O_L))
-    any_failed = 0
-    for i in range(i_program, n_units, gl.num_programs(0)):
-        is_due = True
+    has_any_failed = 0
+    mbarrier.wait(q_full, w & 1)
+    i = load_scalar(unit_s)
+    while i < n_units:
+        i_b, i_hq, bos, T, S, i_t = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
+        b_m, b_z, b_o, n, n_tails = attend(
+            sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
+            C, BD, BN, NUM_WG, KST, VST, PINGPONG,
+            NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, EPS,
+        )  # fmt: skip
+        o_t = i_t + C * 64 + rows
+        m_t = o_t < T
+        p_lse = lse + tl.cast(i_b * HQ + i_hq, tl.int64) * T_max + bos + o_t
+        b_lse = b_m + gl.log2(b_z)
+        # TMA drops rows beyond the tensor, so it may store all rows, unless another sequence follows
+        is_whole = True
+        if IS_VARLEN:
+            is_whole = i_t + C * 64 + 64 <= T
+        if HAS_CHECK:
+            # a sum in range proves its terms in range
+            m_failed = gl.max(gl.where(gl.abs(b_o) < float("inf"), 0, 1), 1) > 0
+            m_failed = m_t & (m_failed | (in_range(b_z, NORMALIZER) == 0))
+            has_failed = gl.max(gl.where(m_failed, 1, 0), 0)
+            gl.store(numbers + 1 + i * (NUM_WG + 1) + C, has_failed)
+            has_any_failed = gl.maximum(has_any_failed, has_failed)
+            # what is stored again must not meet a TMA store that is still on its way
+            is_whole = is_whole & (has_failed == 0)
+            b_lse = gl.where(m_failed, float("nan"), b_lse)
         if IS_REDO:
-            is_due = is_flagged(flags, i, NUM_WG)
-        if is_due:
-            i_b, i_hq, bos, T, S, i_t = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
-            b_m, b_z, b_o, n, n_tails = attend(
-                sink_bias, memory, barriers, work, scale, n, w, n_tails, T, S, i_t, i_hq,
-                C, BD, BN, NUM_WG, KST, VST, PINGPONG,
-                NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, EPS,
-            )  # fmt: skip
-            w += 1
-            o_t = i_t + C * 64 + rows
-            m_t = o_t < T
-            p_lse = lse + tl.cast(i_b * HQ + i_hq, tl.int64) * T_max + bos + o_t
-            b_lse = b_m + gl.log2(b_z)
-            # TMA drops rows beyond the tensor, so it may store all rows, unless another sequence follows
-            is_whole = True
-            if IS_VARLEN:
-                is_whole = i_t + C * 64 + 64 <= T
-            if HAS_CHECK:
-                # a sum in range proves its terms in range
-                m_failed = gl.max(gl.where(gl.abs(b_o) < float("inf"), 0, 1), 1) > 0
-                m_failed = m_t & (m_failed | (in_range(b_z, NORMALIZER) == 0))
-                has_failed = gl.max(gl.where(m_failed, 1, 0), 0)
-                gl.store(flags + i * NUM_WG + C, has_failed)
-                any_failed = gl.maximum(any_failed, has_failed)
-                # what is stored again must not meet a TMA store that is still on its way
-                is_whole = is_whole & (has_failed == 0)
-                b_lse = gl.where(m_failed, float("nan"), b_lse)
-            if IS_REDO:
-                b_old = gl.load(p_lse, mask=m_t, other=0.0)
-                m_t = m_t & (b_old != b_old)
-                is_whole = False
-            gl.store(p_lse, b_lse, mask=m_t)
-            # n <= d, so where the denominator is 0 the numerators are too
-            b_o = b_o * (1.0 / gl.where(b_z == 0, 1.0, b_z))[:, None]
-            tma_store_wait(0)
-            o_s.reshape([64, BD]).store(b_o.to(o_s.dtype))
-            if is_whole:
-                fence_async_shared()
-                tma_store(o_desc, [i_b, bos + i_t + C * 64, i_hq, 0], o_s)
-            # left out by hand where it is never taken: Triton 3.6 does not compile that
-            if IS_VARLEN or HAS_CHECK or IS_REDO:  # noqa: SIM102
-                if not is_whole:
-                    i_o = tl.cast(i_b, tl.int64) * so_b + tl.cast(i_hq, tl.int64) * so_h
-                    i_o += tl.cast(bos + i_t + C * 64, tl.int64) * so_t
-                    store_masked_rows(o + i_o, so_t, o_s.reshape([64, BD]), m_t, D, BD)
-    return n, w, n_tails, any_failed
+            b_old = gl.load(p_lse, mask=m_t, other=0.0)
+            m_t = m_t & (b_old != b_old)
+            is_whole = False
+        gl.store(p_lse, b_lse, mask=m_t)
+        # n <= d, so where the denominator is 0 the numerators are too
+        b_o = b_o * (1.0 / gl.where(b_z == 0, 1.0, b_z))[:, None]
+        tma_store_wait(0)
+        o_s.reshape([64, BD]).store(b_o.to(o_s.dtype))
+        if is_whole:
+            fence_async_shared()
+            tma_store(o_desc, [i_b, bos + i_t + C * 64, i_hq, 0], o_s)
+        # left out by hand where it is never taken: Triton 3.6 does not compile that
+        if IS_VARLEN or HAS_CHECK or IS_REDO:  # noqa: SIM102
+            if not is_whole:
+                i_o = tl.cast(i_b, tl.int64) * so_b + tl.cast(i_hq, tl.int64) * so_h
+                i_o += tl.cast(bos + i_t + C * 64, tl.int64) * so_t
+                store_masked_rows(o + i_o, so_t, o_s.reshape([64, BD]), m_t, D, BD)
+        w += 1
+        mbarrier.wait(q_full, w & 1)
+        i = load_scalar(unit_s)
+    mbarrier.arrive(barriers[1].index(C), count=1)
+    return n, w + 1, n_tails, has_any_failed
 
 
 @gluon.jit
@@ -336,32 +365,28 @@ def consumer(
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr,
     IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr, EPS: gl.constexpr,
 ):  # fmt: skip
-    """A computing warpgroup: all units, then again the flagged ones, with the running maximum."""
-    o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale = inputs
+    """A computing warpgroup: all units of its program, then again the flagged ones, with the running maximum."""
+    o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale = inputs
     # with PINGPONG two warpgroups issue their products in turns: the first takes turn 9, the other one turn 10
     if PINGPONG and C == 1:
         named_arrive(9, 256)
     n = 0
     w = 0
     n_tails = 0
-    n, w, n_tails, any_failed = compute_units(
-        o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale, n, w, n_tails,
+    n, w, n_tails, has_any_failed = compute_units(
+        o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale, n, w, n_tails,
         C, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
         NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, False, EPS,
     )  # fmt: skip
     if HAS_CHECK:
-        done = barriers[8].index(0)
-        i_flag = work[1] + program_index()
-        gl.store(flags + i_flag * NUM_WG + C, any_failed)
+        store_scalar(memory[4].index(NUM_WG + C), has_any_failed)
         group_barrier()
-        mbarrier.arrive(done, count=1)
-        mbarrier.wait(done, 0)
-        if is_flagged(flags, i_flag, NUM_WG):
-            compute_units(
-                o_desc, o, so, lse, sink_bias, flags, memory, barriers, work, scale, n, w, n_tails,
-                C, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
-                NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, True, False, True, EPS,
-            )  # fmt: skip
+        mbarrier.arrive(barriers[8].index(0), count=1)
+        compute_units(
+            o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale, n, w, n_tails,
+            C, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+            NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, True, False, True, EPS,
+        )  # fmt: skip
     tma_store_wait(0)
     if PINGPONG and C == 0:
         named_sync(9, 256)
