@@ -255,10 +255,10 @@ FAULTS = {
         "    q = q_s.index(C).reshape([64, BD]).load(gl.DotOperandLayout(0, S_L, 2))\n    mbarrier.arrive(q_empty.index(C), count=1)\n",
         "    mbarrier.arrive(q_empty.index(C), count=1)\n    q = q_s.index(C).reshape([64, BD]).load(gl.DotOperandLayout(0, S_L, 2))\n",
     ),
-    "number of the unit not waited for": ("        mbarrier.wait(q_full, w & 1)\n        i = load", "        i = load"),
-    "number of the unit overwritten": (
-        "    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)\n    store_scalar(unit_s.index(c), i)\n",
-        "    store_scalar(unit_s.index(c), i)\n    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)\n",
+    "unit not waited for": ("        mbarrier.wait(q_full, w & 1)\n        i = load", "        i = load"),
+    "unit overwritten": (
+        "                for c in gl.static_range(NUM_WG):\n                    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)\n                announce_unit(unit_s, i, unit, IS_VARLEN)\n",
+        "                announce_unit(unit_s, i, unit, IS_VARLEN)\n                for c in gl.static_range(NUM_WG):\n                    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)\n",
     ),
     "failed rows forgotten": ("if not any_failed(unit_s, NUM_WG)", "if any_failed(unit_s, NUM_WG)"),
     "output stored without a fence": ("            fence_async_shared()\n            tma_store(", "            tma_store("),

@@ -45,8 +45,8 @@ def hopper_normalized_attn_fwd_kernel(
     k_s = gl.allocate_shared_memory(dtype, [KST, 1, BN, 1, BD], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [VST, 1, BN, 1, BD], v_desc.layout)
     o_s = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64, 1, BD], o_desc.layout)
-    # the unit of each warpgroup, then whether it has flagged one
-    unit_s = gl.allocate_shared_memory(gl.int32, [2 * NUM_WG, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
+    # the unit, from word 8 on whether each warpgroup has flagged one
+    unit_s = gl.allocate_shared_memory(gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))  # fmt: skip
     q_full = allocate_barriers(NUM_WG, 1)
     q_empty = allocate_barriers(NUM_WG, 1)
     k_full = allocate_barriers(KST, 1)

@@ -14,7 +14,7 @@ Legend, besides that of `parallel_fwd.py`
 
 import triton.language as tl
 
-from fla.ops.attn.softpick.hopper.gluon_api import gl, gluon, load_scalar
+from fla.ops.attn.softpick.hopper.gluon_api import gl, gluon, load_scalar, store_scalar
 from fla.ops.attn.softpick.normalizers import (
     scores_and_sign,
     signed_terms,
@@ -41,6 +41,33 @@ def query_unit(i, work, BM: gl.constexpr, IS_VARLEN: gl.constexpr):
         return i_bh // HQ, i_bh % HQ, bos, T, T, i_t
     else:
         return i_bh // HQ, i_bh % HQ, 0, T_max, S_max, (NT - 1 - i_tile) * BM
+
+
+@gluon.jit
+def announce_unit(unit_s, i, unit, IS_VARLEN: gl.constexpr):
+    """Stores the i-th unit for `announced_unit`: the computing warpgroups need not divide."""
+    i_b, i_hq, bos, T, _, i_t = unit
+    store_scalar(unit_s.index(0), i)
+    store_scalar(unit_s.index(1), i_b)
+    store_scalar(unit_s.index(2), i_hq)
+    store_scalar(unit_s.index(3), i_t)
+    if IS_VARLEN:
+        store_scalar(unit_s.index(4), bos)
+        store_scalar(unit_s.index(5), T)
+
+
+@gluon.jit
+def announced_unit(unit_s, work, IS_VARLEN: gl.constexpr):
+    """As `query_unit`."""
+    i_b = load_scalar(unit_s.index(1))
+    i_hq = load_scalar(unit_s.index(2))
+    i_t = load_scalar(unit_s.index(3))
+    if IS_VARLEN:
+        bos = load_scalar(unit_s.index(4))
+        T = load_scalar(unit_s.index(5))
+        return i_b, i_hq, bos, T, T, i_t
+    else:
+        return i_b, i_hq, 0, work[7], work[8], i_t
 
 
 @gluon.jit
@@ -76,9 +103,9 @@ def is_flagged(flags, i, NUM_WG: gl.constexpr):
 @gluon.jit
 def any_failed(unit_s, NUM_WG: gl.constexpr):
     """True if a warpgroup of the program has flagged a unit."""
-    total = load_scalar(unit_s.index(NUM_WG))
+    total = load_scalar(unit_s.index(8))
     for c in gl.static_range(1, NUM_WG):
-        total += load_scalar(unit_s.index(NUM_WG + c))
+        total += load_scalar(unit_s.index(8 + c))
     return total > 0
 
 

@@ -15,6 +15,8 @@ README.md has the roles, the barriers and why nothing waits for ever. Legend: `f
 import triton.language as tl
 
 from fla.ops.attn.softpick.hopper.forward_parts import (
+    announce_unit,
+    announced_unit,
     any_failed,
     group_tiles,
     is_flagged,
@@ -49,15 +51,6 @@ from fla.ops.attn.softpick.normalizers import (
 
 
 @gluon.jit
-def announce(i, w, c: gl.constexpr, q_empty, unit_s):
-    """Says to a computing warpgroup, once it has read its queries of the last unit, that its w-th unit is the i-th."""
-    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)
-    store_scalar(unit_s.index(c), i)
-    # before a thread of the warp arrives for all
-    group_barrier()
-
-
-@gluon.jit
 def producer(
     inputs,
     BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr,
@@ -88,10 +81,15 @@ def producer(
                 if i_round == 1:
                     is_due = is_flagged(flags, i, NUM_WG)
             if is_due:
-                i_b, i_hq, bos, T, S, i_t = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
+                unit = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
+                i_b, i_hq, bos, T, S, i_t = unit
                 i_h = i_hq // G
                 for c in gl.static_range(NUM_WG):
-                    announce(i, w, c, q_empty, unit_s)
+                    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)
+                announce_unit(unit_s, i, unit, IS_VARLEN)
+                # before a thread of the warp arrives for all
+                group_barrier()
+                for c in gl.static_range(NUM_WG):
                     mbarrier.expect(q_full.index(c), 64 * BD * 2)
                     at = [i_b, bos + i_t + c * 64, i_hq, 0]
                     tma_load(q_desc, at, q_full.index(c), q_s.index(c))
@@ -130,7 +128,10 @@ def producer(
             else:
                 i = take_number(numbers)
         for c in gl.static_range(NUM_WG):
-            announce(n_units, w, c, q_empty, unit_s)
+            mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)
+        store_scalar(unit_s.index(0), n_units)
+        group_barrier()
+        for c in gl.static_range(NUM_WG):
             mbarrier.arrive(q_full.index(c), count=1)
         w += 1
 
@@ -300,15 +301,15 @@ def compute_units(
     _, n_units, _, _, HQ, _, _, T_max, _, _ = work
     so_b, so_t, so_h = so
     o_s = memory[3].index(C)
-    unit_s = memory[4].index(C)
+    unit_s = memory[4]
     q_full = barriers[0].index(C)
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     rows = gl.arange(0, 64, gl.SliceLayout(1, O_L))
     has_any_failed = 0
     mbarrier.wait(q_full, w & 1)
-    i = load_scalar(unit_s)
+    i = load_scalar(unit_s.index(0))
     while i < n_units:
-        i_b, i_hq, bos, T, S, i_t = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
+        i_b, i_hq, bos, T, S, i_t = announced_unit(unit_s, work, IS_VARLEN)
         b_m, b_z, b_o, n, n_tails = attend(
             sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
             C, BD, BN, NUM_WG, KST, VST, PINGPONG,
@@ -352,7 +353,7 @@ def compute_units(
                 store_masked_rows(o + i_o, so_t, o_s.reshape([64, BD]), m_t, D, BD)
         w += 1
         mbarrier.wait(q_full, w & 1)
-        i = load_scalar(unit_s)
+        i = load_scalar(unit_s.index(0))
     mbarrier.arrive(barriers[1].index(C), count=1)
     return n, w + 1, n_tails, has_any_failed
 
@@ -379,7 +380,7 @@ def consumer(
         NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, False, EPS,
     )  # fmt: skip
     if HAS_CHECK:
-        store_scalar(memory[4].index(NUM_WG + C), has_any_failed)
+        store_scalar(memory[4].index(8 + C), has_any_failed)
         group_barrier()
         mbarrier.arrive(barriers[8].index(0), count=1)
         compute_units(
