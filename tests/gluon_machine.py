@@ -28,6 +28,8 @@ class Worker:
         # issued and not waited for: [token, a, b, accumulator, snapshots], [descriptor, at, source, snapshot, adds]
         self.products: list[Any] = []
         self.stores: list[Any] = []
+        # stores that may still be on their way to global memory
+        self.num_landing = 0
         # masks of the shared memory it has written since its last fence
         self.unfenced: list[torch.Tensor] = []
 
@@ -49,7 +51,9 @@ class Machine:
         self.random = random.Random(seed)
         self.grid = grid
         self.workers: list[Worker] = []
-        self.flights: list[Callable[[], None]] = []
+        # which land at any time
+        self.loads: list[Callable[[], None]] = []
+        self.stores: list[Callable[[], None]] = []
         self.lands = self.random.choice((0.05, 0.5, 1.0))
         self.failure: BaseException | None = None
         self.finished = threading.Semaphore(0)
@@ -87,14 +91,19 @@ class Machine:
             if me is not None:
                 me.baton.acquire()
 
+    def land(self):
+        i = self.random.randrange(len(self.loads) + len(self.stores))
+        flights, i = (self.loads, i) if i < len(self.loads) else (self.stores, i - len(self.loads))
+        flights.pop(i)()
+
     def choose(self) -> Worker | None:
         alive = [x for x in self.workers if not x.is_done]
         if self.failure is not None:
             return alive[0] if alive else None
         while alive:
             able = [x for x in alive if x.ready is None or x.ready()]
-            if self.flights and (not able or self.random.random() < self.lands):
-                self.flights.pop(self.random.randrange(len(self.flights)))()
+            if (self.loads or self.stores) and (not able or self.random.random() < self.lands):
+                self.land()
             elif able:
                 return self.random.choices(able, [x.speed for x in able])[0]
             else:

@@ -159,7 +159,7 @@ def tma_load(descriptor, at, barrier, destination, pred=True):
         destination.data[block] = descriptor.view[source]
         barrier.update(0, -destination.data.numel() * destination.data.element_size())
 
-    current.machine.flights.append(land)
+    current.machine.loads.append(land)
     switch()
 
 
@@ -183,8 +183,24 @@ def tma_store_wait(pendings):
             raise Fault(
                 f"{current.worker.name}: the source of a TMA store changed before the wait for it"
             )
-        view, block = descriptor.clip(at)
+        _send(current.worker, descriptor, at, snapshot, adds)
+
+
+def _send(worker, descriptor, at, snapshot, adds):
+    view, block = descriptor.clip(at)
+
+    def land():
         descriptor.view[view] = snapshot[block] + (descriptor.view[view] if adds else 0)
+        worker.num_landing -= 1
+
+    worker.num_landing += 1
+    current.machine.stores.append(land)
+
+
+def tma_store_done():
+    tma_store_wait(0)
+    worker = current.worker
+    switch(lambda: worker.num_landing == 0, lambda: "its stores")
 
 
 class Token:
@@ -260,7 +276,7 @@ def take_number(p):
 
 
 def pass_turn(p):
-    tma_store_wait(0)
+    tma_store_done()
     p.store(int(p.load()) + 1)
     switch()
 

@@ -75,8 +75,10 @@ class Kernel:
         machine.finished.acquire()
         if machine.failure is not None:
             raise machine.failure
-        if machine.flights:
-            raise Fault(f"{len(machine.flights)} loads are left")
+        if machine.loads:
+            raise Fault(f"{len(machine.loads)} loads are left")
+        while machine.stores:
+            machine.land()
         for program in programs:
             if program.progress is not None and int(program.progress.data) != -1:
                 raise Fault("progress was stored after -1, which the watchdog may have missed")
@@ -178,6 +180,7 @@ API: dict[str, Any] = {
     "tma_add": memory.tma_add,
     "tma_load": memory.tma_load,
     "tma_store": memory.tma_store,
+    "tma_store_done": memory.tma_store_done,
     "tma_store_wait": memory.tma_store_wait,
     "trap_without_progress": memory.trap_without_progress,
     "wait_turn": memory.wait_turn,

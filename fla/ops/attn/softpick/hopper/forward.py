@@ -26,6 +26,8 @@ from fla.ops.attn.softpick.naive import EPS
 from fla.ops.attn.softpick.normalizers import RCP_LN2
 from fla.ops.attn.softpick.tiles import empty_rows, strides_bth, tiles_of
 
+# keys of a tile
+BN = 64
 # bytes of keys and values that stay in L2, of which an H100 has 50 MB
 L2_BYTES = 2**25
 
@@ -34,8 +36,7 @@ L2_BYTES = 2**25
 def hopper_normalized_attn_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, o, so, lse, sink_bias, numbers, scale,
     tiles, n_units, NT, BH, HQ, G, GROUP, T_max, S_max, W,
-    D: gl.constexpr, BD: gl.constexpr, NUM_WG: gl.constexpr, BN: gl.constexpr,
-    KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr, REGS: gl.constexpr, LOAD_REGS: gl.constexpr,
+    D: gl.constexpr, BD: gl.constexpr, NUM_WG: gl.constexpr, BN: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr,
     NORMALIZER: gl.constexpr, EPS: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
     HAS_SINK: gl.constexpr, IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr,
 ):  # fmt: skip
@@ -69,33 +70,33 @@ def hopper_normalized_attn_fwd_kernel(
         gl.warp_specialize(
             [
                 (consumer, (
-                    results, 0, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+                    results, 0, D, BD, BN, NUM_WG, KST, VST,
                     NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, EPS)),
                 (consumer, (
-                    results, 1, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+                    results, 1, D, BD, BN, NUM_WG, KST, VST,
                     NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, EPS)),
                 (producer, (inputs, BD, BN, NUM_WG, KST, VST, IS_VARLEN, HAS_WINDOW, HAS_CHECK)),
             ],
             [4, 1],
-            [REGS, LOAD_REGS],
+            [232, 40],
         )  # fmt: skip
     else:
         gl.static_assert(NUM_WG == 3, "2 or 3 warpgroups")
         gl.warp_specialize(
             [
                 (consumer, (
-                    results, 0, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+                    results, 0, D, BD, BN, NUM_WG, KST, VST,
                     NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, EPS)),
                 (consumer, (
-                    results, 1, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+                    results, 1, D, BD, BN, NUM_WG, KST, VST,
                     NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, EPS)),
                 (consumer, (
-                    results, 2, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+                    results, 2, D, BD, BN, NUM_WG, KST, VST,
                     NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, EPS)),
                 (producer, (inputs, BD, BN, NUM_WG, KST, VST, IS_VARLEN, HAS_WINDOW, HAS_CHECK)),
             ],
             [4, 4, 1],
-            [REGS, REGS, LOAD_REGS],
+            [160, 160, 32],
         )  # fmt: skip
 
 
@@ -144,14 +145,13 @@ def hopper_normalized_attn_fwd(
     with torch.cuda.device_of(q):
         NT, tiles = tiles_of(cu_seqlens, T, 64 * shape.NUM_WG, is_last_first=True)
         n_units = NT * B * HQ
-        # the queue, then what the kernel writes before it reads: flags of each unit, and the program's unit before it
-        size = n_units * (shape.NUM_WG + 1) if has_check else 0
-        numbers = torch.zeros(1 + size, dtype=torch.int32, device=q.device)
+        # the queue, then whether a row of each unit has failed, and which unit its program had before
+        numbers = torch.zeros(1 + 2 * n_units * has_check, dtype=torch.int32, device=q.device)
         group = max(1, L2_BYTES // (4 * S * D)) * (HQ // H)
         hopper_normalized_attn_fwd_kernel[(min(num_processors(q.device.index), n_units),)](
             block_descriptor(q, head_first, 64, BD),
-            block_descriptor(k, head_first, shape.BN, BD),
-            block_descriptor(v, head_first, shape.BN, BD),
+            block_descriptor(k, head_first, BN, BD),
+            block_descriptor(v, head_first, BN, BD),
             block_descriptor(o, head_first, 64, BD),
             o,
             strides_bth(o, head_first),
@@ -171,6 +171,7 @@ def hopper_normalized_attn_fwd(
             W=0 if window_size is None else min(window_size, S),
             D=D,
             BD=BD,
+            BN=BN,
             NORMALIZER=normalizer,
             EPS=EPS,
             IS_VARLEN=tiles is not None,

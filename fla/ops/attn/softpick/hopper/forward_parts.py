@@ -92,15 +92,6 @@ def group_tiles(i_r, T, S, W, BN: gl.constexpr, HAS_WINDOW: gl.constexpr):
 
 
 @gluon.jit
-def is_flagged(flags, i, NUM_WG: gl.constexpr):
-    """True if one of the NUM_WG flags of the i-th unit is set."""
-    total = gl.load(flags + i * (NUM_WG + 1))
-    for c in gl.static_range(1, NUM_WG):
-        total += gl.load(flags + i * (NUM_WG + 1) + c)
-    return total > 0
-
-
-@gluon.jit
 def any_failed(unit_s, NUM_WG: gl.constexpr):
     """True if a warpgroup of the program has flagged a unit."""
     total = load_scalar(unit_s.index(8))

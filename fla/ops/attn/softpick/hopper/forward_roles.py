@@ -19,7 +19,6 @@ from fla.ops.attn.softpick.hopper.forward_parts import (
     announced_unit,
     any_failed,
     group_tiles,
-    is_flagged,
     query_unit,
     tile_terms,
     unit_tiles,
@@ -38,6 +37,7 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     take_number,
     tma_load,
     tma_store,
+    tma_store_done,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -79,7 +79,7 @@ def producer(
             is_due = True
             if HAS_CHECK:  # noqa: SIM102
                 if i_round == 1:
-                    is_due = is_flagged(flags, i, NUM_WG)
+                    is_due = gl.load(flags + 2 * i) > 0
             if is_due:
                 unit = query_unit(i, work, 64 * NUM_WG, IS_VARLEN)
                 i_b, i_hq, bos, T, S, i_t = unit
@@ -118,7 +118,7 @@ def producer(
                     n += 1
                 w += 1
             if HAS_CHECK:
-                i_before = flags + i * (NUM_WG + 1) + NUM_WG
+                i_before = flags + 2 * i + 1
                 if i_round == 0:
                     gl.store(i_before, i_last)
                     i_last = i
@@ -156,12 +156,12 @@ def clear_tail(v, left, barriers, full, n_tails, BN: gl.constexpr, BD: gl.conste
 
 @gluon.jit
 def skip_tiles(
-    count, barriers, n, C: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr
+    count, barriers, n, C: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr, NUM_WG: gl.constexpr
 ):  # fmt: skip
     """Releases tiles that only other warpgroups of the unit see."""
     _, _, k_full, k_empty, v_full, v_empty, _, _, _ = barriers
     for _ in range(count):
-        if PINGPONG:
+        if NUM_WG == 2:
             named_sync(9 + C, 256)
             named_arrive(10 - C, 256)
         # before it is full, the barrier may still be in the phase of the buffer's last use
@@ -177,7 +177,7 @@ def skip_tiles(
 def attend(
     sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
     C: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr,
-    KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr,
+    KST: gl.constexpr, VST: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr, IS_SHIFTED: gl.constexpr,
     EPS: gl.constexpr,
 ):  # fmt: skip
@@ -203,14 +203,14 @@ def attend(
     # in registers: products that read both operands in shared memory are bound by its bandwidth
     q = q_s.index(C).reshape([64, BD]).load(gl.DotOperandLayout(0, S_L, 2))
     mbarrier.arrive(q_empty.index(C), count=1)
-    n = skip_tiles(unit_end - end, barriers, n, C, KST, VST, PINGPONG)
+    n = skip_tiles(unit_end - end, barriers, n, C, KST, VST, NUM_WG)
     mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
-    if PINGPONG:
+    if NUM_WG == 2:
         named_sync(9 + C, 256)
     zeros = gl.zeros([64, BN], gl.float32, S_L)
     k_t = k_s.index(n % KST).reshape([BN, BD]).permute((1, 0))
     b_r = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
-    if PINGPONG:
+    if NUM_WG == 2:
         named_arrive(10 - C, 256)
     if IS_VARLEN and C == NUM_WG - 1:  # noqa: SIM102  # decided at compile time, the next one is not
         if end * BN > S:
@@ -236,7 +236,7 @@ def attend(
         for j in range(high - low):
             i_k = (high - 1 - j) * BN
             mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
-            if PINGPONG:
+            if NUM_WG == 2:
                 named_sync(9 + C, 256)
             k_t = k_s.index(n % KST).reshape([BN, BD]).permute((1, 0))
             b_r = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
@@ -244,7 +244,7 @@ def attend(
             last = (n - 1) % VST
             mbarrier.wait(v_full.index(last), ((n - 1) // VST) & 1)
             b_o = warpgroup_mma(b_p, v_s.index(last).reshape([BN, BD]), b_o, is_async=True)
-            if PINGPONG:
+            if NUM_WG == 2:
                 named_arrive(10 - C, 256)
             b_r = warpgroup_mma_wait(1, [b_r])
             mbarrier.arrive(k_empty.index(n % KST), count=1)
@@ -270,7 +270,7 @@ def attend(
     b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
     b_o = warpgroup_mma_wait(0, [b_o])
     mbarrier.arrive(v_empty.index(last), count=1)
-    n = skip_tiles(first - unit_first, barriers, n, C, KST, VST, PINGPONG)
+    n = skip_tiles(first - unit_first, barriers, n, C, KST, VST, NUM_WG)
     return b_m, b_z, b_o, n, n_tails
 
 
@@ -289,11 +289,11 @@ def store_masked_rows(p, stride, x_s, m_t, D: gl.constexpr, BD: gl.constexpr):
 def compute_units(
     o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale, n, w, n_tails,
     C: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr,
-    KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr,
+    KST: gl.constexpr, VST: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr,
     IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr, IS_REDO: gl.constexpr, EPS: gl.constexpr,
 ):  # fmt: skip
-    """Computes and stores 64 queries of each unit that is announced; returns n, w, n_tails and whether some row is to be redone.
+    """Computes and stores 64 queries of each unit that is announced; returns n, w, n_tails and [64], 1 where a row failed.
 
     HAS_CHECK: rows whose sums left float32's range keep a lse of NaN, and their unit is flagged. IS_REDO: the units are
     the flagged ones; stores the rows with a lse of NaN.
@@ -305,14 +305,14 @@ def compute_units(
     q_full = barriers[0].index(C)
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     rows = gl.arange(0, 64, gl.SliceLayout(1, O_L))
-    has_any_failed = 0
+    b_failed = gl.zeros([64], gl.int32, gl.SliceLayout(1, O_L))
     mbarrier.wait(q_full, w & 1)
     i = load_scalar(unit_s.index(0))
     while i < n_units:
         i_b, i_hq, bos, T, S, i_t = announced_unit(unit_s, work, IS_VARLEN)
         b_m, b_z, b_o, n, n_tails = attend(
             sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
-            C, BD, BN, NUM_WG, KST, VST, PINGPONG,
+            C, BD, BN, NUM_WG, KST, VST,
             NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, EPS,
         )  # fmt: skip
         o_t = i_t + C * 64 + rows
@@ -324,14 +324,11 @@ def compute_units(
         if IS_VARLEN:
             is_whole = i_t + C * 64 + 64 <= T
         if HAS_CHECK:
-            # a sum in range proves its terms in range
-            m_failed = gl.max(gl.where(gl.abs(b_o) < float("inf"), 0, 1), 1) > 0
-            m_failed = m_t & (m_failed | (in_range(b_z, NORMALIZER) == 0))
-            has_failed = gl.max(gl.where(m_failed, 1, 0), 0)
-            gl.store(numbers + 1 + i * (NUM_WG + 1) + C, has_failed)
-            has_any_failed = gl.maximum(has_any_failed, has_failed)
-            # what is stored again must not meet a TMA store that is still on its way
-            is_whole = is_whole & (has_failed == 0)
+            # a sum in range proves its terms in range, and 0 times anything else is NaN
+            b_nan = gl.sum(b_o * 0.0, 1)
+            m_failed = m_t & ((b_nan != b_nan) | (in_range(b_z, NORMALIZER) == 0))
+            gl.store(numbers + 1 + 2 * i + rows * 0, 1, mask=m_failed)
+            b_failed = gl.where(m_failed, 1, b_failed)
             b_lse = gl.where(m_failed, float("nan"), b_lse)
         if IS_REDO:
             b_old = gl.load(p_lse, mask=m_t, other=0.0)
@@ -346,7 +343,7 @@ def compute_units(
             fence_async_shared()
             tma_store(o_desc, [i_b, bos + i_t + C * 64, i_hq, 0], o_s)
         # left out by hand where it is never taken: Triton 3.6 does not compile that
-        if IS_VARLEN or HAS_CHECK or IS_REDO:  # noqa: SIM102
+        if IS_VARLEN or IS_REDO:  # noqa: SIM102
             if not is_whole:
                 i_o = tl.cast(i_b, tl.int64) * so_b + tl.cast(i_hq, tl.int64) * so_h
                 i_o += tl.cast(bos + i_t + C * 64, tl.int64) * so_t
@@ -355,39 +352,41 @@ def compute_units(
         mbarrier.wait(q_full, w & 1)
         i = load_scalar(unit_s.index(0))
     mbarrier.arrive(barriers[1].index(C), count=1)
-    return n, w + 1, n_tails, has_any_failed
+    return n, w + 1, n_tails, b_failed
 
 
 @gluon.jit
 def consumer(
     inputs,
     C: gl.constexpr, D: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr,
-    KST: gl.constexpr, VST: gl.constexpr, PINGPONG: gl.constexpr,
+    KST: gl.constexpr, VST: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr,
     IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr, EPS: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup: all units of its program, then again the flagged ones, with the running maximum."""
     o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale = inputs
-    # with PINGPONG two warpgroups issue their products in turns: the first takes turn 9, the other one turn 10
-    if PINGPONG and C == 1:
+    # two warpgroups issue their products in turns: the first takes turn 9, the other one turn 10
+    if NUM_WG == 2 and C == 1:
         named_arrive(9, 256)
     n = 0
     w = 0
     n_tails = 0
-    n, w, n_tails, has_any_failed = compute_units(
+    n, w, n_tails, b_failed = compute_units(
         o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale, n, w, n_tails,
-        C, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+        C, D, BD, BN, NUM_WG, KST, VST,
         NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, HAS_CHECK, False, EPS,
     )  # fmt: skip
     if HAS_CHECK:
-        store_scalar(memory[4].index(8 + C), has_any_failed)
+        store_scalar(memory[4].index(8 + C), gl.max(b_failed, 0))
+        # rows that failed are stored again, without TMA
+        tma_store_done()
         group_barrier()
         mbarrier.arrive(barriers[8].index(0), count=1)
         compute_units(
             o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale, n, w, n_tails,
-            C, D, BD, BN, NUM_WG, KST, VST, PINGPONG,
+            C, D, BD, BN, NUM_WG, KST, VST,
             NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, True, False, True, EPS,
         )  # fmt: skip
     tma_store_wait(0)
-    if PINGPONG and C == 0:
+    if NUM_WG == 2 and C == 0:
         named_sync(9, 256)

@@ -55,6 +55,7 @@ __all__ = [
     "tma_add",
     "tma_load",
     "tma_store",
+    "tma_store_done",
     "tma_store_wait",
     "trap_without_progress",
     "wait_turn",
@@ -204,6 +205,14 @@ def pass_turn(p):
         mov.b32 $0, 0;
         }""",
         "=r,l", [p], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def tma_store_done():
+    """Waits until all TMA stores of this warp are in global memory, where what it stores later overwrites them."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1
     )  # fmt: skip
 
 

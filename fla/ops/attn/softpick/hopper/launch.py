@@ -13,31 +13,20 @@ from fla.ops.attn.softpick.tiles import descriptor_strides
 class ForwardShape(NamedTuple):
     """Launch configuration of the forward kernel.
 
-    NUM_WG: warpgroups, each with 64 queries of a unit. BN: keys of a tile. KST, VST: tiles of keys and of values in
-    shared memory. PINGPONG: two warpgroups issue their products in turns. REGS, LOAD_REGS: registers of a thread of a
-    computing warpgroup, and of the loading warp, which takes those of four warps. All fit into 65,536.
+    NUM_WG: warpgroups, 2 or 3, each with 64 queries of a unit. KST, VST: tiles of 64 keys and of 64 values in shared
+    memory.
     """
 
     NUM_WG: int
-    BN: int
     KST: int
     VST: int
-    PINGPONG: bool
-    REGS: int
-    LOAD_REGS: int
 
 
-# Head dimension, rounded up to 64 or 128 -> configurations with the longest sequence that each is for. An H200 ranked
-# the first for a prototype without masks, packing and checks, and the others at T 2,048, 4,096 and 16,384.
+# Head dimension, rounded up to 64 or 128 -> configurations with the longest sequence that each is for, as an H200
+# ranked them in CUDA graphs
 FORWARD_SHAPES: dict[int, list[tuple[float, ForwardShape]]] = {
-    64: [
-        (1024, ForwardShape(2, 128, 3, 3, True, 232, 40)),
-        (float("inf"), ForwardShape(3, 64, 4, 4, False, 160, 32)),
-    ],
-    128: [
-        (4096, ForwardShape(2, 64, 4, 4, True, 232, 40)),
-        (float("inf"), ForwardShape(2, 128, 2, 2, True, 232, 40)),
-    ],
+    64: [(1024, ForwardShape(2, 6, 6)), (float("inf"), ForwardShape(3, 6, 6))],
+    128: [(float("inf"), ForwardShape(2, 4, 4))],
 }
 
 
