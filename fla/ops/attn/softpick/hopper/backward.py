@@ -124,10 +124,9 @@ def hopper_normalized_attn_bwd(
             HAS_DLSE=dlse is not None,
             HAS_RESCALE=has_rescale,
         )
-        n_units = NT * B * H
         _, sdk_t, sdk_h = strides_bth(dk, head_first)
         _, sdv_t, sdv_h = strides_bth(dv, head_first)
-        normalized_attn_bwd_kernel_hopper[(min(num_processors(q.device.index), n_units),)](
+        normalized_attn_bwd_kernel_hopper[(min(num_processors(q.device.index), NT * B * H),)](
             *(block_descriptor(x, head_first, 64, D) for x in (rescaled_q, do, k, v)),
             _row_descriptor(row_numbers, [4, BQ]),
             _row_descriptor(accumulator, [1, 16, 256]),
@@ -141,7 +140,6 @@ def hopper_normalized_attn_bwd(
             sdk_h=sdk_h,
             sdv_t=sdv_t,
             sdv_h=sdv_h,
-            n_units=n_units,
             NT=NT,
             BH=B * H,
             H=H,
@@ -150,18 +148,14 @@ def hopper_normalized_attn_bwd(
             HEADS_AT_A_TIME=max(1, min(B * H, STREAMED_BYTES // (T * D * 4 * G))),
             T=T,
             S=S,
-            W=0 if window_size is None else min(window_size, S),
+            W=None if window_size is None else min(window_size, S),
             NQ=NQ,
             K=K,
             V=V,
-            D=D,
             BQ=BQ,
             NORMALIZER=normalizer,
-            IS_VARLEN=cu_seqlens is not None,
             IS_NEGATED=scale < 0,
-            HAS_WINDOW=window_size is not None,
             HAS_RESCALE=has_rescale,
-            num_warps=4,
         )
         if not has_rescale:
             # not beside dq, at the peak of memory

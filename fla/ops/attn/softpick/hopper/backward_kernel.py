@@ -295,17 +295,19 @@ def _consumer(
         num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
 
 
-@gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
+@gluon.jit(do_not_specialize=["NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
 def normalized_attn_bwd_kernel_hopper(
     q_desc, do_desc, k_desc, v_desc, rows_desc, dq_desc, dk_desc, dv_desc, dk, dv,
-    counters, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
-    K: gl.constexpr, V: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
-    NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr,
-    IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
+    counters, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+    K: gl.constexpr, V: gl.constexpr, BQ: gl.constexpr,
+    NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
     """Takes units until none is left; two consumers, at head dimension 64 a dq group, a loader, two writers, a watchdog."""
     HALVES: gl.constexpr = BQ // 64
     dtype: gl.constexpr = q_desc.dtype
+    D: gl.constexpr = q_desc.block_shape[3]
+    IS_VARLEN: gl.constexpr = units is not None
+    HAS_WINDOW: gl.constexpr = W is not None
     k_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [2 * HALVES, 1, 64, 1, D], q_desc.layout)
@@ -339,7 +341,7 @@ def normalized_attn_bwd_kernel_hopper(
     load = (
         q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
         unit_full, keys_full, keys_empty, tile_full, tile_empty,
-        n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+        NT * BH, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
     )  # fmt: skip
     write = (dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ)
     if D == 128:

@@ -32,16 +32,21 @@ BN = 64
 L2_BYTES = 2**25
 
 
-@gluon.jit(do_not_specialize=["n_units", "NT", "BH", "HQ", "G", "GROUP", "T_max", "S_max", "W"])
+# few arguments, since each takes the host half a microsecond a launch
+@gluon.jit(do_not_specialize=["NT", "BH", "HQ", "G", "GROUP", "T_max", "S_max", "W"])
 def hopper_normalized_attn_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, o, so, lse, sink_bias, numbers, scale,
-    tiles, n_units, NT, BH, HQ, G, GROUP, T_max, S_max, W,
-    D: gl.constexpr, BD: gl.constexpr, NUM_WG: gl.constexpr, BN: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr,
-    NORMALIZER: gl.constexpr, EPS: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
-    HAS_SINK: gl.constexpr, IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr,
+    tiles, NT, BH, HQ, G, GROUP, T_max, S_max, W,
+    D: gl.constexpr, NUM_WG: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr,
+    NORMALIZER: gl.constexpr, EPS: gl.constexpr, IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr,
 ):  # fmt: skip
     """Each program draws units from a queue until none is left: NUM_WG times 64 queries of one head."""
     dtype: gl.constexpr = q_desc.dtype
+    BN: gl.constexpr = k_desc.block_shape[1]
+    BD: gl.constexpr = k_desc.block_shape[3]
+    IS_VARLEN: gl.constexpr = tiles is not None
+    HAS_WINDOW: gl.constexpr = W is not None
+    HAS_SINK: gl.constexpr = sink_bias is not None
     q_s = gl.allocate_shared_memory(dtype, [NUM_WG, 1, 64, 1, BD], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [KST, 1, BN, 1, BD], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [VST, 1, BN, 1, BD], v_desc.layout)
@@ -62,8 +67,8 @@ def hopper_normalized_attn_fwd_kernel(
     barriers = (
         q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, done
     )  # fmt: skip
-    work = (tiles, n_units, NT, BH, HQ, G, GROUP, T_max, S_max, W)
-    results = (o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale * RCP_LN2)
+    work = (tiles, NT * BH, NT, BH, HQ, G, GROUP, T_max, S_max, W)
+    results = (o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale)
     inputs = (q_desc, k_desc, v_desc, numbers, memory, barriers, work)
     # Gluon keeps constants only in a tuple that is written where it is passed
     if NUM_WG == 2:
@@ -158,9 +163,8 @@ def hopper_normalized_attn_fwd(
             lse,
             sink_bias,
             numbers,
-            scale,
+            scale * RCP_LN2.value,
             tiles=tiles,
-            n_units=n_units,
             NT=NT,
             BH=B * HQ,
             HQ=HQ,
@@ -168,18 +172,12 @@ def hopper_normalized_attn_fwd(
             GROUP=min(group, B * HQ),
             T_max=T,
             S_max=S,
-            W=0 if window_size is None else min(window_size, S),
+            W=None if window_size is None else min(window_size, S),
             D=D,
-            BD=BD,
-            BN=BN,
             NORMALIZER=normalizer,
             EPS=EPS,
-            IS_VARLEN=tiles is not None,
-            HAS_WINDOW=window_size is not None,
-            HAS_SINK=sink_bias is not None,
             IS_SHIFTED=is_shifted,
             HAS_CHECK=has_check,
-            num_warps=4,
             **shape._asdict(),
         )
     return o, lse
