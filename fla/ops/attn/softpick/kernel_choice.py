@@ -22,11 +22,11 @@ MAX_HOPPER_HEAD_DIM = 128
 # and was as fast as Triton's or faster. Float16 and grouped heads follow. The length is S, window_size, or the mean length
 # of packed sequences. benchmarks/bench_choice.py times them; docs/softpick/KERNELS.md, section 5, has the figures.
 SHORTEST: dict[tuple[str, str], dict[int, int]] = {
-    ("dense", "fwd"): {48: 4096, 64: 2048, 80: 1024, 96: 1024, 112: 1024, 128: 1024},
+    ("dense", "fwd"): {48: 1024, 64: 1024, 80: 1024, 96: 1024, 112: 1024, 128: 1024},
     ("dense", "bwd"): {48: 1024, 64: 1024, 80: 1024, 96: 1024, 112: 1024, 128: 1024},
     ("window", "fwd"): {64: 1024, 128: 1024},
     ("window", "bwd"): {64: 1024, 128: 1024},
-    ("packed", "fwd"): {64: 1024, 128: 512},
+    ("packed", "fwd"): {64: 512, 128: 512},
     ("packed", "bwd"): {64: 1024, 128: 512},
 }
 # Forward or backward -> least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length.
