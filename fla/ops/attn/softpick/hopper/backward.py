@@ -124,9 +124,10 @@ def hopper_normalized_attn_bwd(
             HAS_DLSE=dlse is not None,
             HAS_RESCALE=has_rescale,
         )
+        n_units = NT * B * H
         _, sdk_t, sdk_h = strides_bth(dk, head_first)
         _, sdv_t, sdv_h = strides_bth(dv, head_first)
-        normalized_attn_bwd_kernel_hopper[(min(num_processors(q.device.index), NT * B * H),)](
+        normalized_attn_bwd_kernel_hopper[(min(num_processors(q.device.index), n_units),)](
             *(block_descriptor(x, head_first, 64, D) for x in (rescaled_q, do, k, v)),
             _row_descriptor(row_numbers, [4, BQ]),
             _row_descriptor(accumulator, [1, 16, 256]),
@@ -140,6 +141,7 @@ def hopper_normalized_attn_bwd(
             sdk_h=sdk_h,
             sdv_t=sdv_t,
             sdv_h=sdv_h,
+            n_units=n_units,
             NT=NT,
             BH=B * H,
             H=H,

@@ -295,10 +295,10 @@ def _consumer(
         num_tiles = load_scalar(word(unit_s, w, "num_tiles"))
 
 
-@gluon.jit(do_not_specialize=["NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
+@gluon.jit(do_not_specialize=["n_units", "NT", "BH", "H", "G", "FIRST", "HEADS_AT_A_TIME", "T", "S", "W", "NQ"])  # fmt: skip
 def normalized_attn_bwd_kernel_hopper(
     q_desc, do_desc, k_desc, v_desc, rows_desc, dq_desc, dk_desc, dv_desc, dk, dv,
-    counters, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+    counters, units, scale, sdk_t, sdk_h, sdv_t, sdv_h, n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
     K: gl.constexpr, V: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
@@ -341,7 +341,7 @@ def normalized_attn_bwd_kernel_hopper(
     load = (
         q_desc, do_desc, k_desc, v_desc, rows_desc, units, counters, q_s, do_s, k_s, v_s, rows_s, unit_s,
         unit_full, keys_full, keys_empty, tile_full, tile_empty,
-        NT * BH, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
+        n_units, NT, BH, H, G, FIRST, HEADS_AT_A_TIME, T, S, W, NQ,
     )  # fmt: skip
     write = (dq_desc, counters + 1, dq_s, unit_s, unit_full, dq_full, dq_empty, progress, G, W, NQ)
     if D == 128:
