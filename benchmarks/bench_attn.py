@@ -312,6 +312,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
                         label=name,
                         markersize=3,
                         color=colors[name],
+                        zorder=2 + (name == "softpick"),
                     )
             ax.set(
                 xscale="log",

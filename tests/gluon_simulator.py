@@ -174,7 +174,6 @@ API: dict[str, Any] = {
     "opaque": lambda x: x,
     "pass_turn": memory.pass_turn,
     "positive_part": lambda x, dtype: x.clamp(min=0).to(dtype),
-    "program_index": lambda: current.worker.program.index,
     "store_scalar": memory.store_scalar,
     "take_number": memory.take_number,
     "tma_add": memory.tma_add,

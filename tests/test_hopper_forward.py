@@ -27,9 +27,7 @@ from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, select_forward_s
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if IS_HOPPER else "cpu"
 SHAPES = {
-    f"{D}-{shape.NUM_WG}": (D, shape)
-    for D, rows in FORWARD_SHAPES.items()
-    for _, shape in rows
+    f"{D}-{shape.NUM_WG}": (D, shape) for D, rows in FORWARD_SHAPES.items() for _, shape in rows
 }
 each_shape = pytest.mark.parametrize(("D", "shape"), SHAPES.values(), ids=SHAPES)
 # names of `numerics.by_formula`, with what the launcher takes besides

@@ -89,8 +89,7 @@ def test_other_inputs_go_to_triton(sizes, expected, launched, device):
         ({"D": 64, "V": 128, "T": 40}, {}, []),
         ({"dtype": torch.float16, "D": 128}, {}, ["fwd", "bwd"]),
         ({"dtype": torch.float32}, {}, []),
-        ({"B": 1}, {}, ["fwd"]),
-        ({"B": 1, "HQ": 1}, {}, []),
+        ({"B": 1}, {}, []),
         ({"S": 30}, {}, []),
         ({}, {"window_size": 10}, ["fwd", "bwd"]),
         ({"D": 128}, {"window_size": 10}, ["fwd", "bwd"]),
@@ -106,8 +105,7 @@ def test_other_inputs_go_to_triton(sizes, expected, launched, device):
 )
 def test_choice(sizes, options, expected, launched, monkeypatch, device):
     sizes = {"T": 20, "D": 64, "HQ": 2, "B": 2, "dtype": torch.bfloat16} | sizes
-    least = 2 * 2 * 20 * 64 * 10
-    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", {"fwd": least // 2, "bwd": least})
+    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 2 * 2 * 20 * 64 * 10)
     # about a hundredth of the lengths: 5 for 512, 10 for 1,024
     shortest = {
         kind: {D: length // 102 for D, length in lengths.items()}
@@ -122,7 +120,7 @@ def test_choice(sizes, options, expected, launched, monkeypatch, device):
 
 
 def test_too_few_programs_for_a_card_go_to_triton(launched, monkeypatch, device):
-    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", {"fwd": 0, "bwd": 0})
+    monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 0)
     monkeypatch.setattr(kernel_choice, "SHORTEST", dict.fromkeys(kernel_choice.SHORTEST, {64: 1}))
     # 3 times 128 queries, and 1.5 times 128 keys
     inputs = draw(192, 64, HQ=2, H=1, dtype=torch.bfloat16, device=device)
@@ -181,7 +179,7 @@ def test_what_hopper_kernels_refuse_is_named(monkeypatch):
 def test_the_table_names_every_choice(capsys):
     kernel_table.main()
     table, choice = capsys.readouterr().out.split("\n\n")
-    assert "at least 8,589,934,592 in fwd and 34,359,738,368 in bwd,\n" in choice
+    assert "at least 8,589,934,592,\n" in choice
     for line in choice.splitlines()[1:7]:
         assert " at 128" in line
     assert sum("Gluon" in row for row in table.splitlines()) == 12

@@ -29,9 +29,9 @@ SHORTEST: dict[tuple[str, str], dict[int, int]] = {
     ("packed", "fwd"): {64: 512, 128: 512},
     ("packed", "bwd"): {64: 1024, 128: 512},
 }
-# Forward or backward -> least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length.
-# Smaller calls may take the GPU less time than the host, which takes longer to launch Hopper's backward than Triton's.
-MIN_HOPPER_WORK = {"fwd": 2**33, "bwd": 2**35}
+# Least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length. The host may need longer
+# to launch smaller calls than the GPU to compute them.
+MIN_HOPPER_WORK = 2**33
 # Rows of a head, queries in forward and keys in backward, that a program computes at a time. Calls with fewer programs
 # than the card has multiprocessors were not timed.
 PROGRAM_ROWS = 128
@@ -146,10 +146,9 @@ def _is_faster_on_hopper(
     seen = S // 2 if kind == "dense" else length
     if shortest is None or length < shortest:
         return False
-    direction = _direction(kernel)
-    if q.numel() * seen < MIN_HOPPER_WORK[direction]:
+    if q.numel() * seen < MIN_HOPPER_WORK:
         return False
-    x = q if direction == "fwd" else k
+    x = q if kernel == "fwd" else k
     num_programs = x.numel() // x.shape[-1] // PROGRAM_ROWS
     return num_programs >= num_processors(q.device.index)
 

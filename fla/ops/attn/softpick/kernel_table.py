@@ -40,7 +40,7 @@ def main() -> None:
         sys.stdout.write(f"{kind:7} {direction:4} {lengths}\n")
     sys.stdout.write(
         "and with B * HQ * T * K times that length (dense: half of it) of at least "
-        f"{kernel_choice.MIN_HOPPER_WORK['fwd']:,} in fwd and {kernel_choice.MIN_HOPPER_WORK['bwd']:,} in bwd,\n"
+        f"{kernel_choice.MIN_HOPPER_WORK:,},\n"
         f"if {kernel_choice.PROGRAM_ROWS} queries (bwd: keys) of a head at a time are enough work for all multiprocessors.\n"
         "Triton serves all others, such as packed sequences with a window.\n"
     )

@@ -5,6 +5,7 @@ Computes what `parallel_fwd.py` does, and returns the same.
 
 # Triton's annotations refuse what its compiler accepts, in kernels and in their launches: an int for a constexpr.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
 
 import torch
 

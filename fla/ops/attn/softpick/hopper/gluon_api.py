@@ -49,7 +49,6 @@ __all__ = [
     "opaque",
     "pass_turn",
     "positive_part",
-    "program_index",
     "store_scalar",
     "take_number",
     "tma_add",
@@ -123,12 +122,6 @@ def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
     for i in gl.static_range(N):
         mbarrier.init(barriers.index(i), count=COUNT)
     return barriers
-
-
-@gluon.jit
-def program_index():
-    """The number of the program, read again at each call: ptxas keeps that of gl.program_id in local memory."""
-    return gl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
