@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from fla.ops.attn.parallel import parallel_attn
+from plot_attn import Result, plot
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench, do_bench_cudagraph
@@ -46,25 +47,6 @@ SERVED = {"triton": "none", "hopper": "all", "chosen": "faster"}
 FA4, FA4_DETERMINISTIC = "softmax, FA4", "softmax, FA4 det"
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(kw_only=True, slots=True)
-class Result:
-    """One operator at one shape."""
-
-    operator: str
-    B: int
-    T: int
-    HQ: int
-    H: int
-    D: int
-    forward_ms: float
-    forward_spread_ms: float
-    forward_tflops: float
-    backward_ms: float
-    backward_spread_ms: float
-    backward_tflops: float
-    peak_mib: float
 
 
 def sdpa(backend: SDPBackend) -> Attention:
@@ -280,62 +262,6 @@ def bench(
         results += rows
 
 
-def plot(results: list[Result], path: Path, title: str) -> None:
-    """Speed of forward and backward, and memory, against T; a row of panels for each head dimension and group."""
-    import matplotlib.pyplot as plt
-
-    palette = plt.get_cmap("tab10").colors
-    others = (name for name in OPERATORS if name != "softpick")
-    # red is softpick in every picture of the project
-    colors = dict(zip(others, palette[:3] + palette[4:], strict=False)) | {"softpick": palette[3]}
-    kinds = sorted({(r.D, r.HQ // r.H) for r in results})
-    figure, axes = plt.subplots(
-        len(kinds), 3, figsize=(13, 3.4 * len(kinds)), squeeze=False, layout="constrained"
-    )
-    columns = (
-        ("forward_tflops", "forward, TFLOP/s"),
-        ("backward_tflops", "backward, TFLOP/s"),
-        ("peak_mib", "peak memory, MiB"),
-    )
-    for (D, G), row in zip(kinds, axes, strict=True):
-        for (field, label), ax in zip(columns, row, strict=True):
-            for name in OPERATORS:
-                points = sorted(
-                    (r.T, getattr(r, field))
-                    for r in results
-                    if (r.operator, r.D, r.HQ // r.H) == (name, D, G)
-                )
-                if points:
-                    ax.plot(
-                        *zip(*points, strict=True),
-                        "o-",
-                        label=name,
-                        markersize=3,
-                        color=colors[name],
-                        zorder=2 + (name == "softpick"),
-                    )
-            ax.set(
-                xscale="log",
-                xlabel="T",
-                ylabel=label,
-                title=f"D {D}, {NUM_HEADS[D]} query heads, {NUM_HEADS[D] // G} key heads",
-            )
-            ax.set_xticks(sorted({r.T for r in results}), sorted({r.T for r in results}))
-            ax.set_ylim(bottom=0)
-            ax.minorticks_off()
-            ax.grid(alpha=0.3)
-    # a row may lack an operator that failed there
-    drawn = {
-        label: handle
-        for ax in axes.flat
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    names = [name for name in OPERATORS if name in drawn]
-    figure.legend([drawn[name] for name in names], names, loc="outside lower center", ncols=5)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-
-
 def write_csv(results: list[Result], path: Path, title: str) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["machine", *(field.name for field in fields(Result))])
@@ -412,7 +338,7 @@ def main() -> None:
         if args.csv:
             write_csv(results, args.csv, title)
         if args.plot and results:
-            plot(results, args.plot, title)
+            plot(results, list(OPERATORS), args.plot, title)
     if len({row.operator for row in results}) < len(args.operators):
         sys.exit("some operators were not timed, see above")
 
