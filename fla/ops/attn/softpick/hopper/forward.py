@@ -7,6 +7,8 @@ Computes what `parallel_fwd.py` does, and returns the same.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportAssignmentType=false
 
+import math
+
 import torch
 
 from fla.ops.attn.softpick.hopper.forward_roles import consumer, producer
@@ -24,7 +26,6 @@ from fla.ops.attn.softpick.hopper.launch import (
 )
 from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.naive import EPS
-from fla.ops.attn.softpick.normalizers import RCP_LN2
 from fla.ops.attn.softpick.tiles import empty_rows, strides_bth, tiles_of
 
 # keys of a tile
@@ -164,7 +165,7 @@ def hopper_normalized_attn_fwd(
             lse,
             sink_bias,
             numbers,
-            scale * RCP_LN2.value,
+            scale * math.log2(math.e),
             tiles=tiles,
             NT=NT,
             BH=B * HQ,
