@@ -2,7 +2,7 @@
 
 `simulate(module)` gives the names of a module whose launchers then run their Gluon kernels here. Each partition of
 each program is a thread, of which one runs at a time. At each operation on a barrier, a copy or a product, a random
-generator with a seed decides which thread goes on, and whether a TMA load lands: so a run repeats exactly, and seeds
+generator with a seed decides which thread goes on, and whether a TMA copy lands: so a run repeats exactly, and seeds
 try orders that a card may never show. Found, and raised as `Fault`:
 
 - a deadlock, with what each thread waits for;

@@ -2,7 +2,8 @@
 
 README.md has the roles, the barriers and why nothing waits for ever. Legend: `forward_parts.py`.
 
-    memory             (q_s, k_s, v_s, o_s): NUM_WG tiles of 64 queries, KST of BN keys, VST of BN values, NUM_WG outputs
+    memory             (q_s, k_s, v_s, o_s, unit_s): NUM_WG tiles of 64 queries, KST of BN keys, VST of BN values, NUM_WG
+                       outputs; the unit, see `announce_unit`, and from word 8 on whether each warpgroup has flagged one
     barriers           (q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, tail_empty, done)
     n w n_tails        tiles of keys, units and ends of sequences so far: they give the buffer and phase of each wait
     C                  index of the warpgroup
