@@ -110,7 +110,7 @@ def _extreme(of_numbers, passing_nan, dropping_nan):
 
 def _allocate_shared_memory(dtype, shape, layout=None):
     data = torch.empty(shape, dtype=dtype)
-    data.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
+    data.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
     return Shared(data, torch.zeros(shape, dtype=torch.bool))
 
 

@@ -259,6 +259,7 @@ FAULTS = {
         "                announce_unit(unit_s, i, unit, IS_VARLEN)\n                for c in gl.static_range(NUM_WG):\n                    mbarrier.wait(q_empty.index(c), (w & 1) ^ 1)\n",
     ),
     "failed rows stored twice at once": ("        tma_store_done()\n", ""),
+    "failed rows not reported": ("        store_scalar(memory[4].index(8 + C), gl.max(b_failed, 0))\n", ""),
     "failed rows forgotten": ("if not any_failed(unit_s, NUM_WG)", "if any_failed(unit_s, NUM_WG)"),
     "output stored without a fence": ("            fence_async_shared()\n            tma_store(", "            tma_store("),
     "output overwritten": ("        tma_store_wait(0)\n", ""),

@@ -122,8 +122,8 @@ def test_choice(sizes, options, expected, launched, monkeypatch, device):
 def test_too_few_programs_for_a_card_go_to_triton(launched, monkeypatch, device):
     monkeypatch.setattr(kernel_choice, "MIN_HOPPER_WORK", 0)
     monkeypatch.setattr(kernel_choice, "SHORTEST", dict.fromkeys(kernel_choice.SHORTEST, {64: 1}))
-    # 3 times 128 queries, and 1.5 times 128 keys
-    inputs = draw(192, 64, HQ=2, H=1, dtype=torch.bfloat16, device=device)
+    # 3 times 192 queries, and 1.5 times 192 keys
+    inputs = draw(288, 64, HQ=2, H=1, dtype=torch.bfloat16, device=device)
     expected = {1: ["fwd", "bwd"], 2: ["fwd"], 3: ["fwd"], 4: []}
     with kernel_choice.hopper_serving("faster"):
         for processors, names in expected.items():

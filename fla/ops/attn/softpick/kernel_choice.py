@@ -32,9 +32,9 @@ SHORTEST: dict[tuple[str, str], dict[int, int]] = {
 # Least B * HQ * T * K times the keys that a query sees: S / 2, window_size, or the mean length. The host may need longer
 # to launch smaller calls than the GPU to compute them.
 MIN_HOPPER_WORK = 2**33
-# Rows of a head, queries in forward and keys in backward, that a program computes at a time. Calls with fewer programs
-# than the card has multiprocessors were not timed.
-PROGRAM_ROWS = 128
+# The most rows of a head, queries in forward and keys in backward, that a program computes at a time. Calls with fewer
+# programs than the card has multiprocessors were not timed.
+PROGRAM_ROWS = 192
 # "faster": where they were measured and were faster; "all": all that they take; "none". See `hopper_serving`.
 _serving = "faster"
 
