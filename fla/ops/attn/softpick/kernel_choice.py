@@ -115,11 +115,7 @@ def shortest_on_hopper(kernel: str, kind: str, dtype: torch.dtype, K: int, V: in
     """
     if kernel not in HOPPER_KERNELS or dtype == torch.float32 or K != V:
         return None
-    return SHORTEST[kind, _direction(kernel)].get(K)
-
-
-def _direction(kernel: str) -> str:
-    return "fwd" if kernel == "fwd" else "bwd"
+    return SHORTEST[kind, "fwd" if kernel == "fwd" else "bwd"].get(K)
 
 
 def _is_faster_on_hopper(
