@@ -248,7 +248,7 @@ def fence():
     current.worker.unfenced.clear()
 
 
-def named(number, threads, waits):
+def named_sync(number, threads):
     worker = current.worker
     state = worker.program.named.setdefault(number, [0, 0])
     switch()
@@ -258,8 +258,7 @@ def named(number, threads, waits):
     before = state[1]
     if state[0] == threads:
         state[:] = 0, before + 1
-    if waits:
-        switch(lambda: state[1] != before, lambda: f"named barrier {number}")
+    switch(lambda: state[1] != before, lambda: f"named barrier {number}")
 
 
 def wait_turn(p, turn):

@@ -31,7 +31,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from fla.ops.attn.softpick import kernel_choice
 from fla.ops.attn.softpick.hopper import backward, forward
-from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, ForwardShape, block_descriptor
+from fla.ops.attn.softpick.hopper.launch import FORWARD_SHAPES, block_descriptor
 from fla.ops.attn.softpick.normalizers import KERNEL_NORMALIZERS
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -68,7 +68,7 @@ def foreign_barriers(ptx: str) -> list[int]:
     return sorted({int(number) for number, threads in found if threads != "256"})
 
 
-def forward_call(D: int, shape: ForwardShape, case: tuple) -> None:
+def forward_call(D: int, case: tuple) -> None:
     dtype, safe, normalizer, arguments = case
     q = torch.empty(1, 256, 4, D, dtype=dtype)
     options = {"sink_bias": None, "cu_seqlens": None, "window_size": None} | arguments
@@ -80,7 +80,6 @@ def forward_call(D: int, shape: ForwardShape, case: tuple) -> None:
         head_first=False,
         safe=safe,
         normalizer=normalizer,
-        shape=shape,
         **options,
     )
 
@@ -119,14 +118,11 @@ def report(launch) -> dict[str, Any]:
 
 
 def forward_rows():
-    for D, shapes in FORWARD_SHAPES.items():
-        for _, shape in shapes:
-            is_first = D == 128 and shape is shapes[0][1]
-            for name, case in (FORWARD_CASES | (NORMALIZER_CASES if is_first else {})).items():
-                call = partial(forward_call, D, shape, case)
-                (launch,) = compiled_launches(CARDS["sm_90"], call)
-                row = {"triton": triton.__version__, "D": D, "shape": shape._asdict(), "case": name}
-                yield row | report(launch)
+    for D, shape in FORWARD_SHAPES.items():
+        for name, case in (FORWARD_CASES | (NORMALIZER_CASES if D == 128 else {})).items():
+            (launch,) = compiled_launches(CARDS["sm_90"], partial(forward_call, D, case))
+            row = {"triton": triton.__version__, "D": D, "shape": shape._asdict(), "case": name}
+            yield row | report(launch)
 
 
 # name -> dtype, normalizer, further arguments
@@ -180,7 +176,7 @@ def launch_rows():
     yield row("a descriptor", least_time(partial(block_descriptor, q, False, 64, 128)))
 
     def call():
-        forward_call(128, FORWARD_SHAPES[128][0][1], FORWARD_CASES["safe"])
+        forward_call(128, FORWARD_CASES["safe"])
         backward_call(128, BACKWARD_CASES["dense"])
 
     def both_passes(serving):

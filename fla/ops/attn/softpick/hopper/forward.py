@@ -19,10 +19,10 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     gluon,
 )
 from fla.ops.attn.softpick.hopper.launch import (
+    FORWARD_SHAPES,
     ForwardShape,
     block_descriptor,
     padded_head_dim,
-    select_forward_shape,
 )
 from fla.ops.attn.softpick.launch_shapes import num_processors
 from fla.ops.attn.softpick.naive import EPS
@@ -143,7 +143,7 @@ def hopper_normalized_attn_fwd(
     B, T, S, HQ, H = q.shape[0], q.shape[time], k.shape[time], q.shape[head], k.shape[head]
     D = q.shape[-1]
     BD = padded_head_dim(D)
-    shape = shape or select_forward_shape(D, S)
+    shape = shape or FORWARD_SHAPES[BD]
     # NOTE(numerics): fp16 weights overflow above s = 11, so safe fp16 always shifts
     is_shifted = safe and q.dtype == torch.float16
     has_check = safe and not is_shifted

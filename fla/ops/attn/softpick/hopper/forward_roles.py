@@ -31,8 +31,6 @@ from fla.ops.attn.softpick.hopper.gluon_api import (
     group_barrier,
     load_scalar,
     mbarrier,
-    named_arrive,
-    named_sync,
     positive_part,
     store_scalar,
     take_number,
@@ -138,33 +136,36 @@ def producer(
 
 
 @gluon.jit
-def clear_tail(v, left, barriers, full, n_tails, BN: gl.constexpr, BD: gl.constexpr):
-    """Zeroes the rows of a tile of values from left on, which follow the sequence, and makes the tile full.
+def clear_tail(
+    memory, barriers, n, n_tails, S, end,
+    C: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr, VST: gl.constexpr, IS_VARLEN: gl.constexpr,
+):  # fmt: skip
+    """The last warpgroup zeroes the values of the tile end - 1 that follow the sequence, and makes it full; returns n_tails.
 
     TMA is bounded by the tensor, not by the sequence: a NaN in those rows would spoil results, though their weight is 0.
     """
-    _, _, _, _, _, _, tail_full, tail_empty, _ = barriers
+    _, _, _, _, v_full, _, tail_full, tail_empty, _ = barriers
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [4, 1], [1, 0])
-    mbarrier.wait(tail_full.index(0), n_tails & 1)
-    x = v.load(LAYOUT)
-    is_inside = gl.arange(0, BN, gl.SliceLayout(1, LAYOUT)) < left
-    v.store(gl.where(is_inside[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
-    group_barrier()
-    mbarrier.arrive(full, count=1)
-    mbarrier.arrive(tail_empty.index(0), count=1)
+    if IS_VARLEN and C == NUM_WG - 1:  # noqa: SIM102  # decided at compile time, the next one is not
+        if end * BN > S:
+            v = memory[2].index(n % VST).reshape([BN, BD])
+            mbarrier.wait(tail_full.index(0), n_tails & 1)
+            x = v.load(LAYOUT)
+            is_inside = (end - 1) * BN + gl.arange(0, BN, gl.SliceLayout(1, LAYOUT)) < S
+            v.store(gl.where(is_inside[:, None], x, gl.zeros_like(x)))
+            fence_async_shared()
+            group_barrier()
+            mbarrier.arrive(v_full.index(n % VST), count=1)
+            mbarrier.arrive(tail_empty.index(0), count=1)
+            n_tails += 1
+    return n_tails
 
 
 @gluon.jit
-def skip_tiles(
-    count, barriers, n, C: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr, NUM_WG: gl.constexpr
-):  # fmt: skip
+def skip_tiles(count, barriers, n, KST: gl.constexpr, VST: gl.constexpr):
     """Releases tiles that only other warpgroups of the unit see."""
     _, _, k_full, k_empty, v_full, v_empty, _, _, _ = barriers
     for _ in range(count):
-        if NUM_WG == 2:
-            named_sync(9 + C, 256)
-            named_arrive(10 - C, 256)
         # before it is full, the barrier may still be in the phase of the buffer's last use
         mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
         mbarrier.arrive(k_empty.index(n % KST), count=1)
@@ -172,6 +173,19 @@ def skip_tiles(
         mbarrier.arrive(v_empty.index(n % VST), count=1)
         n += 1
     return n
+
+
+@gluon.jit
+def skip_unit(
+    memory, barriers, work, n, n_tails, T, S, i_t,
+    C: gl.constexpr, BD: gl.constexpr, BN: gl.constexpr, NUM_WG: gl.constexpr, KST: gl.constexpr, VST: gl.constexpr,
+    IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr,
+):  # fmt: skip
+    """(n, n_tails) after a unit that has no queries for this warpgroup: releases their buffer and all tiles."""
+    first, end = unit_tiles(i_t, T, S, work[9], 64 * NUM_WG, BN, HAS_WINDOW)
+    mbarrier.arrive(barriers[1].index(C), count=1)
+    n_tails = clear_tail(memory, barriers, n, n_tails, S, end, C, BD, BN, NUM_WG, VST, IS_VARLEN)
+    return skip_tiles(end - first, barriers, n, KST, VST), n_tails
 
 
 @gluon.jit
@@ -204,20 +218,12 @@ def attend(
     # in registers: products that read both operands in shared memory are bound by its bandwidth
     q = q_s.index(C).reshape([64, BD]).load(gl.DotOperandLayout(0, S_L, 2))
     mbarrier.arrive(q_empty.index(C), count=1)
-    n = skip_tiles(unit_end - end, barriers, n, C, KST, VST, NUM_WG)
+    n = skip_tiles(unit_end - end, barriers, n, KST, VST)
     mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
-    if NUM_WG == 2:
-        named_sync(9 + C, 256)
     zeros = gl.zeros([64, BN], gl.float32, S_L)
     k_t = k_s.index(n % KST).reshape([BN, BD]).permute((1, 0))
     b_r = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
-    if NUM_WG == 2:
-        named_arrive(10 - C, 256)
-    if IS_VARLEN and C == NUM_WG - 1:  # noqa: SIM102  # decided at compile time, the next one is not
-        if end * BN > S:
-            v = v_s.index(n % VST).reshape([BN, BD])
-            clear_tail(v, S - (end - 1) * BN, barriers, v_full.index(n % VST), n_tails, BN, BD)
-            n_tails += 1
+    n_tails = clear_tail(memory, barriers, n, n_tails, S, end, C, BD, BN, NUM_WG, VST, IS_VARLEN)
     b_r = warpgroup_mma_wait(0, [b_r])
     mbarrier.arrive(k_empty.index(n % KST), count=1)
     b_n, b_z, b_m, _ = tile_terms(
@@ -237,16 +243,12 @@ def attend(
         for j in range(high - low):
             i_k = (high - 1 - j) * BN
             mbarrier.wait(k_full.index(n % KST), (n // KST) & 1)
-            if NUM_WG == 2:
-                named_sync(9 + C, 256)
             k_t = k_s.index(n % KST).reshape([BN, BD]).permute((1, 0))
             b_r = warpgroup_mma(q, k_t, zeros, use_acc=False, is_async=True)
             # the scores of this tile and the output of the last one run together
             last = (n - 1) % VST
             mbarrier.wait(v_full.index(last), ((n - 1) // VST) & 1)
             b_o = warpgroup_mma(b_p, v_s.index(last).reshape([BN, BD]), b_o, is_async=True)
-            if NUM_WG == 2:
-                named_arrive(10 - C, 256)
             b_r = warpgroup_mma_wait(1, [b_r])
             mbarrier.arrive(k_empty.index(n % KST), count=1)
             b_n, b_d, b_m, b_f = tile_terms(
@@ -271,7 +273,7 @@ def attend(
     b_z += denominator_constant(b_m, b_c, NORMALIZER, EPS)
     b_o = warpgroup_mma_wait(0, [b_o])
     mbarrier.arrive(v_empty.index(last), count=1)
-    n = skip_tiles(first - unit_first, barriers, n, C, KST, VST, NUM_WG)
+    n = skip_tiles(first - unit_first, barriers, n, KST, VST)
     return b_m, b_z, b_o, n, n_tails
 
 
@@ -311,44 +313,48 @@ def compute_units(
     i = load_scalar(unit_s.index(0))
     while i < n_units:
         i_b, i_hq, bos, T, S, i_t = announced_unit(unit_s, work, IS_VARLEN)
-        b_m, b_z, b_o, n, n_tails = attend(
-            sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
-            C, BD, BN, NUM_WG, KST, VST,
-            NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, EPS,
-        )  # fmt: skip
-        o_t = i_t + C * 64 + rows
-        m_t = o_t < T
-        p_lse = lse + tl.cast(i_b * HQ + i_hq, tl.int64) * T_max + bos + o_t
-        b_lse = b_m + gl.log2(b_z)
-        # TMA drops rows beyond the tensor, so it may store all rows, unless another sequence follows
-        is_whole = True
-        if IS_VARLEN:
-            is_whole = i_t + C * 64 + 64 <= T
-        if HAS_CHECK:
-            # a sum in range proves its terms in range, and 0 times anything else is NaN
-            b_nan = gl.sum(b_o * 0.0, 1)
-            m_failed = m_t & ((b_nan != b_nan) | (in_range(b_z, NORMALIZER) == 0))
-            gl.store(numbers + 1 + 2 * i + rows * 0, 1, mask=m_failed)
-            b_failed = gl.where(m_failed, 1, b_failed)
-            b_lse = gl.where(m_failed, float("nan"), b_lse)
-        if IS_REDO:
-            b_old = gl.load(p_lse, mask=m_t, other=0.0)
-            m_t = m_t & (b_old != b_old)
-            is_whole = False
-        gl.store(p_lse, b_lse, mask=m_t)
-        # n <= d, so where the denominator is 0 the numerators are too
-        b_o = b_o * (1.0 / gl.where(b_z == 0, 1.0, b_z))[:, None]
-        tma_store_wait(0)
-        o_s.reshape([64, BD]).store(b_o.to(o_s.dtype))
-        if is_whole:
-            fence_async_shared()
-            tma_store(o_desc, [i_b, bos + i_t + C * 64, i_hq, 0], o_s)
-        # left out by hand where it is never taken: Triton 3.6 does not compile that
-        if IS_VARLEN or IS_REDO:  # noqa: SIM102
-            if not is_whole:
-                i_o = tl.cast(i_b, tl.int64) * so_b + tl.cast(i_hq, tl.int64) * so_h
-                i_o += tl.cast(bos + i_t + C * 64, tl.int64) * so_t
-                store_masked_rows(o + i_o, so_t, o_s.reshape([64, BD]), m_t, D, BD)
+        # the last unit of a sequence may have no queries for the last warpgroups
+        if i_t + C * 64 < T:
+            b_m, b_z, b_o, n, n_tails = attend(
+                sink_bias, memory, barriers, work, scale, n, n_tails, T, S, i_t, i_hq,
+                C, BD, BN, NUM_WG, KST, VST,
+                NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, IS_SHIFTED, EPS,
+            )  # fmt: skip
+            o_t = i_t + C * 64 + rows
+            m_t = o_t < T
+            p_lse = lse + tl.cast(i_b * HQ + i_hq, tl.int64) * T_max + bos + o_t
+            b_lse = b_m + gl.log2(b_z)
+            # TMA drops rows beyond the tensor, so it may store all rows, unless another sequence follows
+            is_whole = True
+            if IS_VARLEN:
+                is_whole = i_t + C * 64 + 64 <= T
+            if HAS_CHECK:
+                # a sum in range proves its terms in range, and 0 times anything else is NaN
+                b_nan = gl.sum(b_o * 0.0, 1)
+                m_failed = m_t & ((b_nan != b_nan) | (in_range(b_z, NORMALIZER) == 0))
+                gl.store(numbers + 1 + 2 * i + rows * 0, 1, mask=m_failed)
+                b_failed = gl.where(m_failed, 1, b_failed)
+                b_lse = gl.where(m_failed, float("nan"), b_lse)
+            if IS_REDO:
+                b_old = gl.load(p_lse, mask=m_t, other=0.0)
+                m_t = m_t & (b_old != b_old)
+                is_whole = False
+            gl.store(p_lse, b_lse, mask=m_t)
+            # n <= d, so where the denominator is 0 the numerators are too
+            b_o = b_o * (1.0 / gl.where(b_z == 0, 1.0, b_z))[:, None]
+            tma_store_wait(0)
+            o_s.reshape([64, BD]).store(b_o.to(o_s.dtype))
+            if is_whole:
+                fence_async_shared()
+                tma_store(o_desc, [i_b, bos + i_t + C * 64, i_hq, 0], o_s)
+            # left out by hand where it is never taken: Triton 3.6 does not compile that
+            if IS_VARLEN or IS_REDO:  # noqa: SIM102
+                if not is_whole:
+                    i_o = tl.cast(i_b, tl.int64) * so_b + tl.cast(i_hq, tl.int64) * so_h
+                    i_o += tl.cast(bos + i_t + C * 64, tl.int64) * so_t
+                    store_masked_rows(o + i_o, so_t, o_s.reshape([64, BD]), m_t, D, BD)
+        else:
+            n, n_tails = skip_unit(memory, barriers, work, n, n_tails, T, S, i_t, C, BD, BN, NUM_WG, KST, VST, IS_VARLEN, HAS_WINDOW)  # fmt: skip
         w += 1
         mbarrier.wait(q_full, w & 1)
         i = load_scalar(unit_s.index(0))
@@ -366,9 +372,6 @@ def consumer(
 ):  # fmt: skip
     """A computing warpgroup: all units of its program, then again the flagged ones, with the running maximum."""
     o_desc, o, so, lse, sink_bias, numbers, memory, barriers, work, scale = inputs
-    # two warpgroups issue their products in turns: the first takes turn 9, the other one turn 10
-    if NUM_WG == 2 and C == 1:
-        named_arrive(9, 256)
     n = 0
     w = 0
     n_tails = 0
@@ -389,5 +392,3 @@ def consumer(
             NORMALIZER, IS_VARLEN, HAS_WINDOW, HAS_SINK, True, False, True, EPS,
         )  # fmt: skip
     tma_store_wait(0)
-    if NUM_WG == 2 and C == 0:
-        named_sync(9, 256)

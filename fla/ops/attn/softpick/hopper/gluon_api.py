@@ -44,7 +44,6 @@ __all__ = [
     "group_barrier",
     "load_scalar",
     "mbarrier",
-    "named_arrive",
     "named_sync",
     "opaque",
     "pass_turn",
@@ -129,14 +128,6 @@ def named_sync(BARRIER: gl.constexpr, THREADS: gl.constexpr):
     """Waits at a hardware barrier until THREADS threads, these included, have come to it. Triton uses the low numbers."""
     gl.inline_asm_elementwise(
         "bar.sync $1, $2; mov.b32 $0, 0;", "=r,n,n", [BARRIER, THREADS], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def named_arrive(BARRIER: gl.constexpr, THREADS: gl.constexpr):
-    """Comes to a hardware barrier without waiting."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, $2; mov.b32 $0, 0;", "=r,n,n", [BARRIER, THREADS], gl.int32, False, 1
     )
 
 

@@ -1,6 +1,5 @@
 """With which launch configuration the Hopper kernels run, and their tensor descriptors."""
 
-import sys
 from functools import cache
 from typing import NamedTuple
 
@@ -22,12 +21,8 @@ class ForwardShape(NamedTuple):
     VST: int
 
 
-# Head dimension, rounded up to 64 or 128 -> configurations with the longest sequence that each is for, as an H200
-# ranked them in CUDA graphs
-FORWARD_SHAPES: dict[int, list[tuple[float, ForwardShape]]] = {
-    64: [(1024, ForwardShape(2, 6, 6)), (float("inf"), ForwardShape(3, 6, 6))],
-    128: [(float("inf"), ForwardShape(2, 4, 4))],
-}
+# Head dimension, rounded up to 64 or 128 -> what was fastest on an H200 in CUDA graphs
+FORWARD_SHAPES = {64: ForwardShape(3, 6, 6), 128: ForwardShape(2, 4, 4)}
 
 
 def padded_head_dim(D: int) -> int:
@@ -35,16 +30,10 @@ def padded_head_dim(D: int) -> int:
     return 64 if D <= 64 else 128
 
 
-def select_forward_shape(D: int, S: int) -> ForwardShape:
-    """The row of `FORWARD_SHAPES` for head dimension D and S keys."""
-    rows = FORWARD_SHAPES[padded_head_dim(D)]
-    return next(shape for longest, shape in rows if longest >= S)
-
-
 def shape_of(kernel: str, D: int) -> str:
-    """Launch configuration for head dimension D and long sequences, for people."""
+    """Launch configuration for head dimension D, for people."""
     if kernel == "fwd":
-        return str(select_forward_shape(D, sys.maxsize))
+        return str(FORWARD_SHAPES[padded_head_dim(D)])
     return "one kernel for dq and dkv: 128 keys, tiles of 64 queries above 64, of 128 up to 64"
 
 
