@@ -278,7 +278,7 @@ FAULTS = [
     ("    buffer = (n & 1) * 2 + C\n", "    buffer = C\n"),
     # something is announced before it is there, or twice
     ("            if has_dq:\n", "            if n > 0:\n"),
-    ("n, distance, num_steps > 1, base2_scale", "n, distance, True, base2_scale"),
+    ("n, distance, limit, num_steps > 1, base2_scale", "n, distance, limit, True, base2_scale"),
     # rows of packed sequences are stored without a descriptor, and the next keys loaded over them
     ("    # for the store from it, or the next load into it\n    fence_async_shared()\n", ""),
     ("    fence_async_shared()\n    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n", "    mbarrier.arrive(dq_full.index((n & 1) * 2 + C), count=1)\n    fence_async_shared()\n"),
@@ -296,6 +296,9 @@ FAULTS = [
     ("        mbarrier.wait(unit_full.index(w % NUM_UNITS), (w // NUM_UNITS) & 1)\n        num_tiles", "        num_tiles"),
     # the mask, and what is past the ends
     ("d >= 63", "d >= -64"),
+    ("d > -64", "d > 0"),
+    ("(d < limit)", "(d + 64 < limit)"),
+    ("limit = gl.minimum(limit, W + 63)", "limit = gl.minimum(limit, W - 64)"),
     ("m_s = visible(o_q", "m_s = visible(1 + o_q"),
     # a tile, a head or a key too few
     ("tile -= G * NQ + 1", "tile -= G * NQ"),
@@ -320,6 +323,7 @@ def test_a_fault_is_found(fault):
         {"T": 60, "HQ": 12},
         {"T": 60, "D": 128, "HQ": 12},
         {"T": 200, "cu_seqlens": [0, 70, 200], "HQ": 2, "H": 1},
+        {"T": 300, "window_size": 140, "HQ": 2, "H": 1},
     )
     for case in cases:
         call = prepare(**case, dtype=FP16)

@@ -127,17 +127,18 @@ def _scores_of_tile(k, q_s, tile_full, n, D: gl.constexpr, HALVES: gl.constexpr)
 def _tile_of_queries(
     b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
     tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-    n, distance, has_dq, scale, W, HAS_NEXT: gl.constexpr,
+    n, distance, limit, has_dq, scale, W, HAS_NEXT: gl.constexpr,
     C: gl.constexpr, D: gl.constexpr, BQ: gl.constexpr,
     NORMALIZER: gl.constexpr, IS_NEGATED: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_RESCALE: gl.constexpr,
 ):  # fmt: skip
     """Weights, dv, ds and dk of tile n, of which b_r are the first scores; with HAS_NEXT also those of tile n + 1.
 
     Where consumers compute dq: with HAS_NEXT also dq of tile n; has_dq says that dq of tile n - 1 is to be handed over.
-    The first query of the tile is `distance` positions after the first key. Comments list the products that run, in
-    their order.
+    The first query of the tile is `distance` positions after the first key. Queries `limit` positions after it and later
+    are past the sequence, or see none of these keys. Comments list the products that run, in their order.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     HALVES: gl.constexpr = BQ // 64
     stage = n & 1
@@ -154,10 +155,18 @@ def _tile_of_queries(
         is_full = d >= 63
         if HAS_WINDOW:
             is_full = is_full & (d + 63 < W)
+        is_seen = True
+        if D == 64:
+            # at 128 the third case takes more registers than there are
+            is_seen = (d > -64) & (d < limit)
+            is_full = is_full & is_seen
         if is_full:
             b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, False, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
         else:
-            b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
+            b_e = gl.zeros([64, 64], gl.float32, scores_layout)
+            b_p = b_e.to(q_s.dtype)
+            if is_seen:
+                b_p, b_e = _weights(b_r, rows, h, scale, d, W, q_s.dtype, NORMALIZER, True, IS_NEGATED, HAS_WINDOW, HAS_RESCALE)  # fmt: skip
         do = do_s.index(stage * HALVES + h).reshape([64, D])
         b_dp = _transposed_product(v, do_s, stage * HALVES + h, D)
         b_dv = warpgroup_mma(gl.convert_layout(b_p, weights_layout), do, b_dv, is_async=True)
@@ -249,6 +258,9 @@ def _consumer(
                 b_k = k_s.index(C).reshape([64, D]).load(operand)
             b_v = v_s.index(C).reshape([64, D]).load(operand)
         distance = load_scalar(word(unit_s, w, "distance")) - C * 64
+        limit = load_scalar(word(unit_s, w, "num_keys")) - C * 64
+        if HAS_WINDOW:
+            limit = gl.minimum(limit, W + 63)
         num_steps = load_scalar(word(unit_s, w, "num_steps"))
         g = 0
         k = _keys(b_k, k_s, C, D, D == 64 and KEYS_IN_REGISTERS)
@@ -257,7 +269,7 @@ def _consumer(
             b_r, b_dk, b_dv = _tile_of_queries(
                 b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
                 tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-                n, distance, step > 0, base2_scale, W, True,
+                n, distance, limit, step > 0, base2_scale, W, True,
                 C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
             )  # fmt: skip
             n += 1
@@ -268,7 +280,7 @@ def _consumer(
         _, b_dk, b_dv = _tile_of_queries(
             b_r, b_dk, b_dv, b_k, b_v, k_s, v_s, q_s, do_s, ds_s, dq_s, rows_s,
             tile_full, tile_empty, dq_full, dq_empty, ds_full, ds_empty,
-            n, distance, num_steps > 1, base2_scale, W, False,
+            n, distance, limit, num_steps > 1, base2_scale, W, False,
             C, D, BQ, NORMALIZER, IS_NEGATED, HAS_WINDOW, HAS_RESCALE,
         )  # fmt: skip
         # the gradients take the memory of keys and values, so all must be done with them
