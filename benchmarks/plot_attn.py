@@ -64,7 +64,7 @@ def plot(results: list[Result], operators: list[str], path: Path, title: str) ->
                 title=f"D {D}, {HQ} query heads, {H} key heads",
             )
             ax.set_xticks(sorted({r.T for r in results}), sorted({r.T for r in results}))
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
             ax.minorticks_off()
             ax.grid(alpha=0.3)
     # a row may lack an operator that failed there

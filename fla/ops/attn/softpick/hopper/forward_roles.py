@@ -203,8 +203,8 @@ def attend(
     S_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     O_L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(0, O_L, 2)
-    # queries from T on are computed as others and never stored; a group of them sees what the last query sees
-    i_r = gl.minimum(i_t + C * 64, T - 1)
+    # queries from T on are computed as others and never stored
+    i_r = i_t + C * 64
     o_q = i_r + (S - T) + gl.arange(0, 64, gl.SliceLayout(1, S_L))
     unit_first, unit_end = unit_tiles(i_t, T, S, W, 64 * NUM_WG, BN, HAS_WINDOW)
     first, first_full, end_full, end = group_tiles(i_r, T, S, W, BN, HAS_WINDOW)
@@ -296,7 +296,7 @@ def compute_units(
     NORMALIZER: gl.constexpr, IS_VARLEN: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SINK: gl.constexpr,
     IS_SHIFTED: gl.constexpr, HAS_CHECK: gl.constexpr, IS_REDO: gl.constexpr, EPS: gl.constexpr,
 ):  # fmt: skip
-    """Computes and stores 64 queries of each unit that is announced; returns n, w, n_tails and [64], 1 where a row failed.
+    """Computes and stores up to 64 queries of each unit that is announced; returns n, w, n_tails and [64], 1 where a row failed.
 
     HAS_CHECK: rows whose sums left float32's range keep a lse of NaN, and their unit is flagged. IS_REDO: the units are
     the flagged ones; stores the rows with a lse of NaN.
