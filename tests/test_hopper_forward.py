@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from gluon_simulator import Fault, simulate
+from gluon_simulator import API, Fault, simulate
 from numerics import (
     HAS_GPU,
     SOFTPICKS,
@@ -186,6 +186,22 @@ def test_range_with_everything(programs):
     options = {"cu_seqlens": BOUNDS.to(DEVICE), "window_size": 100, "sink_bias": sink_bias}
     inputs = overflowing(400, 64, HQ=2, H=1)
     check(inputs, normalizer="softpick", programs=programs, **options)
+
+
+@pytest.mark.skipif(IS_HOPPER, reason="counts in the simulator")
+def test_only_units_that_failed_are_computed_again():
+    inputs = overflowing(400, 64, HQ=2)
+    tma_load, loads = API["tma_load"], []
+
+    def load(descriptor, at, *arguments):
+        if descriptor.view.data_ptr() == inputs.q.data_ptr():
+            loads.append(at)
+        tma_load(descriptor, at, *arguments)
+
+    with mock.patch.dict(API, {"tma_load": load}):
+        launch(inputs, normalizer="softpick")
+    # of a head three units, of which the first has no large query; 64 queries for each of three warpgroups
+    assert len(loads) == 2 * 3 * (3 + 2)
 
 
 @each_head_dim
