@@ -68,6 +68,7 @@ def test_forward_fits(capsys):
         assert row["ptxas"] == [], row
         assert row["shared"] <= CARDS["sm_90"].shared, row
         assert row["spills"] <= _limit(MAX_FORWARD_SPILLS, row), row
+        assert max(row["barriers"]) < 9, row
         assert row["early_arrivals"] == [], row
 
 
